@@ -1,0 +1,59 @@
+"""Scored groups → a batch to learn from: advantages, loss weights, and the mini-batches of one rollout step."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dapo_megatron.algorithms.advantages import group_advantages
+from dapo_megatron.data.records import SequenceBatch, sequence_batch, spread_over_responses
+from dapo_megatron.rollout.engine import PromptGroup
+
+
+def batch_of_groups(
+    groups: Sequence[PromptGroup], *, overlong_filtering: bool, advantage_epsilon: float
+) -> SequenceBatch:
+    """All completions of the groups, group after group: A_i on every response token, weight 1, or 0 for a truncated response.
+
+    A truncated response that is filtered leaves the loss and its denominator, yet counts in its group's mean and std.
+    """
+    completions = [c for g in groups for c in g.completions]
+    prompts = [g.prompt_tokens for g in groups for _ in g.completions]
+    prompt_lengths = [len(p) for p in prompts]
+    batch = sequence_batch(prompts, [c.tokens for c in completions])
+    advantages = np.concatenate([group_advantages(g.rewards[None], epsilon=advantage_epsilon)[0] for g in groups])
+    batch.advantages_T = spread_over_responses(
+        batch, [np.full(len(c.tokens), a) for c, a in zip(completions, advantages, strict=True)], prompt_lengths
+    )
+    batch.rollout_logprobs_T = spread_over_responses(batch, [c.logprobs for c in completions], prompt_lengths)
+    if overlong_filtering:
+        for i, completion in enumerate(completions):
+            if completion.finish_reason == "length":
+                batch.loss_weights_T[batch.rows(i)] = 0.0
+    return batch
+
+
+def mini_batches(groups: int, samples: int, prompts_per_update: int) -> list[range]:
+    """Sequence numbers of each gradient update: whole groups, `prompts_per_update` at a time; the last may hold fewer."""
+    return [
+        range(first * samples, min(first + prompts_per_update, groups) * samples)
+        for first in range(0, groups, prompts_per_update)
+    ]
+
+
+def aggregate(batch: SequenceBatch, sequences: Sequence[int], aggregation: str) -> float:
+    """Fold the aggregation into the loss weights of a mini-batch's sequences; returns the denominator, their sum.
+
+    token-mean (DAPO): every token weighs 1, the denominator is the number of trained tokens.
+    sequence-mean (GRPO): a token of a response with n trained tokens weighs 1/n, the denominator is the number of such responses.
+    """
+    denominator = 0.0
+    for sequence in sequences:
+        rows = batch.rows(sequence)
+        tokens = float(torch.count_nonzero(batch.loss_weights_T[rows]))
+        if aggregation == "sequence-mean" and tokens:
+            batch.loss_weights_T[rows] /= tokens
+            denominator += 1.0
+        else:
+            denominator += tokens
+    return denominator

@@ -1,0 +1,177 @@
+"""The parts of a run on one rank, put together from a prepared run directory."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dapo_megatron.config import Architecture, Layout, Recipe, derive_layout, read_architecture
+from dapo_megatron.data.prompts import read_supervised
+from dapo_megatron.data.sampler import PromptSampler
+from dapo_megatron.data.tokenizer import load_tokenizer
+from dapo_megatron.launch import World
+from dapo_megatron.learner.distributed import choose_device, form_groups
+from dapo_megatron.learner.learner import Learner
+from dapo_megatron.learner.model import DTYPES, choose_layer_spec
+from dapo_megatron.prepare import RunPaths, encode_prompts, run_paths
+from dapo_megatron.rewards.pool import GraderPool
+from dapo_megatron.rollout.dispatcher import Dispatcher
+from dapo_megatron.rollout.groups import GroupSampler
+from dapo_megatron.rollout.hf_engine import HFEngine
+from dapo_megatron.weight_sync import WeightSync
+
+
+@dataclass
+class Run:
+    """One rank's parts. `grader` lives on rank 0. `step`, `updates`, `supervised_done` say where the run stands."""
+
+    recipe: Recipe
+    paths: RunPaths
+    architecture: Architecture
+    layout: Layout
+    world: World
+    device: torch.device
+    tokenizer: object
+    learner: Learner
+    engine: HFEngine
+    sync: WeightSync
+    grader: GraderPool | None
+    training: GroupSampler | None
+    validation: GroupSampler | None
+    prompt_order: PromptSampler | None
+    step: int = 0
+    updates: int = 0
+    supervised_done: list[int] = field(default_factory=list)
+
+    def state(self) -> dict:
+        """What a checkpoint keeps beside weights and optimizer."""
+        return {
+            "step": self.step,
+            "updates": self.updates,
+            "supervised_done": self.supervised_done,
+            "prompt_order": None if self.prompt_order is None else self.prompt_order.state(),
+        }
+
+    def load_state(self, state: dict) -> None:
+        """Stand where `state` was taken."""
+        self.step, self.updates = state["step"], state["updates"]
+        self.supervised_done = list(state["supervised_done"])
+        if self.prompt_order is not None and state["prompt_order"] is not None:
+            self.prompt_order.load_state(state["prompt_order"])
+
+
+def build_learner(
+    recipe: Recipe, architecture: Architecture, layout: Layout, device: torch.device, weights: Path | None
+) -> Learner:
+    """The learner of a recipe on the groups already formed."""
+    return Learner(
+        architecture,
+        layout,
+        dtype=DTYPES[recipe.model.dtype],
+        device=device,
+        layer_spec=choose_layer_spec(recipe.model.layer_spec, device),
+        tokens_per_micro_batch=recipe.learner.tokens_per_micro_batch,
+        temperature=recipe.rollout.temperature,
+        recompute=recipe.learner.recompute,
+        weights=weights,
+        optimizer=recipe.optimizer,
+    )
+
+
+def assemble(recipe: Recipe, world: World) -> Run:
+    """Build learner, engine, resharding plan and data of this rank; the default process group must exist."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    torch.set_num_threads(recipe.learner.threads)
+    paths = run_paths(recipe)
+    architecture = read_architecture(paths.model)
+    layout = derive_layout(recipe, architecture, world.size)
+    device = choose_device(recipe.learner.device, world.local_rank)
+    form_groups(layout, seed=recipe.run.seed, time_limit_s=recipe.learner.time_limit_s)
+    tokenizer = load_tokenizer(paths.model)
+    learner = build_learner(recipe, architecture, layout, device, paths.model)
+    engine = HFEngine(
+        paths.model,
+        dtype=learner.dtype,
+        device=device,
+        stop_tokens=stop_tokens(architecture, tokenizer),
+        max_batch_sequences=recipe.rollout.max_batch_sequences,
+    )
+    grader = GraderPool(recipe.reward.workers, recipe.reward.time_limit_s) if world.rank == 0 else None
+    dispatcher = Dispatcher(
+        engine, rank=world.rank, engines=world.size, time_limit_s=recipe.rollout.time_limit_s
+    )
+
+    def sampler(path: Path | None) -> GroupSampler | None:
+        if path is None:
+            return None
+        prompts, token_ids = encode_prompts(tokenizer, recipe, path)
+        return GroupSampler(recipe, tokenizer, prompts, token_ids, dispatcher, grader)
+
+    training = sampler(paths.train)
+    return Run(
+        recipe=recipe,
+        paths=paths,
+        architecture=architecture,
+        layout=layout,
+        world=world,
+        device=device,
+        tokenizer=tokenizer,
+        learner=learner,
+        engine=engine,
+        sync=WeightSync(recipe, learner, engine, world.rank),
+        grader=grader,
+        training=training,
+        validation=sampler(paths.validation),
+        prompt_order=None
+        if training is None
+        else PromptSampler(len(training.prompts), recipe.run.seed, recipe.data.shuffle),
+        supervised_done=[0] * len(recipe.supervised.stages),
+    )
+
+
+def stop_tokens(architecture: Architecture, tokenizer) -> set[int]:
+    """Ends of sequence: those of config.json and the tokenizer's own."""
+    stops = set(architecture.eos_token_ids)
+    if tokenizer.eos_token_id is not None:
+        stops.add(tokenizer.eos_token_id)
+    return stops
+
+
+def supervised_examples(run: Run, data: str) -> Sequence[tuple[np.ndarray, np.ndarray]]:
+    """Token ids of a supervised file: prompt, and response with the end of sequence behind it."""
+    end = run.tokenizer.eos_token_id
+    return [
+        (
+            np.asarray(run.tokenizer.encode(prompt, add_special_tokens=False), np.int32),
+            np.asarray([*run.tokenizer.encode(response, add_special_tokens=False), end], np.int32),
+        )
+        for prompt, response in read_supervised(run.paths.supervised(data))
+    ]
+
+
+def append_samples(run: Run, groups: Sequence, when: str) -> None:
+    """Keep the first completion of a few groups for the report (rank 0)."""
+    if run.world.rank != 0:
+        return
+    with open(run.paths.run / "samples.jsonl", "a", encoding="utf-8") as file:
+        for group in groups[: run.recipe.monitoring.samples]:
+            sample = {
+                "step": run.step,
+                "when": when,
+                "prompt": group.text,
+                "response": group.responses[0],
+                "answer": group.answer,
+                "right": bool(group.accuracies[0]),
+            }
+            file.write(json.dumps(sample) + "\n")
+
+
+def barrier() -> None:
+    """All ranks meet."""
+    if dist.get_world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,54 @@
+"""Section `algorithm`: the policy loss and which groups it sees (DAPO, arXiv 2503.14476)."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from dapo_megatron.config.section import Section
+
+
+class DynamicSampling(Section):
+    """Groups without a signal are dropped and more prompts are sampled until the batch is full."""
+
+    enabled: bool = True
+    """Whether uniform groups are replaced."""
+
+    max_waves: int = Field(10, ge=1)
+    """Most rounds of sampling in a step; after them the step trains on what it has."""
+
+    metric: Literal["accuracy", "reward_std"] = "accuracy"
+    """accuracy keeps groups with some right and some wrong; reward_std keeps groups whose rewards differ."""
+
+
+class Algorithm(Section):
+    """Clipped policy gradient with group advantages."""
+
+    advantage: Literal["group"] = "group"
+    """group: A = (R - mean R) / (std R + advantage_epsilon) over the responses to one prompt."""
+
+    eps_low: float = Field(0.2, ge=0, le=1)
+    """The importance ratio is clipped below at 1 - eps_low."""
+
+    eps_high: float = Field(0.28, ge=0)
+    """The importance ratio is clipped above at 1 + eps_high."""
+
+    eps_dual: float | None = None
+    """For A < 0 the loss of a token is bounded by -eps_dual A; more than 1, null = no bound."""
+
+    mini_batch_prompts: int = Field(32, ge=1)
+    """Prompts in one gradient update; divides rollout.prompts_per_step."""
+
+    loss_aggregation: Literal["token-mean", "sequence-mean"] = "token-mean"
+    """token-mean divides by the mini-batch's response tokens; sequence-mean averages within, then over responses."""
+
+    overlong_filtering: bool = True
+    """Whether truncated responses lose their loss mask; they stay in their group's mean and std."""
+
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus in the loss (per nat)."""
+
+    advantage_epsilon: float = Field(1e-6, ge=0)
+    """Added to the standard deviation that divides the advantage (reward units)."""
+
+    dynamic_sampling: DynamicSampling = DynamicSampling()
+    """Replacement of groups without a signal."""

@@ -1,0 +1,109 @@
+"""Rules between settings of different sections, and between settings and the model."""
+
+from collections.abc import Iterator
+
+from dapo_megatron.config.architecture import Architecture
+from dapo_megatron.config.recipe import Recipe
+from dapo_megatron.errors import RequestError
+
+
+def check_recipe(recipe: Recipe, architecture: Architecture) -> None:
+    """Refuse what no single setting shows to be wrong. Sizes that must divide each other are `derive_layout`'s.
+
+    Raises RequestError with every broken rule, one a line: setting, value, rule, nearest value that works.
+    """
+    problems = [
+        *_engine(recipe),
+        *_sampling(recipe),
+        *_lengths(recipe, architecture),
+        *_overlong(recipe),
+        *_algorithm(recipe),
+        *_data(recipe),
+    ]
+    if problems:
+        raise RequestError("\n".join(problems))
+
+
+def _engine(recipe: Recipe) -> Iterator[str]:
+    rollout = recipe.rollout
+    if rollout.engine == "vllm":
+        yield "rollout.engine=vllm is not available in this version; use hf"
+        return
+    if rollout.placement == "disaggregated":
+        yield "rollout.placement=disaggregated needs rollout.engine=vllm; use colocated"
+    if rollout.tensor != 1:
+        yield f"rollout.tensor={rollout.tensor} is a setting of rollout.engine=vllm; with hf use 1"
+    if rollout.engines is not None:
+        yield f"rollout.engines={rollout.engines} is a setting of rollout.engine=vllm; with hf use null"
+
+
+def _sampling(recipe: Recipe) -> Iterator[str]:
+    rollout = recipe.rollout
+    if rollout.top_p != 1:
+        yield (
+            f"rollout.top_p={rollout.top_p} is refused for training: the learner could not reproduce "
+            "the distribution sampled from; use 1.0 (evaluation.top_p is free)"
+        )
+    if rollout.temperature <= 0:
+        yield (
+            f"rollout.temperature={rollout.temperature} must be more than 0: greedily decoded "
+            "responses of a group are all alike; use 1.0"
+        )
+
+
+def _lengths(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
+    prompt, response = recipe.data.max_prompt_length, recipe.rollout.max_response_length
+    total = prompt + response
+    told = f"data.max_prompt_length={prompt} + rollout.max_response_length={response} = {total} tokens"
+    limits = [("positions", architecture.max_positions)]
+    if architecture.sliding_window is not None:
+        limits.append(("tokens of its sliding window", architecture.sliding_window))
+    for what, limit in limits:
+        if total > limit:
+            yield f"{told} exceed the model's {limit} {what}; use {_shorter(prompt, limit)}"
+    budget = recipe.learner.tokens_per_micro_batch
+    if total > budget:
+        yield f"{told} exceed learner.tokens_per_micro_batch={budget}; use tokens_per_micro_batch={total} or more"
+
+
+def _shorter(prompt: int, limit: int) -> str:
+    if prompt < limit:
+        return f"rollout.max_response_length={limit - prompt} or less"
+    return f"data.max_prompt_length less than {limit} and a rollout.max_response_length that fits beside it"
+
+
+def _overlong(recipe: Recipe) -> Iterator[str]:
+    overlong, response = recipe.reward.overlong, recipe.rollout.max_response_length
+    if overlong.max_length is None:
+        return
+    if overlong.cache_length > overlong.max_length:
+        yield (
+            f"reward.overlong.cache_length={overlong.cache_length} exceeds "
+            f"reward.overlong.max_length={overlong.max_length}; use {overlong.max_length} or less"
+        )
+    if overlong.max_length > response:
+        yield (
+            f"reward.overlong.max_length={overlong.max_length} exceeds rollout.max_response_length={response}, "
+            f"so no response would reach it; use {response} or less"
+        )
+
+
+def _algorithm(recipe: Recipe) -> Iterator[str]:
+    algorithm, samples = recipe.algorithm, recipe.rollout.samples_per_prompt
+    if algorithm.eps_dual is not None and algorithm.eps_dual <= 1:
+        yield f"algorithm.eps_dual={algorithm.eps_dual} must be more than 1; use 3.0, 10.0 or null"
+    if algorithm.advantage == "group" and samples < 2:
+        yield f"rollout.samples_per_prompt={samples} leaves every group advantage 0; use 2 or more"
+
+
+def _data(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    if recipe.run.steps == 0 or data.generate is not None:
+        return
+    if data.train is None:
+        yield f"run.steps={recipe.run.steps} needs prompts; set data.train or data.generate"
+    if data.validation is None and recipe.evaluation.every > 0:
+        yield (
+            f"evaluation.every={recipe.evaluation.every} needs prompts; set data.validation, or evaluation.every=0 "
+            "for no evaluation"
+        )

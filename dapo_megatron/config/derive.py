@@ -1,0 +1,142 @@
+"""What follows from a recipe and a model: computed once, here; planning and training read only the Layout."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dapo_megatron.config.architecture import Architecture
+from dapo_megatron.config.parallel import Parallel
+from dapo_megatron.config.problems import join_or
+from dapo_megatron.config.recipe import Recipe
+from dapo_megatron.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the learner's parallel groups and of a rollout step."""
+
+    world: int  # ranks = tensor x pipeline x context x data
+    tensor: int
+    pipeline: int
+    virtual_pipeline: int  # model chunks a pipeline rank; 1 = not interleaved
+    context: int
+    data: int
+    sequence_parallel: bool
+    layers_per_chunk: int
+    mini_batch_prompts: int
+    updates_per_step: int  # gradient updates a rollout step
+    responses_per_step: int
+    padded_vocab: int  # smallest multiple of lcm(tensor, 64) that holds the vocabulary (rows)
+
+
+def derive_layout(recipe: Recipe, architecture: Architecture, world: int | None = None) -> Layout:
+    """The layout of `recipe` on `architecture` with `world` ranks.
+
+        data = world / (tensor x pipeline x context)
+        layers_per_chunk = layers / (pipeline x virtual_pipeline)
+        updates_per_step = prompts_per_step / mini_batch_prompts
+        responses_per_step = prompts_per_step x samples_per_prompt
+
+    `world` is the one that exists (torchrun, srun); None takes parallel.world, and without that the product
+    tensor x pipeline x context.
+
+    Raises RequestError with every size that does not divide, one a line.
+    """
+    parallel, algorithm, rollout = recipe.parallel, recipe.algorithm, recipe.rollout
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
+    size = next(n for n in (world, parallel.world, model_ranks) if n is not None)
+    problems = [
+        *_tensor_problems(parallel, architecture),
+        *_pipeline_problems(parallel, architecture),
+        *_unsupported(parallel),
+        *_world_problems(parallel, size, "world" if world is not None else "parallel.world"),
+    ]
+    if rollout.prompts_per_step % algorithm.mini_batch_prompts:
+        works = _nearest_divisors(rollout.prompts_per_step, algorithm.mini_batch_prompts)
+        problems.append(
+            f"algorithm.mini_batch_prompts={algorithm.mini_batch_prompts} does not divide "
+            f"rollout.prompts_per_step={rollout.prompts_per_step}; use {join_or([str(n) for n in works])}"
+        )
+    if problems:
+        raise RequestError("\n".join(problems))
+    return Layout(
+        world=size,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+        context=parallel.context,
+        data=size // model_ranks,
+        sequence_parallel=parallel.sequence,
+        layers_per_chunk=architecture.layers // (parallel.pipeline * parallel.virtual_pipeline),
+        mini_batch_prompts=algorithm.mini_batch_prompts,
+        updates_per_step=rollout.prompts_per_step // algorithm.mini_batch_prompts,
+        responses_per_step=rollout.prompts_per_step * rollout.samples_per_prompt,
+        padded_vocab=_round_up(architecture.vocab, math.lcm(parallel.tensor, 64)),
+    )
+
+
+def _tensor_problems(parallel: Parallel, architecture: Architecture) -> list[str]:
+    rules: list[tuple[str, Callable[[int], bool]]] = [
+        (f"does not divide {architecture.heads} attention heads", lambda n: architecture.heads % n == 0),
+        (
+            f"neither divides {architecture.kv_heads} key/value heads nor is a multiple of them",
+            lambda n: architecture.kv_heads % n == 0 or n % architecture.kv_heads == 0,
+        ),
+        (f"does not divide ffn size {architecture.ffn}", lambda n: architecture.ffn % n == 0),
+    ]
+    # the sizes proposed satisfy all rules, not only the one that is broken
+    works = [n for n in range(1, architecture.heads + 1) if all(holds(n) for _, holds in rules)]
+    return [
+        f"parallel.tensor={parallel.tensor} {what}; use {join_or([str(n) for n in works])}"
+        for what, holds in rules
+        if not holds(parallel.tensor)
+    ]
+
+
+def _pipeline_problems(parallel: Parallel, architecture: Architecture) -> list[str]:
+    problems = []
+    pipeline, virtual = parallel.pipeline, parallel.virtual_pipeline
+    if virtual > 1 and pipeline == 1:
+        problems.append(f"parallel.virtual_pipeline={virtual} needs parallel.pipeline > 1; use virtual_pipeline=1")
+    if architecture.layers % (pipeline * virtual):
+        works = join_or([str(n) for n in _nearest_divisors(architecture.layers, pipeline * virtual)])
+        if virtual == 1:
+            problems.append(f"parallel.pipeline={pipeline} does not divide {architecture.layers} layers; use {works}")
+        else:
+            problems.append(
+                f"parallel.pipeline={pipeline} x parallel.virtual_pipeline={virtual} = {pipeline * virtual} "
+                f"does not divide {architecture.layers} layers; use a product of {works}"
+            )
+    return problems
+
+
+def _unsupported(parallel: Parallel) -> list[str]:
+    problems = []
+    if parallel.context > 1:
+        problems.append(f"parallel.context={parallel.context} is not supported yet; use 1")
+    if parallel.sequence and parallel.tensor == 1:
+        problems.append("parallel.sequence=true needs parallel.tensor > 1; use parallel.sequence=false")
+    return problems
+
+
+def _world_problems(parallel: Parallel, world: int, name: str) -> list[str]:
+    factors = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "context": parallel.context}
+    product = math.prod(factors.values())
+    if world >= 1 and world % product == 0:
+        return []
+    below = world // product * product
+    works = [str(n) for n in (below, below + product) if n >= 1]
+    told = " x ".join(f"parallel.{key} {value}" for key, value in factors.items())
+    return [f"{name}={world} is not a multiple of {product} = {told}; use {join_or(works)}"]
+
+
+def _nearest_divisors(number: int, wanted: int) -> list[int]:
+    """The largest divisor of `number` below `wanted` and the smallest above it, where there is one."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    below = [n for n in divisors if n < wanted]
+    above = [n for n in divisors if n > wanted]
+    return below[-1:] + above[:1]
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,30 @@
+"""Section `evaluation`: accuracy on the validation prompts while training."""
+
+from pydantic import Field
+
+from dapo_megatron.config.section import Section
+
+
+class Evaluation(Section):
+    """Sampling for validation; unlike training it may cut the distribution."""
+
+    every: int = Field(10, ge=0)
+    """Rollout steps between validations; 0 = never."""
+
+    samples: int = Field(4, ge=1)
+    """Samples a prompt; accuracy is their mean."""
+
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature (divides the logits); for the most likely token see `greedy`."""
+
+    top_p: float = Field(0.7, gt=0, le=1)
+    """Nucleus mass to sample from."""
+
+    greedy: bool = True
+    """Whether one more response a prompt is decoded greedily."""
+
+    max_prompts: int | None = Field(None, ge=1)
+    """Validation prompts used, from the start of the file; null = all."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of the validation samples, the same at every validation."""

@@ -1,0 +1,82 @@
+"""Section `model`: the policy to train, read from a folder or made new with random weights."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from dapo_megatron.config.section import Section
+
+
+class Scratch(Section):
+    """A model with random weights, built into the run directory together with its tokenizer."""
+
+    family: Literal["qwen2", "llama", "qwen3"] = "qwen2"
+    """Architecture family: qwen2 has biases on q, k and v, qwen3 normalises q and k, llama has neither."""
+
+    hidden: int = Field(ge=1)
+    """Width of the residual stream (channels)."""
+
+    layers: int = Field(ge=1)
+    """Number of transformer layers."""
+
+    heads: int = Field(ge=1)
+    """Query heads a layer."""
+
+    kv_heads: int = Field(ge=1)
+    """Key/value heads a layer; divides `heads`."""
+
+    head_dim: int = Field(ge=2, multiple_of=2)
+    """Channels a head; even, because rotary embedding turns pairs of channels."""
+
+    ffn: int = Field(ge=1)
+    """Width of the gated feed-forward layer (channels)."""
+
+    tied: bool = False
+    """Whether the output layer shares the embedding's weights."""
+
+    rope_theta: float = Field(10000.0, gt=0)
+    """Base of the rotary embedding's wavelengths (no unit)."""
+
+    max_positions: int = Field(4096, ge=1)
+    """Longest sequence, prompt and response together (tokens)."""
+
+    vocab_multiple: int = Field(64, ge=1)
+    """Vocabulary rows are the tokenizer's size rounded up to a multiple of this (rows)."""
+
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of the initial weights."""
+
+    tokenizer: Literal["arithmetic"] = "arithmetic"
+    """Tokenizer built beside the model: `arithmetic` has one token a character of the arithmetic task."""
+
+    @model_validator(mode="after")
+    def _kv_heads_divide_heads(self) -> Self:
+        if self.heads % self.kv_heads:
+            works = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
+            nearest = min(works, key=lambda n: abs(n - self.kv_heads))
+            raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}; use kv_heads={nearest}")
+        return self
+
+
+class Model(Section):
+    """The policy: exactly one of `path` and `scratch`."""
+
+    path: str | None = Field(None, min_length=1)
+    """Hugging Face folder (config.json, safetensors, tokenizer) to start from; relative to the working directory."""
+
+    scratch: Scratch | None = None
+    """Sizes of a new model with random weights."""
+
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Type of weights and activations in the learner; bf16 keeps fp32 main weights and gradients."""
+
+    layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layers of the learner; auto takes Transformer Engine where it is installed on a GPU, else the local ones."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.path is None and self.scratch is None:
+            raise ValueError("neither path nor scratch is given; set one of them")
+        if self.path is not None and self.scratch is not None:
+            raise ValueError("both path and scratch are given; set one of them to null")
+        return self

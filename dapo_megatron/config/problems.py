@@ -1,0 +1,138 @@
+"""From pydantic's findings to lines for people: the dotted key, the value given, what is expected, the nearest name."""
+
+import difflib
+import json
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import ValidationError
+
+from dapo_megatron.config.section import Section
+
+_TYPES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text (in quotes if it looks like a number, a date or a truth value)",
+    "list_type": "a list",
+    "model_type": "a mapping of settings",
+    "model_attributes_type": "a mapping of settings",
+    "dict_type": "a mapping of settings",
+}
+_BOUNDS = {
+    "greater_than_equal": ("at least", "ge", True),
+    "greater_than": ("more than", "gt", False),
+    "less_than_equal": ("at most", "le", True),
+    "less_than": ("less than", "lt", False),
+    "multiple_of": ("a multiple of", "multiple_of", False),
+}
+
+
+def describe_problems(error: ValidationError, recipe: type[Section]) -> list[str]:
+    """One line a problem, in the order of the recipe's keys, e.g. `run.steps="ten": expected a whole number`."""
+    return [_describe(details, recipe) for details in error.errors(include_url=False)]
+
+
+def known_names(section: type[Section]) -> list[str]:
+    """Full dotted names of all settings and groups below `section`; entries of lists carry no index."""
+    return list(_names(section, ""))
+
+
+def nearest_name(unknown: str, known: Sequence[str]) -> str | None:
+    """The known dotted name most like `unknown`; None if nothing is alike.
+
+    First the same last part in another place (`algorithm.temperature` -> `rollout.temperature`), then a like last part
+    in the same section, then a like last part anywhere, then a like whole name. The section itself is no answer.
+    """
+    parent, leaf = unknown.rpartition(".")[0], _leaf(unknown)
+    known = [name for name in known if not unknown.startswith(f"{name}.")]
+    same = [name for name in known if _leaf(name) == leaf]
+    if same:
+        return difflib.get_close_matches(unknown, same, n=1, cutoff=0.0)[0]
+    siblings = [name for name in known if name.rpartition(".")[0] == parent]
+    for candidates, cutoff in ((siblings, 0.6), (known, 0.75)):
+        alike = difflib.get_close_matches(leaf, [_leaf(name) for name in candidates], n=1, cutoff=cutoff)
+        if alike:
+            places = [name for name in candidates if _leaf(name) == alike[0]]
+            return difflib.get_close_matches(unknown, places, n=1, cutoff=0.0)[0]
+    if siblings and parent:
+        return None  # whole names of one section are alike by their prefix: better to list what it has
+    return next(iter(difflib.get_close_matches(unknown, known, n=1, cutoff=0.6)), None)
+
+
+def show(value: Any) -> str:
+    """`value` as in JSON, or as in Python where JSON has no form for it, on one line of at most 80 characters."""
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    except (TypeError, ValueError):  # keys that are no text; a mapping that contains itself
+        text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def join_or(words: Sequence[str]) -> str:
+    """`a`, `a or b`, `a, b or c`."""
+    return " or ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def _describe(details: Any, recipe: type[Section]) -> str:
+    kind, value, context = details["type"], details["input"], details.get("ctx", {})
+    name = _dotted(details["loc"])
+    if kind in ("extra_forbidden", "invalid_key"):
+        return _unknown(details["loc"], recipe)
+    if kind == "missing":
+        return f"{name} is missing and has no default"
+    if kind == "value_error":  # raised by a section's own rule, which names its fields
+        return f"{name}: {context['error']}"
+    if kind == "literal_error":
+        return f"{name}={show(value)}: expected {context['expected'].replace(chr(39), '')}"
+    if kind in _TYPES:
+        hint = ""
+        if kind == "int_type" and isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+            hint = f"; use {int(value)}"
+        return f"{name}={show(value)}: expected {_TYPES[kind]}{hint}"
+    if kind in _BOUNDS:
+        words, key, attained = _BOUNDS[kind]
+        return f"{name}={show(value)}: must be {words} {context[key]}" + (f"; use {context[key]}" if attained else "")
+    if kind in ("too_short", "string_too_short"):
+        return f"{name}={show(value)}: must not be empty"
+    return f"{name}={show(value)}: {details['msg'][0].lower()}{details['msg'][1:]}"
+
+
+def _unknown(place: Sequence[str | int], recipe: type[Section]) -> str:
+    plain = ".".join(str(part) for part in place if not (isinstance(part, int) and part is not place[-1]))
+    known = known_names(recipe)
+    name = nearest_name(plain, known)
+    if name is not None:
+        return f"unknown setting {_dotted(place)}; did you mean {name}?"
+    parent = plain.rpartition(".")[0]
+    inside = [_leaf(name) for name in known if name.rpartition(".")[0] == parent]
+    return f"unknown setting {_dotted(place)}; {parent or 'a recipe'} has {', '.join(inside)}"
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _dotted(place: Sequence[str | int]) -> str:
+    name = ""
+    for part in place:
+        name += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return name.removeprefix(".")
+
+
+def _names(section: type[Section], prefix: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for inner in _sections_in(field.annotation):
+            yield from _names(inner, f"{prefix}{name}.")
+
+
+def _sections_in(annotation: Any) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and not get_origin(annotation) and issubclass(annotation, Section):
+        yield annotation
+    elif get_origin(annotation) in (Union, types.UnionType, list):
+        for inner in get_args(annotation):
+            yield from _sections_in(inner)

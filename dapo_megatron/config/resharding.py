@@ -1,0 +1,24 @@
+"""Section `resharding`: moving new weights from the learner into the rollout engines."""
+
+from pydantic import Field
+
+from dapo_megatron.config.section import Section
+
+
+class Resharding(Section):
+    """The weight transfer after every rollout step, and the alarm on its result."""
+
+    enabled: bool = True
+    """Whether engines get the new weights; false is a control experiment."""
+
+    max_logprob_gap: float | None = Field(0.5, gt=0)
+    """Mean |log pi_learner - log pi_rollout| over sampled tokens that stops the run (nats); null = only logged."""
+
+    window: int = Field(256, ge=1)
+    """Send and receive operations in flight on a rank."""
+
+    time_limit_s: float = Field(120.0, gt=0)
+    """Longest time for one transfer of all weights (seconds)."""
+
+    bucket_mib: int = Field(256, ge=1)
+    """Largest buffer of weights in flight on a rank (MiB)."""

@@ -1,0 +1,20 @@
+"""What all sections of a recipe share: unknown keys refused, no silent conversion, no change after loading."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A part of the recipe: one YAML mapping, one class.
+
+    Types are strict: neither "3" nor 3.0 nor true is an integer; an integer is accepted for a float. Infinite and NaN
+    numbers are refused. Raises pydantic.ValidationError, which `load_recipe` turns into one line a problem.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        validate_default=True,
+    )

@@ -1,0 +1,42 @@
+"""Section `supervised`: training on worked examples before the first rollout step."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from dapo_megatron.config.section import Section
+
+
+class Stage(Section):
+    """One stage of supervised training with its own data and schedule."""
+
+    data: str = Field(min_length=1)
+    """.jsonl of prompt and response, relative to the working directory; with data.generate also `worked` or `mixed`."""
+
+    steps: int = Field(ge=1)
+    """Updates in this stage."""
+
+    batch_sequences: int = Field(ge=1)
+    """Examples in one update (sequences)."""
+
+    learning_rate: float = Field(ge=0)
+    """Learning rate after the warm-up."""
+
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Learning rate after the warm-up: constant, or falling to min_learning_rate at the last step."""
+
+    min_learning_rate: float = Field(0.0, ge=0)
+    """Learning rate at the end of a falling schedule."""
+
+    warmup_steps: int = Field(0, ge=0)
+    """Linear warm-up (updates)."""
+
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay (per unit of learning rate)."""
+
+
+class Supervised(Section):
+    """Stages run in order through the same learner; none by default."""
+
+    stages: list[Stage] = Field(default_factory=list)
+    """Stages in the order they run."""

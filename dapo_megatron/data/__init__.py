@@ -1,0 +1,1 @@
+"""Prompts, tokenizers, the records that travel, and packing by token budget."""

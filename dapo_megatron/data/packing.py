@@ -1,0 +1,121 @@
+"""Sequences → micro-batches of packed tokens, balanced over data-parallel ranks under a token budget.
+
+A pack lays whole sequences end to end; attention never crosses their borders. Its length is rounded up to a multiple of the
+tensor-parallel size (sequence parallelism scatters it) times the token slices a sequence is cut into (context parallelism).
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dapo_megatron.data.records import SequenceBatch, flat_rows
+from dapo_megatron.errors import RequestError
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch of T rows, padding included, on the learner's device.
+
+    tokens_T, targets_T, positions_T: int64. cu_seqlens: int32 [sequences + 1], padding is a last sequence of its own.
+    loss_weights_T, advantages_T, old_logprobs_T, rollout_logprobs_T: fp32. rows_T: int64 row of the flat batch, −1 for padding.
+    longest: tokens of the longest sequence.
+    """
+
+    tokens_T: Tensor
+    targets_T: Tensor
+    positions_T: Tensor
+    cu_seqlens: Tensor
+    loss_weights_T: Tensor
+    advantages_T: Tensor
+    old_logprobs_T: Tensor
+    rollout_logprobs_T: Tensor
+    rows_T: Tensor
+    longest: int
+
+
+def assign_micro_batches(
+    lengths: Sequence[int], *, token_budget: int, data_parallel: int = 1, multiple_of: int = 1
+) -> list[list[list[int]]]:
+    """[data_parallel][micro-batch] → sequence numbers. Every rank gets the same number of micro-batches, a multiple of `multiple_of`.
+
+    Longest first into the emptiest bin; the number of bins is the least at which no bin exceeds the budget. Bins may be empty
+    when there are fewer sequences than bins. Deterministic.
+
+    Raises:
+        RequestError: a sequence longer than the budget.
+    """
+    longest = max(lengths, default=0)
+    if longest > token_budget:
+        raise RequestError(
+            f"learner.tokens_per_micro_batch={token_budget} is less than a sequence of {longest} tokens; use at least {longest}"
+        )
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    least = max(1, -(-sum(lengths) // (token_budget * data_parallel)))
+    micro_batches = -(-least // multiple_of) * multiple_of
+    while True:
+        bins = _longest_first(order, lengths, micro_batches * data_parallel)
+        if max(load for load, _ in bins) <= token_budget:
+            break
+        micro_batches += multiple_of
+    # heavy and light bins alternate over ranks, so that each rank's sum is close to the mean
+    bins.sort(key=lambda item: (-item[0], item[1]))
+    ranks: list[list[list[int]]] = [[] for _ in range(data_parallel)]
+    for i, (_, members) in enumerate(bins):
+        turn, place = divmod(i, data_parallel)
+        ranks[place if turn % 2 == 0 else data_parallel - 1 - place].append(sorted(members))
+    return ranks
+
+
+def _longest_first(order: Sequence[int], lengths: Sequence[int], count: int) -> list[tuple[int, list[int]]]:
+    heap: list[tuple[int, int, list[int]]] = [(0, b, []) for b in range(count)]
+    for i in order:
+        load, b, members = heapq.heappop(heap)
+        members.append(i)
+        heapq.heappush(heap, (load + lengths[i], b, members))
+    return [(load, members) for load, _, members in sorted(heap, key=lambda item: item[1])]
+
+
+def packing_efficiency(lengths: Sequence[int], assignment: list[list[list[int]]]) -> float:
+    """Real tokens / (micro-batches of all ranks · tokens of the largest one): 1.0 when all are equally full."""
+    loads = [sum(lengths[i] for i in members) for rank in assignment for members in rank]
+    return sum(loads) / (len(loads) * max(loads)) if max(loads, default=0) else 1.0
+
+
+def pack(
+    batch: SequenceBatch, sequences: Sequence[int], *, multiple_of: int = 1, device: torch.device | str = "cpu"
+) -> PackedBatch:
+    """The given sequences as one micro-batch, its length rounded up to `multiple_of`; no sequence gives one of padding alone."""
+    rows = flat_rows(batch.offsets, sequences)
+    lengths = [int(batch.offsets[s + 1] - batch.offsets[s]) for s in sequences]
+    used = rows.numel()
+    padding = -used % multiple_of if used else multiple_of
+    if padding:
+        lengths.append(padding)
+    total = used + padding
+
+    def padded(flat: Tensor, fill: float, dtype: torch.dtype) -> Tensor:
+        out = torch.full((total,), fill, dtype=dtype)
+        out[:used] = flat
+        return out
+
+    tokens = padded(batch.tokens_T[rows], 0, torch.int64)
+    targets = torch.zeros_like(tokens)
+    targets[: total - 1] = tokens[1:]  # the last row of a sequence looks into the next one; its weight is 0
+    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
+    starts = torch.repeat_interleave(cu_seqlens[:-1].long(), torch.tensor(lengths))
+    host = {
+        "tokens_T": tokens,
+        "targets_T": targets,
+        "positions_T": torch.arange(total) - starts,
+        "cu_seqlens": cu_seqlens,
+        "loss_weights_T": padded(batch.loss_weights_T[rows], 0.0, torch.float32),
+        "advantages_T": padded(batch.advantages_T[rows], 0.0, torch.float32),
+        "old_logprobs_T": padded(batch.old_logprobs_T[rows], 0.0, torch.float32),
+        "rollout_logprobs_T": padded(batch.rollout_logprobs_T[rows], 0.0, torch.float32),
+        "rows_T": padded(rows, -1, torch.int64),
+    }
+    return PackedBatch(longest=max(lengths), **{name: value.to(device) for name, value in host.items()})

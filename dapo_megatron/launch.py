@@ -1,0 +1,116 @@
+"""This process's place in a world of ranks, and the start of such a world on one machine.
+
+In a world if RANK is set (torchrun); else if this is an srun step of several tasks; else `start_ranks` makes one.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+STOP_GRACE_S = 120.0  # after the first signal ranks finish what they are doing and write a checkpoint
+FAIL_GRACE_S = 10.0  # after one rank failed the others get this long before they are killed
+
+
+@dataclass(frozen=True)
+class World:
+    """rank of size processes; local_rank of those on this machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+def world_from_environment(environment: Mapping[str, str] = os.environ) -> World | None:
+    """torchrun's variables, else srun's of a step with several tasks, else None: then the caller starts ranks of its own."""
+    if "RANK" in environment:
+        return World(
+            int(environment["RANK"]), int(environment.get("WORLD_SIZE", "1")), int(environment.get("LOCAL_RANK", "0"))
+        )
+    if "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+        return World(
+            int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"]), int(environment["SLURM_LOCALID"])
+        )
+    return None
+
+
+def start_ranks(command: Sequence[str], size: int, *, threads: int = 1) -> int:
+    """Run `command` as `size` ranks of one world on this machine and wait for all; returns the exit code.
+
+    A signal to stop (SIGINT, SIGTERM) is passed on as SIGTERM and the ranks get STOP_GRACE_S to leave a checkpoint; a second one
+    kills them. When a rank fails the others are stopped. Ranks die with this process, whatever ends it.
+    """
+    port = _free_port()
+    ranks = [_start(command, rank, size, port, threads) for rank in range(size)]
+    received: list[int] = []
+
+    def pass_on(number: int, _frame: object) -> None:
+        received.append(number)
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL if len(received) > 1 else signal.SIGTERM)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _wait(ranks, received)
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: list[subprocess.Popen], received: list[int]) -> int:
+    deadline = None
+    failed = 0
+    while any(process.poll() is None for process in ranks):
+        codes = [process.returncode for process in ranks if process.returncode not in (None, 0)]
+        if codes and not failed:
+            failed = codes[0]
+        if deadline is None and (failed or received):
+            deadline = time.monotonic() + (STOP_GRACE_S if received else FAIL_GRACE_S)
+        if deadline is not None and time.monotonic() > deadline:
+            print("ranks did not end in time; killing them", file=sys.stderr)
+            for process in ranks:
+                process.kill()
+            deadline = time.monotonic() + FAIL_GRACE_S
+        time.sleep(0.02)
+    codes = [process.returncode for process in ranks]
+    failed = failed or next((code for code in codes if code), 0)
+    # the first rank to fail by itself tells more than one that was killed after it
+    told = next((code for code in codes if code > 0), None)
+    if told is not None:
+        return told
+    return 128 - failed if failed < 0 else failed
+
+
+def _start(command: Sequence[str], rank: int, size: int, port: int, threads: int) -> subprocess.Popen:
+    environment = dict(os.environ)
+    environment.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS=str(threads),
+    )
+    # a session of its own: the terminal's Ctrl-C reaches the parent alone, which passes it on once
+    return subprocess.Popen(list(command), env=environment, start_new_session=True, preexec_fn=_die_with_parent)
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

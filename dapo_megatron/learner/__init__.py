@@ -1,0 +1,1 @@
+"""The Megatron-core learner: log-probabilities and updates over tensor-, pipeline- and data-parallel ranks."""

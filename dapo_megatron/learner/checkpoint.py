@@ -1,0 +1,156 @@
+"""Checkpoints of a run: megatron shards (`dist_checkpointing`), the run's own state, and a manifest of SHA-256 sums.
+
+    checkpoints/step-000010/
+        shards/        model and optimizer, loadable at another TP/PP/DP
+        hf/            config.json and tokenizer, so that the folder can be converted alone
+        state.json     step, sampler position, weights version
+        manifest.json  SHA-256 of every other file: nothing is parsed before it agrees (shard metadata is pickle)
+
+A checkpoint is written beside its final name and renamed, so one that is there is whole.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from torch import Tensor
+
+from dapo_megatron.errors import RequestError
+from dapo_megatron.files import write_text_atomically
+from dapo_megatron.learner.learner import Learner
+from dapo_megatron.resharding.hf_files import SIDE_FILES
+
+MANIFEST = "manifest.json"
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def save_checkpoint(folder: Path, learner: Learner, state: dict, *, side_files: Path, keep: int | None = None) -> None:
+    """Write a checkpoint of all ranks; collective. `keep`: older siblings beyond the newest `keep` are deleted."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / "shards").mkdir(parents=True)
+        (temporary / "hf").mkdir()
+    dist.barrier()
+    dist_checkpointing.save(_sharded_state(learner), str(temporary / "shards"), validate_access_integrity=True)
+    dist.barrier()
+    if first:
+        for name in SIDE_FILES:
+            if (side_files / name).is_file():
+                shutil.copyfile(side_files / name, temporary / "hf" / name)
+        write_text_atomically(temporary / "state.json", json.dumps(state, indent=2))
+        write_text_atomically(temporary / MANIFEST, json.dumps(_sums(temporary), indent=2))
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        if keep is not None:
+            for old in list_checkpoints(folder.parent)[:-keep]:
+                shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_checkpoint(folder: Path, learner: Learner) -> None:
+    """Fill the learner's weights, and its optimizer if it has one, from a checkpoint written at any layout; collective.
+
+    Raises:
+        RequestError: the checkpoint is of another model.
+    """
+    optimizer = learner.optimizer
+    if optimizer is not None:
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            if hasattr(part, "_init_optimizer_states_with_dummy_values"):
+                part._init_optimizer_states_with_dummy_values()
+    template = _sharded_state(learner, loading=True)
+    with torch.no_grad():
+        loaded = dist_checkpointing.load(template, str(folder / "shards"))
+        for v, model in enumerate(learner.models):
+            model.load_state_dict(loaded[f"model{v}"], strict=False)
+        if optimizer is not None:
+            optimizer.load_state_dict(loaded["optimizer"])
+            _set_steps(optimizer, int(json.loads((folder / "state.json").read_text())["updates"]))
+
+
+def read_state(folder: Path) -> dict:
+    """The state.json of a checkpoint."""
+    return json.loads((folder / "state.json").read_text())
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
+
+
+def check_manifest(folder: Path) -> None:
+    """Compare every file with the manifest before any is parsed.
+
+    Raises:
+        RequestError: a file missing, added or changed; names the first.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise RequestError(f"{folder} is not a checkpoint: it has no {MANIFEST}")
+    try:
+        expected = json.loads((folder / MANIFEST).read_text())
+        names = set(expected)
+    except (ValueError, TypeError):
+        raise RequestError(f"{folder / MANIFEST} is damaged") from None
+    found = _sums(folder)
+    for name in sorted(names | set(found)):
+        if expected.get(name) != found.get(name):
+            what = "is missing" if name not in found else "does not belong" if name not in names else "has changed"
+            raise RequestError(f"{folder}: {name} {what} since the checkpoint was written")
+
+
+def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that agrees with its manifest, and one line for each damaged one that was passed over."""
+    skipped = []
+    for folder in reversed(list_checkpoints(run / "checkpoints")):
+        try:
+            check_manifest(folder)
+        except RequestError as error:
+            skipped.append(f"skipped a damaged checkpoint: {error}")
+            continue
+        return folder, skipped
+    return None, skipped
+
+
+def _sharded_state(learner: Learner, *, loading: bool = False) -> dict:
+    state = {}
+    for v, model in enumerate(learner.models):
+        # chunks of a virtual pipeline number their layers globally, so one name space serves all
+        state[f"model{v}"] = model.sharded_state_dict()
+    if learner.optimizer is not None:
+        model_state = {f"model{v}": state[f"model{v}"] for v in range(len(learner.models))}
+        merged = model_state["model0"] if len(learner.models) == 1 else model_state
+        state["optimizer"] = learner.optimizer.sharded_state_dict(
+            merged, is_loading=loading, metadata={"distrib_optim_sharding_type": "fully_reshardable"}
+        )
+    return state
+
+
+def _set_steps(optimizer: object, updates: int) -> None:
+    """megatron leaves a wrong shared `step` in torch's AdamW after loading; bias correction would drift in silence."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        for state in inner.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = torch.full_like(state["step"], float(updates))
+        for group in inner.param_groups:
+            if "step" in group:
+                group["step"] = updates
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    sums = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST and path.suffix != ".tmp":
+            with open(path, "rb") as handle:
+                sums[str(path.relative_to(folder))] = hashlib.file_digest(handle, "sha256").hexdigest()
+    return sums

@@ -1,0 +1,201 @@
+"""The learner: log-probabilities of sequences, gradients of a mini-batch, and optimizer steps, over all ranks of the world.
+
+Every rank calls every method with the same batch; each takes its own share of it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor, nn
+
+from dapo_megatron.config import Architecture, Layout
+from dapo_megatron.config.optimizer import Optimizer
+from dapo_megatron.data.packing import PackedBatch, assign_micro_batches, pack
+from dapo_megatron.data.records import SequenceBatch
+from dapo_megatron.errors import RunError
+from dapo_megatron.learner.losses import Head, RowLoss, score_rows
+from dapo_megatron.learner.model import build_chunks, transformer_config
+from dapo_megatron.learner.optimizer import build_optimizer, set_rates
+from dapo_megatron.learner.reductions import sum_over_world
+from dapo_megatron.resharding.hf_files import read_placements
+from dapo_megatron.resharding.layout import WeightLayout
+from dapo_megatron.resharding.megatron_layout import megatron_layout
+
+
+class Learner:
+    """A model in Megatron shards, its gradient buffers and its optimizer.
+
+    Args:
+        architecture, layout: the model and how it is cut.
+        weights: a Hugging Face folder to start from; None leaves the weights to `load` (checkpoints).
+        optimizer: None for a model that is only read (conversion, evaluation).
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        layout: Layout,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        layer_spec: str,
+        tokens_per_micro_batch: int,
+        temperature: float = 1.0,
+        recompute: str = "none",
+        weights: Path | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        self.architecture, self.layout, self.dtype, self.device = architecture, layout, dtype, device
+        self.tokens_per_micro_batch = tokens_per_micro_batch
+        self.config = transformer_config(architecture, layout, dtype=dtype, layer_spec=layer_spec, recompute=recompute)
+        self.models = build_chunks(self.config, architecture, layout, layer_spec=layer_spec)
+        self.weight_layout: WeightLayout = megatron_layout(architecture, layout, layer_spec=layer_spec)
+        self.head = Head(architecture.vocab, temperature, parallel_state.get_tensor_model_parallel_group())
+        self._check_parameters()
+        if weights is not None:
+            read_placements(weights, self.weight_layout.placements[torch.distributed.get_rank()], self.weights)
+        wrapped = [Float16Module(self.config, m) if dtype is torch.bfloat16 else m for m in self.models]
+        self.optimizer: MegatronOptimizer | None = None
+        self.chunks: list[nn.Module] = wrapped
+        if optimizer is not None:
+            ddp = DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, use_distributed_optimizer=optimizer.distributed, overlap_grad_reduce=False
+            )
+            self.chunks = [
+                DistributedDataParallel(self.config, ddp, m, disable_bucketing=i > 0) for i, m in enumerate(wrapped)
+            ]
+            self.optimizer = build_optimizer(optimizer, self.chunks, dtype=dtype)
+            self.config.grad_scale_func = self.optimizer.scale_loss
+            self.config.finalize_model_grads_func = _finalize_undivided
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """This rank's parameters under the keys of its layout, `chunk{v}.{parameter name}`."""
+        return {f"chunk{v}.{name}": p.data for v, m in enumerate(self.models) for name, p in m.named_parameters()}
+
+    def score(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+        """(log π(target), entropy), fp32 [T] on the CPU of every rank: rows with a loss weight, 0 elsewhere. No gradient."""
+        flat = torch.zeros(2, int(batch.offsets[-1]), device=self.device)
+
+        def keep(logits_TV: Tensor, packed: PackedBatch) -> Tensor:
+            rows = packed.rows_T >= 0
+            flat[:, packed.rows_T[rows]] = score_rows(self.head, logits_TV, packed)[:, rows]
+            return logits_TV.new_zeros(())
+
+        self._run(self._packs(batch, range(len(batch))), keep, forward_only=True)
+        logprobs, entropy = sum_over_world(flat).cpu()
+        return logprobs, entropy
+
+    def gradients(self, batch: SequenceBatch, sequences: Sequence[int], loss: RowLoss) -> Tensor:
+        """Leave the gradient of the mini-batch's loss in the gradient buffers; returns the loss's sums over all ranks, fp64 [K]."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums: list[Tensor] = []
+
+        def keep_sums(logits_TV: Tensor, packed: PackedBatch) -> Tensor:
+            value, terms = loss(logits_TV, packed)
+            sums.append(terms)
+            return value
+
+        count = self._run(self._packs(batch, sequences), keep_sums, forward_only=False)
+        width = torch.tensor(sums[0].numel() if sums else 0, device=self.device)
+        torch.distributed.all_reduce(width, op=torch.distributed.ReduceOp.MAX)
+        total = torch.stack(sums).sum(0) if sums else torch.zeros(int(width), dtype=torch.float64, device=self.device)
+        assert not sums or len(sums) == count
+        return sum_over_world(total).cpu()
+
+    def step(self, learning_rate: float, weight_decay: float) -> float:
+        """One optimizer step from the gradient buffers; returns the gradient's global norm before clipping.
+
+        Raises:
+            RunError: the norm is not finite.
+        """
+        set_rates(self.optimizer, learning_rate, weight_decay)
+        _, norm, _ = self.optimizer.step()
+        norm = float(norm or 0.0)
+        if norm != norm or norm in (float("inf"), float("-inf")):
+            raise RunError(f"the gradient norm is {norm}: stopped before the damage spreads; resume from the last checkpoint")
+        return norm
+
+    def packing(self, batch: SequenceBatch, sequences: Sequence[int]) -> list[list[list[int]]]:
+        """[data-parallel rank][micro-batch] → sequence numbers of the batch."""
+        lengths = batch.lengths.tolist()
+        assignment = assign_micro_batches(
+            [lengths[s] for s in sequences],
+            token_budget=self.tokens_per_micro_batch,
+            data_parallel=self.layout.data,
+            multiple_of=self.layout.pipeline if self.layout.virtual_pipeline > 1 else 1,
+        )
+        return [[[sequences[i] for i in members] for members in rank] for rank in assignment]
+
+    def _packs(self, batch: SequenceBatch, sequences: Sequence[int]) -> list[PackedBatch]:
+        share = self.packing(batch, sequences)[parallel_state.get_data_parallel_rank()]
+        multiple = self.layout.tensor * self.layout.context
+        return [pack(batch, members, multiple_of=multiple, device=self.device) for members in share]
+
+    def _run(
+        self, packs: list[PackedBatch], on_logits: Callable[[Tensor, PackedBatch], Tensor], *, forward_only: bool
+    ) -> int:
+        """One pipeline schedule over the micro-batches; `on_logits` sees each on the last stage and returns its loss."""
+
+        def forward_step(iterator: Iterator[PackedBatch], model: nn.Module):
+            packed = next(iterator)
+            logits = model(
+                packed.tokens_T[None], packed.positions_T[None], None, packed_seq_params=_packed_params(packed)
+            )
+            return logits, partial(finish, packed)
+
+        def finish(packed: PackedBatch, logits_1TV: Tensor):
+            value = on_logits(logits_1TV.squeeze(0), packed)
+            # a 3-tuple under calculate_per_token_loss: megatron divides by nothing
+            return value, torch.zeros((), dtype=torch.int, device=self.device), {}
+
+        iterators = [iter(packs) for _ in self.chunks]
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks,
+            num_microbatches=len(packs),
+            seq_length=self.tokens_per_micro_batch,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        return len(packs)
+
+    def _check_parameters(self) -> None:
+        """The layout must name exactly this rank's parameters, or weights would be lost or left unset."""
+        expected = {p.key for p in self.weight_layout.placements[torch.distributed.get_rank()]}
+        found = set(self.weights)
+        if expected != found:
+            raise RunError(
+                f"the layout and the Megatron modules disagree: only in the layout {sorted(expected - found)[:3]}, "
+                f"only in the modules {sorted(found - expected)[:3]}"
+            )
+
+
+def _finalize_undivided(model: list[nn.Module], _num_tokens: Tensor | None, **groups) -> None:
+    """megatron's gradient reductions without its division: the loss already carries the one denominator."""
+    finalize_model_grads(model, None, **groups)
+
+
+def _packed_params(packed: PackedBatch) -> PackedSeqParams:
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=packed.cu_seqlens,
+        cu_seqlens_kv=packed.cu_seqlens,
+        max_seqlen_q=packed.longest,
+        max_seqlen_kv=packed.longest,
+    )

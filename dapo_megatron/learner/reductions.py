@@ -1,0 +1,32 @@
+"""Sums that span the ranks: what the last pipeline stage knows of its tokens, made known to all."""
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+
+def speaks_for_its_tokens() -> bool:
+    """True on one rank for each data-parallel share: last pipeline stage, first tensor-parallel rank."""
+    return (
+        parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+    )
+
+
+def sum_over_world(values: Tensor) -> Tensor:
+    """Σ over the speaking ranks of `values`, on every rank; other ranks' values are ignored. Exact for rows that only one speaks for."""
+    if not speaks_for_its_tokens():
+        values = torch.zeros_like(values)
+    if dist.get_world_size() > 1:
+        values = values.contiguous()
+        dist.all_reduce(values)
+    return values
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True if any rank of the world says so."""
+    value = torch.tensor(int(flag), device=device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())

@@ -1,0 +1,138 @@
+"""Rules that look at the metrics so far and say, in a line each, what goes wrong and why it likely does."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ENTROPY_SHARE, ENTROPY_FLOOR = 0.2, 0.05  # entropy in nats a token
+LENGTH_SHARE = 0.3
+DIVERGENCE_POINTS, TRAIN_RISE, VALIDATION_FALL = 10, 0.1, 0.05
+
+
+def alerts_for(history: Sequence[Mapping[str, Any]], *, mismatch_bound: float | None = None) -> list[str]:
+    """The alerts that hold after the last entry of `history` (metrics in step order; any key may be missing).
+
+    - entropy collapse: entropy/mean < 0.2 of its first value and < 0.05 nats
+    - length collapse: response_length/mean < 0.3 of its first value
+    - divergence: between the first and the last of the last ten validation points, accuracy/train rose by at least
+      0.1 and validation/accuracy fell by at least 0.05
+    - mismatch: mismatch/logprob_abs_mean above `mismatch_bound` (nats; None: not looked at), or not a number
+    - nothing trained: tokens/trained is 0
+    """
+    return list(_holding(history, mismatch_bound).values())
+
+
+class AlertBook:
+    """Remembers which alerts hold, so that each is told once until it clears.
+
+    `history`: the metrics of a resumed run so far; an alert that held then is told once more.
+    """
+
+    def __init__(self, mismatch_bound: float | None = None, history: Sequence[Mapping[str, Any]] = ()) -> None:
+        self._mismatch_bound = mismatch_bound
+        self._history = list(history)
+        self._holding: set[str] = set()
+
+    def update(self, metrics: Mapping[str, Any]) -> list[str]:
+        """Add the metrics of a step; returns the alerts that hold now and did not hold before it."""
+        self._history.append(dict(metrics))
+        holding = _holding(self._history, self._mismatch_bound)
+        fresh = [text for kind, text in holding.items() if kind not in self._holding]
+        self._holding = set(holding)
+        return fresh
+
+
+def _holding(history: Sequence[Mapping[str, Any]], mismatch_bound: float | None) -> dict[str, str]:
+    rules = {
+        "entropy": _entropy_collapse(history),
+        "length": _length_collapse(history),
+        "divergence": _divergence(history),
+        "mismatch": _mismatch(history, mismatch_bound),
+        "nothing trained": _nothing_trained(history),
+    }
+    return {kind: text for kind, text in rules.items() if text is not None}
+
+
+def _entropy_collapse(history: Sequence[Mapping[str, Any]]) -> str | None:
+    first, last = _first(history, "entropy/mean"), _last(history, "entropy/mean")
+    if first is None or last is None or not (last < ENTROPY_SHARE * first and last < ENTROPY_FLOOR):
+        return None
+    return (
+        f"entropy collapse: entropy/mean {last:.3g}, first {first:.3g}; the policy has stopped exploring; "
+        "likely cause: optimizer.learning_rate too high or algorithm.eps_high too low"
+    )
+
+
+def _length_collapse(history: Sequence[Mapping[str, Any]]) -> str | None:
+    first, last = _first(history, "response_length/mean"), _last(history, "response_length/mean")
+    if first is None or last is None or not last < LENGTH_SHARE * first:
+        return None
+    return (
+        f"length collapse: response_length/mean {last:.1f} tokens, first {first:.1f}; "
+        "likely cause: short answers earn the reward without reasoning, or reward.overlong punishes too early"
+    )
+
+
+def _divergence(history: Sequence[Mapping[str, Any]]) -> str | None:
+    points = _latest_rows(history, "validation/accuracy", DIVERGENCE_POINTS)
+    if len(points) < DIVERGENCE_POINTS:
+        return None
+    window = history[points[0] :]
+    train_first, train_last = _first(window, "accuracy/train"), _last(window, "accuracy/train")
+    if train_first is None or train_last is None:
+        return None
+    fall = history[points[0]]["validation/accuracy"] - history[points[-1]]["validation/accuracy"]
+    # decimals such as 0.6 - 0.5 miss 0.1 by a rounding error
+    if train_last - train_first < TRAIN_RISE - 1e-9 or fall < VALIDATION_FALL - 1e-9:
+        return None
+    return (
+        f"divergence: over {DIVERGENCE_POINTS} validations accuracy/train rose by {train_last - train_first:.2f} while "
+        f"validation/accuracy fell by {fall:.2f}; "
+        "likely cause: over-fitting to the training prompts or a reward that can be gamed"
+    )
+
+
+def _mismatch(history: Sequence[Mapping[str, Any]], bound: float | None) -> str | None:
+    value = _last(history, "mismatch/logprob_abs_mean", finite=False)
+    # a NaN is above every bound: the comparison is written so that it fires
+    if bound is None or value is None or value <= bound:
+        return None
+    return (
+        f"mismatch: mean |log-prob of learner - log-prob of rollout| is {value:.3g}, bound {bound:g}; "
+        "likely cause: the rollout engine runs old or wrong weights, or another precision"
+    )
+
+
+def _nothing_trained(history: Sequence[Mapping[str, Any]]) -> str | None:
+    if _last(history, "tokens/trained") != 0:
+        return None
+    return (
+        "nothing trained: tokens/trained is 0; likely cause: every group was all right or all wrong, "
+        "or overlong filtering removed every response"
+    )
+
+
+def _value(metrics: Mapping[str, Any], key: str, finite: bool = True) -> float | None:
+    value = metrics.get(key)
+    if not isinstance(value, int | float):
+        return None
+    return value if math.isfinite(value) or not finite else None
+
+
+def _first(history: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    return next((value for metrics in history if (value := _value(metrics, key)) is not None), None)
+
+
+def _last(history: Sequence[Mapping[str, Any]], key: str, finite: bool = True) -> float | None:
+    found = (value for metrics in reversed(history) if (value := _value(metrics, key, finite)) is not None)
+    return next(found, None)
+
+
+def _latest_rows(history: Sequence[Mapping[str, Any]], key: str, count: int) -> list[int]:
+    rows: list[int] = []
+    for row in range(len(history) - 1, -1, -1):
+        if len(rows) == count:
+            break
+        if _value(history[row], key) is not None:
+            rows.append(row)
+    return rows[::-1]

@@ -1,0 +1,66 @@
+"""One place to tell what happens: console, trackers and alerts on rank 0, silence elsewhere."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from dapo_megatron.config import Recipe
+from dapo_megatron.monitoring.alerts import AlertBook
+from dapo_megatron.monitoring.console import Console
+from dapo_megatron.monitoring.metrics import read_metrics, truncate_after
+from dapo_megatron.monitoring.trackers import open_trackers
+
+
+class Journal:
+    """Opened with the step the run stands at: lines of later steps, left by a run that was killed, are cut off."""
+
+    def __init__(self, recipe: Recipe, *, rank: int, step: int, supervised_step: int) -> None:
+        self.speaks = rank == 0
+        if not self.speaks:
+            return
+        run, monitoring = Path(recipe.run.directory), recipe.monitoring
+        truncate_after(run / "metrics.jsonl", step)
+        truncate_after(run / "supervised.jsonl", supervised_step, key="supervised_step")
+        truncate_after(run / "samples.jsonl", step)
+        self.console = Console(recipe.run.steps)
+        self.trackers = open_trackers(
+            run,
+            tensorboard=monitoring.tensorboard,
+            wandb=monitoring.wandb,
+            mlflow=monitoring.mlflow,
+            project=monitoring.project,
+            name=recipe.run.name,
+            config=recipe.model_dump(),
+            warn=self.console.alert,
+        )
+        history = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+        self.alerts = AlertBook(recipe.resharding.max_logprob_gap, history)
+
+    def step(self, metrics: Mapping[str, float]) -> None:
+        """A rollout step (or the validation before the first, step 0)."""
+        if not self.speaks:
+            return
+        for tracker in self.trackers:
+            tracker.log(metrics, int(metrics["step"]))
+        self.console.step(metrics)
+        for text in self.alerts.update(metrics):
+            self.console.alert(text)
+
+    def supervised(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        """A step of the supervised stages, counted from 1 over all of them."""
+        if not self.speaks:
+            return
+        for tracker in self.trackers:
+            tracker.log({"supervised_step": step, **metrics}, step)
+        self.console.supervised(step, total, metrics["loss/supervised"], metrics["time/step"])
+
+    def note(self, text: str) -> None:
+        """A plain line."""
+        if self.speaks:
+            self.console.note(text)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self.speaks:
+            for tracker in self.trackers:
+                tracker.close()
+            self.console.close()

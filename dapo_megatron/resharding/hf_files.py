@@ -1,0 +1,122 @@
+"""Hugging Face folders as a place where slices lie: read this rank's boxes from safetensors, write a folder from live shards."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dapo_megatron.errors import RequestError, RunError
+from dapo_megatron.files import atomic_path, write_text_atomically
+from dapo_megatron.resharding.hf_layout import INDEX, SINGLE, read_headers
+from dapo_megatron.resharding.layout import Placement
+
+SIDE_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
+)  # fmt: skip
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+
+@torch.no_grad()
+def read_placements(folder: Path, placements: Sequence[Placement], tensors: Mapping[str, Tensor]) -> None:
+    """Fill the local tensors from the folder's files, reading only the boxes asked for; what no placement covers becomes 0.
+
+    Raises:
+        RequestError: a tensor that the files lack.
+    """
+    headers = read_headers(folder)
+    for key in {placement.key for placement in placements}:
+        tensors[key].zero_()  # padded vocabulary rows
+    by_file: dict[Path, list[Placement]] = {}
+    for placement in placements:
+        if placement.name not in headers:
+            raise RequestError(f"{folder} lacks {placement.name}")
+        by_file.setdefault(headers[placement.name][0], []).append(placement)
+    for path, wanted in by_file.items():
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for placement in wanted:
+                part = file.get_slice(placement.name)[tuple(slice(a, b) for a, b in placement.box)]
+                view = tensors[placement.key]
+                for dimension, (start, size) in enumerate(zip(placement.offset, placement.shape, strict=True)):
+                    view = view.narrow(dimension, start, size)
+                view.copy_(part)
+
+
+def folder_dtype(folder: Path) -> torch.dtype:
+    """The one dtype of the folder's tensors. Raises RequestError when they differ or are of a kind that is not trained."""
+    dtypes = {dtype for _, dtype, _ in read_headers(folder).values()}
+    if len(dtypes) != 1 or not dtypes <= set(TORCH_DTYPES):
+        raise RequestError(f"{folder} holds tensors of dtype {', '.join(sorted(dtypes))}; one of F32, BF16, F16 is expected")
+    return TORCH_DTYPES[dtypes.pop()]
+
+
+def file_groups(shapes: Mapping[str, tuple[int, ...]], itemsize: int, most_bytes: int) -> Iterator[list[str]]:
+    """Tensor names in order, cut into groups of at most `most_bytes` (a larger tensor stands alone)."""
+    group: list[str] = []
+    load = 0
+    for name, shape in shapes.items():
+        size = itemsize
+        for extent in shape:
+            size *= extent
+        if group and load + size > most_bytes:
+            yield group
+            group, load = [], 0
+        group.append(name)
+        load += size
+    if group:
+        yield group
+
+
+def write_folder(
+    folder: Path,
+    groups: Sequence[Sequence[str]],
+    tensors_of: Callable[[Sequence[str]], Mapping[str, Tensor] | None],
+    *,
+    side_files: Path,
+    dtype: torch.dtype,
+) -> None:
+    """Write a Hugging Face folder, one file a group, at most one group in memory.
+
+    Collective: every rank calls it and `tensors_of(names)` for each group; the rank that gets tensors back (the others get None)
+    writes. The folder appears under its name only when whole. `side_files`: folder of config.json and tokenizer to copy.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(groups):
+        tensors = tensors_of(names)
+        if tensors is None:
+            continue
+        if i == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        file = SINGLE if len(groups) == 1 else f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
+        with atomic_path(temporary / file) as path:
+            save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(names, file))
+    if not weight_map:
+        return
+    if len(groups) > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
+        write_text_atomically(temporary / INDEX, json.dumps(index, indent=2))
+    for name in SIDE_FILES:
+        if (side_files / name).is_file():
+            shutil.copyfile(side_files / name, temporary / name)
+    _set_dtype(temporary / "config.json", dtype)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+
+
+def _set_dtype(config: Path, dtype: torch.dtype) -> None:
+    if not config.is_file():
+        raise RunError(f"{config} is missing: the folder could not be loaded")
+    settings = json.loads(config.read_text())
+    key = "torch_dtype" if "torch_dtype" in settings else "dtype"
+    settings[key] = str(dtype).removeprefix("torch.")
+    write_text_atomically(config, json.dumps(settings, indent=2) + "\n")

@@ -1,0 +1,120 @@
+"""The canonical tensors of an architecture, and the two places they lie whole: Hugging Face files and a model in memory."""
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from dapo_megatron.config import Architecture
+from dapo_megatron.errors import RequestError
+from dapo_megatron.resharding.layout import Placement, WeightLayout, whole
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def canonical_tensors(a: Architecture) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name → shape of every tensor. Tied embeddings have no lm_head.weight."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (a.vocab, a.hidden)}
+    for i in range(a.layers):
+        prefix = f"model.layers.{i}."
+        shapes[prefix + "input_layernorm.weight"] = (a.hidden,)
+        for letter, heads in (("q", a.heads), ("k", a.kv_heads), ("v", a.kv_heads)):
+            shapes[f"{prefix}self_attn.{letter}_proj.weight"] = (heads * a.head_dim, a.hidden)
+            if a.qkv_bias:
+                shapes[f"{prefix}self_attn.{letter}_proj.bias"] = (heads * a.head_dim,)
+        if a.qk_norm:
+            shapes[prefix + "self_attn.q_norm.weight"] = (a.head_dim,)
+            shapes[prefix + "self_attn.k_norm.weight"] = (a.head_dim,)
+        shapes[prefix + "self_attn.o_proj.weight"] = (a.hidden, a.heads * a.head_dim)
+        shapes[prefix + "post_attention_layernorm.weight"] = (a.hidden,)
+        shapes[prefix + "mlp.gate_proj.weight"] = (a.ffn, a.hidden)
+        shapes[prefix + "mlp.up_proj.weight"] = (a.ffn, a.hidden)
+        shapes[prefix + "mlp.down_proj.weight"] = (a.hidden, a.ffn)
+    shapes["model.norm.weight"] = (a.hidden,)
+    if not a.tied:
+        shapes["lm_head.weight"] = (a.vocab, a.hidden)
+    return shapes
+
+
+def whole_layout(a: Architecture, ranks: Iterable[int], names: Iterable[str] | None = None) -> WeightLayout:
+    """Every tensor (or those of `names`) whole on each of `ranks`, under its canonical name: a Hugging Face model in memory."""
+    shapes = canonical_tensors(a)
+    if names is not None:
+        shapes = {name: shapes[name] for name in names}
+    placements = tuple(Placement(name, whole(shape), name, (0,) * len(shape)) for name, shape in shapes.items())
+    return WeightLayout(shapes, {rank: placements for rank in ranks})
+
+
+def read_headers(folder: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
+    """Tensor name → (file, dtype, shape) from the safetensors headers of a Hugging Face folder; reads no weights.
+
+    Raises:
+        RequestError: no safetensors file, a file of the index missing, a header that is not valid or a file cut short.
+    """
+    folder = Path(folder)
+    if (folder / INDEX).is_file():
+        try:
+            files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise RequestError(f"{folder / INDEX} is not a safetensors index: {error}") from None
+    elif (folder / SINGLE).is_file():
+        files = [SINGLE]
+    else:
+        raise RequestError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+    found: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
+    for file in files:
+        path = folder / file
+        if not path.is_file():
+            raise RequestError(f"{folder / INDEX} names {file}, which is missing")
+        for name, entry in _header(path).items():
+            found[name] = (path, entry["dtype"], tuple(entry["shape"]))
+    return found
+
+
+def check_checkpoint(folder: Path, a: Architecture) -> None:
+    """Compare the folder's tensors with what the architecture needs, by name and shape, reading headers alone.
+
+    Raises:
+        RequestError: tensors missing, not needed, or of another shape; names the first few of each.
+    """
+    expected, found = canonical_tensors(a), read_headers(folder)
+    extra = {name for name in found if name not in expected and not _is_derived(name, a)}
+    problems = []
+    if missing := sorted(set(expected) - set(found)):
+        problems.append(f"{folder} lacks {_some(missing)}")
+    if extra:
+        problems.append(f"{folder} holds {_some(sorted(extra))}, unknown to this {a.family} architecture")
+    for name in sorted(set(expected) & set(found)):
+        if found[name][2] != expected[name]:
+            problems.append(f"{folder}: {name} has shape {found[name][2]}; config.json asks for {expected[name]}")
+    if problems:
+        raise RequestError("\n".join(problems[:5]))
+
+
+def _is_derived(name: str, a: Architecture) -> bool:
+    """Buffers and copies that old exporters wrote along and that carry nothing of their own."""
+    return name.endswith("rotary_emb.inv_freq") or (a.tied and name == "lm_head.weight")
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _header(path: Path) -> Mapping[str, dict]:
+    size = path.stat().st_size
+    with open(path, "rb") as handle:
+        start = handle.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+        if not 0 < length <= size - 8:
+            raise RequestError(f"{path} is not a safetensors file or is cut short")
+        try:
+            header = json.loads(handle.read(length))
+        except ValueError:
+            raise RequestError(f"{path} has a damaged safetensors header") from None
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if 8 + length + end != size:
+        raise RequestError(f"{path} is cut short: {size} bytes where its header asks for {8 + length + end}")
+    return header

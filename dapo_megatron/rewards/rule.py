@@ -1,0 +1,100 @@
+"""Is a response right? The final answer is cut out of the text and compared with the reference by rule.
+
+Responses are written by a model and therefore hostile: nothing is evaluated, every step takes time linear in the
+length, and numbers stay strings (converting a million digits to an int would be quadratic).
+"""
+
+import re
+from collections import deque
+
+# Lower case is prose ("we check our answer: 3 · 4 = 12"). Markdown may stand between the word and its
+# colon ("**Answer**: 7"); Chinese responses write a full-width colon.
+_ANSWER_MARK = re.compile(r"(?:Answer|ANSWER)\**\s*[:\uff1a]")
+# Escaped braces are LaTeX set braces and do not nest.
+_BRACE = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
+
+_INTEGER = re.compile(r"([+-]?)\s*([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.0*)?")
+# Marks that wrap a number become a space, so that they cannot glue two numbers together; thin spaces vanish.
+_WRAPPING = re.compile(
+    r"\^\s*(?:\{\s*)?\\circ(?:\s*\})?|\\degree|°|\\[()\[\]]|\\?\$|\\left(?![a-zA-Z])|\\right(?![a-zA-Z])"
+)
+_THIN_SPACE = re.compile(r"\\[!,]")
+_DISPLAY_FRACTION = re.compile(r"\\[dt]frac(?![a-zA-Z])")
+_SPACE = re.compile(r"\s+")
+_DECORATION = ' \t\r\n*`"'  # white space and markdown around an answer
+_BLANK = re.compile(r'[\s*`"]*')
+
+
+def grade(response: str, answer: str) -> bool:
+    """True when the response's final answer equals the reference.
+
+    When both are integers their values are compared: $ and LaTeX math delimiters, thousands separators (1,234 and
+    1{,}234), leading zeros, a plus sign, a trailing period, a zero fraction (142.0) and a degree mark do not matter.
+    Otherwise the normalised strings are compared: the same marks and all white space dropped, \\dfrac and \\tfrac read
+    as \\frac. An empty answer is never right.
+    """
+    given = extract_answer(response)
+    if given is None:
+        return False
+    kind, value = _normalise(given)
+    return bool(value) and (kind, value) == _normalise(answer)
+
+
+def extract_answer(response: str) -> str | None:
+    """The final answer in a response: what follows the last "Answer:", or the last \\boxed{…}, whichever starts later.
+
+    The whole response is read. An answer ends with its line; when nothing follows the mark on its line, the next line
+    that is not blank counts. A box needs balanced braces; of nested boxes the inner one starts later. None when there
+    is neither.
+    """
+    box_start, box = _last_box(response)
+    line_start, line = _last_answer_line(response)
+    if box_start < 0 and line_start < 0:
+        return None
+    return box if box_start > line_start else line
+
+
+def _last_answer_line(text: str) -> tuple[int, str]:
+    """(start of the mark, what follows it), start −1 when no mark is followed by anything."""
+    # a mark before another one is always followed by something, so the last two decide and no line is read twice
+    marks = deque(_ANSWER_MARK.finditer(text), maxlen=2)
+    for mark in reversed(marks):
+        line = _line_at(text, mark.end()) or _line_at(text, _BLANK.match(text, mark.end()).end())
+        if line:
+            return mark.start(), line
+    return -1, ""
+
+
+def _line_at(text: str, start: int) -> str:
+    end = text.find("\n", start)
+    return text[start : end if end >= 0 else len(text)].strip(_DECORATION)
+
+
+def _last_box(text: str) -> tuple[int, str]:
+    """(start, content) of the balanced \\boxed{…} that starts last, start −1 when there is none."""
+    best_start, best_content = -1, (0, 0)
+    open_braces: list[tuple[int, int]] = []  # (start of \boxed or −1 for a plain brace, start of the content)
+    for token in _BRACE.finditer(text):
+        symbol = token.group()
+        if symbol == "}":
+            if open_braces:
+                start, content = open_braces.pop()
+                if start > best_start:
+                    best_start, best_content = start, (content, token.start())
+        elif symbol == "{":
+            open_braces.append((-1, token.end()))
+        elif symbol[1] == "b":
+            open_braces.append((token.start(), token.end()))
+    return best_start, text[slice(*best_content)].strip(_DECORATION)
+
+
+def _normalise(answer: str) -> tuple[str, str]:
+    """("integer", sign and digits) or ("text", normalised text). The kind keeps "4 2" from equalling 42."""
+    text = answer.replace("\N{MINUS SIGN}", "-").replace("{,}", ",")
+    text = _THIN_SPACE.sub("", _WRAPPING.sub(" ", text))
+    text = text.strip(_DECORATION).removesuffix(".").rstrip(_DECORATION)
+    number = _INTEGER.fullmatch(text)
+    if number:
+        digits = number[2].replace(",", "").lstrip("0") or "0"
+        return "integer", "-" + digits if number[1] == "-" and digits != "0" else digits
+    return "text", _SPACE.sub("", _DISPLAY_FRACTION.sub(r"\\frac", text))

@@ -1,0 +1,63 @@
+"""One queue over all engines.
+
+The embedded engine lives in every learner rank, so every rank holds the same queue and calls the same methods in step; a request goes to
+the engine that is least loaded, and completions are made known to all ranks.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch.distributed as dist
+
+from dapo_megatron.rollout.engine import Completion, RolloutEngine, RolloutRequest
+
+
+class Dispatcher:
+    """Hands requests to `engines` engines, one a rank; `engine` is this rank's own."""
+
+    def __init__(self, engine: RolloutEngine, *, rank: int, engines: int, time_limit_s: float) -> None:
+        self.engine, self.rank, self.engines, self.time_limit_s = engine, rank, engines, time_limit_s
+
+    def generate(self, requests: Sequence[RolloutRequest], *, group: int = 1) -> list[Completion]:
+        """Submit all, collect all, in the order of `requests`. `group` consecutive requests (one prompt's samples) stay together."""
+        for owner, share in enumerate(self._assign(requests, group)):
+            if owner == self.rank:
+                self.engine.submit(share)
+        mine = self.engine.collect(time_limit_s=self.time_limit_s)
+        by_ticket = {completion.ticket: completion for completion in self._share(mine)}
+        return [by_ticket[request.ticket] for request in requests]
+
+    def _assign(self, requests: Sequence[RolloutRequest], group: int) -> list[list[RolloutRequest]]:
+        loads = [0] * self.engines
+        shares: list[list[RolloutRequest]] = [[] for _ in range(self.engines)]
+        for start in range(0, len(requests), group):
+            together = requests[start : start + group]
+            least = min(range(self.engines), key=lambda e: (loads[e], e))
+            loads[least] += sum(len(r.prompt_tokens) + r.max_new_tokens for r in together)
+            shares[least].extend(together)
+        return shares
+
+    def _share(self, mine: list[Completion]) -> list[Completion]:
+        if self.engines == 1:
+            return mine
+        flat = (
+            np.array([c.ticket for c in mine], np.int64),
+            np.array([len(c.tokens) for c in mine], np.int64),
+            [c.finish_reason for c in mine],
+            *(_joined([getattr(c, name) for c in mine]) for name in ("tokens", "logprobs", "policy_versions")),
+        )
+        everyone: list = [None] * self.engines
+        dist.all_gather_object(everyone, flat)
+        return [completion for part in everyone for completion in _unflatten(*part)]
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.zeros(0)
+
+
+def _unflatten(tickets, lengths, reasons, tokens, logprobs, versions) -> list[Completion]:
+    stops = np.cumsum(lengths)
+    return [
+        Completion(int(ticket), tokens[stop - n : stop], logprobs[stop - n : stop], reason, versions[stop - n : stop])
+        for ticket, n, stop, reason in zip(tickets, lengths, stops, reasons, strict=True)
+    ]

@@ -1,0 +1,81 @@
+"""The rollout protocol: requests in, completions out, weights replaced in between.
+
+    submit(requests)          queue them; returns at once
+    collect(until, …)         completions as they finish, at least `until` of them or all
+    abort(tickets)            take requests back; what they produced so far is returned
+    pause() / resume()        stop and go on between two tokens
+    update_weights(version)   tokens from now on belong to this policy version
+
+The synchronous loop is submit, then collect everything.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """One sample to draw. `ticket` identifies it; `seed` alone (not its batch mates) decides its random numbers.
+
+    temperature 0 means greedy. top_p < 1 is for evaluation only.
+    """
+
+    ticket: int
+    prompt_tokens: np.ndarray
+    seed: int
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """tokens int32 [L], end of sequence included if it was drawn; logprobs fp32 [L] of log softmax(logits / T), before top-p.
+
+    finish_reason: "stop" at an end-of-sequence token, "length" at max_new_tokens, "abort" when taken back.
+    policy_versions int32 [L]: the version whose weights produced each token.
+    """
+
+    ticket: int
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    finish_reason: Literal["stop", "length", "abort"]
+    policy_versions: np.ndarray
+
+
+class RolloutEngine(Protocol):
+    """What an engine offers; see the module's header."""
+
+    def submit(self, requests: Sequence[RolloutRequest]) -> list[int]: ...
+
+    def collect(self, until: int | None = None, *, time_limit_s: float) -> list[Completion]: ...
+
+    def abort(self, tickets: Collection[int]) -> list[Completion]: ...
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def update_weights(self, version: int) -> None: ...
+
+
+@dataclass
+class PromptGroup:
+    """A prompt's G completions with their scores: accuracies bool [G], rewards fp32 [G] (shaping included)."""
+
+    prompt_id: int
+    text: str
+    answer: str
+    prompt_tokens: np.ndarray
+    completions: list[Completion]
+    responses: list[str] = field(default_factory=list)
+    accuracies: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    rewards: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+
+
+def sample_seed(*key: int) -> int:
+    """A 64-bit seed from integers (run seed, step, prompt, sample …): equal keys, equal samples, on every machine."""
+    return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0])

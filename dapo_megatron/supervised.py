@@ -1,0 +1,72 @@
+"""Supervised stages (warm start): −log π of given responses, through the same learner."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from dapo_megatron.config.supervised import Stage
+from dapo_megatron.data.packing import packing_efficiency
+from dapo_megatron.data.records import SequenceBatch, sequence_batch
+from dapo_megatron.data.sampler import PromptSampler
+from dapo_megatron.learner.learner import Learner
+from dapo_megatron.learner.losses import SUPERVISED_SUMS, supervised_loss
+from dapo_megatron.learner.optimizer import scheduled_rate
+
+Example = tuple[np.ndarray, np.ndarray]  # prompt and response token ids, int32
+
+
+def run_stage(
+    learner: Learner,
+    stage: Stage,
+    examples: Sequence[Example],
+    *,
+    seed: int,
+    done: int = 0,
+    report: Callable[[dict[str, float]], bool],
+) -> int:
+    """Train on `stage.steps` batches drawn from `examples`, from step `done` on; returns the steps done in all.
+
+    `report(metrics)` is called after every step and answers whether to stop.
+    """
+    sampler = PromptSampler(len(examples), seed, shuffle=True)
+    sampler.take(done * stage.batch_sequences)
+    for step in range(done, stage.steps):
+        started = time.perf_counter()
+        chosen = [examples[i] for i in sampler.take(stage.batch_sequences)]
+        batch = sequence_batch([prompt for prompt, _ in chosen], [response for _, response in chosen])
+        rate = scheduled_rate(
+            step,
+            stage.steps,
+            peak=stage.learning_rate,
+            least=stage.min_learning_rate,
+            warmup=stage.warmup_steps,
+            schedule=stage.schedule,
+        )
+        loss, norm = supervised_update(learner, batch, rate, stage.weight_decay)
+        stop = report(
+            {
+                "loss/supervised": loss,
+                "grad_norm": norm,
+                "learning_rate": rate,
+                "tokens/trained": float(torch.count_nonzero(batch.loss_weights_T)),
+                "packing/efficiency": packing_efficiency(
+                    batch.lengths.tolist(), learner.packing(batch, range(len(batch)))
+                ),
+                "time/step": time.perf_counter() - started,
+            }
+        )
+        if stop:
+            return step + 1
+    return stage.steps
+
+
+def supervised_update(
+    learner: Learner, batch: SequenceBatch, learning_rate: float, weight_decay: float
+) -> tuple[float, float]:
+    """One optimizer step on the mean −log π over the batch's weighted tokens; returns (loss, gradient norm)."""
+    denominator = float(batch.loss_weights_T.sum())
+    sums = learner.gradients(batch, range(len(batch)), supervised_loss(learner.head, denominator=denominator))
+    norm = learner.step(learning_rate, weight_decay)
+    return float(sums[SUPERVISED_SUMS.index("loss")]), norm

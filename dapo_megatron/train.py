@@ -1,0 +1,149 @@
+"""The loop: submit → collect → score → advantages → update → reshard → log."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dapo_megatron.algorithms.mini_batch import batch_of_groups
+from dapo_megatron.assemble import Run, append_samples, supervised_examples
+from dapo_megatron.debug_batches import load_batches, save_batch
+from dapo_megatron.evaluation import evaluate
+from dapo_megatron.learner.checkpoint import checkpoint_folder, save_checkpoint
+from dapo_megatron.learner.optimizer import scheduled_rate
+from dapo_megatron.monitoring.journal import Journal
+from dapo_megatron.monitoring.step_metrics import Clock, learner_metrics, rollout_metrics
+from dapo_megatron.policy_step import PolicyStep, learn_step, score_old_policy
+from dapo_megatron.rollout.dynamic_sampling import SampledStep, sample_step
+from dapo_megatron.rollout.engine import PromptGroup
+from dapo_megatron.stop import StopSignal
+from dapo_megatron.supervised import run_stage
+
+
+def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = False) -> None:
+    """Train until run.steps or a stop signal; every rank calls it. A checkpoint is left in both cases."""
+    steps, checkpoint, evaluation = run.recipe.run.steps, run.recipe.checkpoint, run.recipe.evaluation
+    warm_start(run, journal, stop)
+    run.sync.push(run.updates)
+    if run.step == 0 and not stop.requested():
+        journal.step({"step": 0, **validate(run, "before")})
+    while run.step < steps and not stop.requested():
+        clock = Clock()
+        with clock.phase("rollout"):
+            sampled = roll_out(run)
+        if rollout_only:
+            save_batch(run, sampled.trained)
+            result = None
+        else:
+            with clock.phase("learn"):
+                result = learn(run, sampled.trained)
+        with clock.phase("reshard"):
+            run.sync.push(run.updates)
+        run.step += 1
+        metrics = {"step": run.step, "learning_rate": learning_rate(run)}
+        metrics |= rollout_metrics(sampled) | learner_metrics(result) | clock.metrics()
+        if evaluation.every and (run.step % evaluation.every == 0 or run.step == steps):
+            metrics |= validate(run, "after" if run.step == steps else "during")
+        journal.step(metrics)
+        run.sync.check_gap(metrics.get("mismatch/logprob_abs_mean", 0.0), run.step)
+        if checkpoint.every and run.step % checkpoint.every == 0 and run.step < steps:
+            save(run)
+    save(run)
+
+
+def train_from_files(run: Run, journal: Journal, stop: StopSignal, files: Sequence[Path]) -> None:
+    """Learn from batches that `--debug-rollout-only` saved; no engine is asked for anything."""
+    for groups in load_batches(files):
+        if stop.requested():
+            break
+        clock = Clock()
+        with clock.phase("learn"):
+            result = learn(run, groups)
+        run.step += 1
+        metrics = {"step": run.step, "learning_rate": learning_rate(run)}
+        journal.step(metrics | rollout_metrics(SampledStep(groups, groups, 1)) | learner_metrics(result) | clock.metrics())
+    save(run)
+
+
+def warm_start(run: Run, journal: Journal, stop: StopSignal) -> None:
+    """The supervised stages that are not done yet."""
+    stages = run.recipe.supervised.stages
+    total = sum(stage.steps for stage in stages)
+    for i, stage in enumerate(stages):
+        if run.supervised_done[i] >= stage.steps or stop.requested():
+            continue
+        before = sum(run.supervised_done[:i])
+
+        def report(metrics: dict[str, float], i: int = i, before: int = before) -> bool:
+            run.supervised_done[i] += 1
+            run.updates += 1
+            journal.supervised(before + run.supervised_done[i], total, metrics)
+            return stop.requested()
+
+        run_stage(
+            run.learner,
+            stage,
+            supervised_examples(run, stage.data),
+            seed=run.recipe.run.seed,
+            done=run.supervised_done[i],
+            report=report,
+        )
+
+
+def roll_out(run: Run) -> SampledStep:
+    """Sample until the step has its mixed groups (DAPO's dynamic sampling)."""
+    settings = run.recipe.algorithm.dynamic_sampling
+    return sample_step(
+        lambda count, wave: run.training.draw_for_training(run.prompt_order.take(count), run.step, wave),
+        wanted=run.recipe.rollout.prompts_per_step,
+        enabled=settings.enabled,
+        max_waves=settings.max_waves,
+        metric=settings.metric,
+    )
+
+
+def learn(run: Run, groups: Sequence[PromptGroup]) -> PolicyStep | None:
+    """Old log-probs of all groups, then the step's gradient updates; None when there is nothing to learn from."""
+    if not groups:
+        return None
+    algorithm = run.recipe.algorithm
+    batch = batch_of_groups(
+        groups, overlong_filtering=algorithm.overlong_filtering, advantage_epsilon=algorithm.advantage_epsilon
+    )
+    _, entropy = score_old_policy(run.learner, batch)
+    result = learn_step(run.learner, batch, entropy, run.recipe, groups=len(groups), learning_rate=learning_rate(run))
+    run.updates += result.updates
+    return result
+
+
+def learning_rate(run: Run) -> float:
+    """The optimizer's learning rate of the present rollout step."""
+    settings = run.recipe.optimizer
+    return scheduled_rate(
+        run.step,
+        run.recipe.run.steps,
+        peak=settings.learning_rate,
+        least=settings.min_learning_rate,
+        warmup=settings.warmup_rollout_steps,
+        schedule=settings.schedule,
+    )
+
+
+def validate(run: Run, when: str) -> dict[str, float]:
+    """Validation metrics; a few completions are kept for the report."""
+    if run.validation is None or not run.recipe.evaluation.every:
+        return {}
+    clock = Clock()
+    with clock.phase("validation"):
+        metrics, groups = evaluate(run.validation, run.recipe)
+    append_samples(run, groups, when)
+    return metrics | {"time/validation": clock.metrics()["time/validation"]}
+
+
+def save(run: Run) -> None:
+    """A checkpoint of where the run stands; collective."""
+    save_checkpoint(
+        checkpoint_folder(run.paths.run, run.step),
+        run.learner,
+        run.state(),
+        side_files=run.paths.model,
+        keep=run.recipe.checkpoint.keep,
+    )

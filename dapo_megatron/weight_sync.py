@@ -1,0 +1,87 @@
+"""Learner weights into the rollout engine, by a resharding plan that is made once."""
+
+import torch
+
+from dapo_megatron.config import Recipe
+from dapo_megatron.errors import RunError
+from dapo_megatron.learner.learner import Learner
+from dapo_megatron.resharding.hf_layout import whole_layout
+from dapo_megatron.resharding.plan import make_plan
+from dapo_megatron.resharding.transport import Transfer, Transport
+from dapo_megatron.rollout.hf_engine import HFEngine
+
+
+class WeightSync:
+    """Megatron shards of all ranks → the whole Hugging Face model that each rank's engine holds."""
+
+    def __init__(self, recipe: Recipe, learner: Learner, engine: HFEngine, rank: int) -> None:
+        settings = recipe.resharding
+        self.learner, self.engine, self.enabled = learner, engine, settings.enabled
+        self.max_gap = settings.max_logprob_gap
+        target = whole_layout(learner.architecture, range(learner.layout.world))
+        self.plan = make_plan(learner.weight_layout, target)
+        self.transport = Transport(
+            self.plan,
+            rank,
+            dtype=learner.dtype,
+            device=learner.device,
+            bucket_bytes=settings.bucket_mib << 20,
+            window=settings.window,
+            time_limit_s=settings.time_limit_s,
+        )
+        self._synced_once = False
+
+    def push(self, version: int) -> Transfer | None:
+        """Write the present weights into the engine as policy `version`; None when `resharding.enabled` is false.
+
+        The first push always happens: an engine starts without weights.
+        """
+        if self._synced_once and not self.enabled:
+            return None
+        transfer = self.transport.run(self.learner.weights, self.engine.weights)
+        self.engine.update_weights(version)
+        self._synced_once = True
+        return transfer
+
+    def check_gap(self, gap: float, step: int) -> None:
+        """Compare the mean |log π_learner − log π_rollout| of a step with `resharding.max_logprob_gap`.
+
+        Raises:
+            RunError: the bound is exceeded; says what that means.
+        """
+        if self.max_gap is not None and not gap <= self.max_gap:
+            raise RunError(
+                f"mismatch alarm at step {step}: mean |log π_learner − log π_rollout| = {gap:.4f} exceeds "
+                f"resharding.max_logprob_gap={self.max_gap}. The rollout engine does not hold the learner's weights: "
+                + (
+                    "look for a failed sync, a packed copy of the weights, or different temperatures"
+                    if self.enabled
+                    else "resharding.enabled=false leaves the engine on its first weights; set it to true"
+                )
+            )
+
+
+def weights_of_rank_zero(learner: Learner, names: list[str], time_limit_s: float) -> dict[str, torch.Tensor] | None:
+    """The named tensors whole on rank 0 (None elsewhere); collective. For writing Hugging Face files a group at a time."""
+    target = whole_layout(learner.architecture, [0], names)
+    source = learner.weight_layout
+    wanted = set(names)
+    part = type(source)(
+        {name: shape for name, shape in source.shapes.items() if name in wanted},
+        {rank: tuple(p for p in placed if p.name in wanted) for rank, placed in source.placements.items()},
+    )
+    rank = torch.distributed.get_rank()
+    transport = Transport(
+        make_plan(part, target),
+        rank,
+        dtype=learner.dtype,
+        device=learner.device,
+        bucket_bytes=1 << 28,
+        window=256,
+        time_limit_s=time_limit_s,
+    )
+    whole = {
+        name: torch.empty(shape, dtype=learner.dtype, device=learner.device) for name, shape in target.shapes.items()
+    }
+    transport.run(learner.weights, whole if rank == 0 else {})
+    return whole if rank == 0 else None

@@ -1,0 +1,136 @@
+"""One rank of a run, from joining the world to leaving it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dapo_megatron.assemble import Run, assemble, barrier
+from dapo_megatron.config import Recipe
+from dapo_megatron.errors import RequestError
+from dapo_megatron.launch import World
+from dapo_megatron.learner.checkpoint import load_checkpoint, newest_checkpoint, read_state
+from dapo_megatron.learner.distributed import choose_device, join_world, leave_world
+from dapo_megatron.monitoring import write_report
+from dapo_megatron.monitoring.journal import Journal
+from dapo_megatron.monitoring.metrics import read_metrics
+from dapo_megatron.prepare import check_request, claim_run_directory, lay_out_run
+from dapo_megatron.resharding.hf_files import file_groups, write_folder
+from dapo_megatron.stop import StopSignal
+from dapo_megatron.train import train, train_from_files
+from dapo_megatron.weight_sync import weights_of_rank_zero
+
+HF_FILE_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How `train` was asked to run. `prepared`: the launcher has already checked the request and laid out the directory."""
+
+    resume: bool = False
+    overwrite: bool = False
+    prepared: bool = False
+    rollout_only: bool = False
+    train_only: tuple[Path, ...] = ()
+
+
+def run_rank(recipe: Recipe, world: World, mode: Mode) -> int:
+    """Train as one rank of `world`; returns the exit code: 0 done, 128 + signal when stopped by one.
+
+    Raises:
+        RequestError, RunError: as its parts do, on every rank of the world for a wrong request.
+    """
+    device = choose_device(recipe.learner.device, world.local_rank)
+    join_world(world, device=device, time_limit_s=recipe.learner.time_limit_s)
+    try:
+        if not mode.prepared:
+            _prepare_on_rank_zero(recipe, world, mode)
+        run = assemble(recipe, world)
+        try:
+            return _train(run, mode)
+        finally:
+            if run.grader is not None:
+                run.grader.close()
+    finally:
+        leave_world()
+
+
+def _train(run: Run, mode: Mode) -> int:
+    stop = StopSignal(run.device)
+    lines = _resume(run) if mode.resume else []
+    journal = Journal(run.recipe, rank=run.world.rank, step=run.step, supervised_step=sum(run.supervised_done))
+    try:
+        for line in lines:
+            journal.note(line)
+        if mode.train_only:
+            train_from_files(run, journal, stop, mode.train_only)
+        else:
+            train(run, journal, stop, rollout_only=mode.rollout_only)
+        if stop.requested():
+            journal.note(f"stopped at step {run.step}; continue with --resume")
+            return stop.exit_code
+        if run.recipe.checkpoint.hugging_face:
+            export_hugging_face(run)
+        _conclude(run, journal)
+    finally:
+        journal.close()
+    return 0
+
+
+def export_hugging_face(run: Run) -> None:
+    """Write the present weights to RUN/hf as a Hugging Face folder; collective."""
+    learner = run.learner
+    groups = list(file_groups(learner.weight_layout.shapes, learner.dtype.itemsize, HF_FILE_BYTES))
+    limit = run.recipe.resharding.time_limit_s
+    write_folder(
+        run.paths.run / "hf",
+        groups,
+        lambda names: weights_of_rank_zero(learner, list(names), limit),
+        side_files=run.paths.model,
+        dtype=learner.dtype,
+    )
+    barrier()
+
+
+def _prepare_on_rank_zero(recipe: Recipe, world: World, mode: Mode) -> None:
+    """Check and lay out once for the whole world; a refusal reaches every rank, so that all of them end alike."""
+    refusal: list[str | None] = [None]
+    if world.rank == 0:
+        try:
+            check_request(recipe, world.size)
+            claim_run_directory(recipe, resume=mode.resume, overwrite=mode.overwrite)
+            lay_out_run(recipe)
+        except RequestError as error:
+            refusal = [str(error)]
+    if world.size > 1:
+        dist.broadcast_object_list(refusal, src=0)
+    if refusal[0] is not None:
+        raise RequestError(refusal[0])
+
+
+def _resume(run: Run) -> list[str]:
+    """Load the newest sound checkpoint, chosen by rank 0; returns what there is to say about it."""
+    choice: list = [None]
+    if run.world.rank == 0:
+        choice = [newest_checkpoint(run.paths.run)]
+    if run.world.size > 1:
+        dist.broadcast_object_list(choice, src=0)
+    folder, lines = choice[0]
+    if folder is None:
+        return [*lines, "no checkpoint to resume from; starting at step 0"]
+    load_checkpoint(folder, run.learner)
+    run.load_state(read_state(folder))
+    return [*lines, f"resumed from {folder}"]
+
+
+def _conclude(run: Run, journal: Journal) -> None:
+    """Rank 0: the report, and sample completions from before and after."""
+    if run.world.rank != 0 or not run.recipe.monitoring.report:
+        return
+    png, html = write_report([run.paths.run])
+    samples = run.paths.run / "samples.jsonl"
+    for sample in read_metrics(samples) if samples.exists() else []:
+        if sample["when"] != "during":
+            verdict = "right" if sample["right"] else "wrong"
+            journal.note(f"{sample['when']:>6}: {sample['prompt']} → {sample['response']}   ({verdict})")
+    journal.note(f"picture: {png}\nreport:  {html}")
