@@ -1,6 +1,9 @@
 """Learner weights into the rollout engine, by a resharding plan that is made once."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
+from torch import Tensor
 
 from dapo_megatron.config import Recipe
 from dapo_megatron.errors import RunError
@@ -61,8 +64,13 @@ class WeightSync:
             )
 
 
-def weights_of_rank_zero(learner: Learner, names: list[str], time_limit_s: float) -> dict[str, torch.Tensor] | None:
-    """The named tensors whole on rank 0 (None elsewhere); collective. For writing Hugging Face files a group at a time."""
+def whole_on_rank_zero(
+    learner: Learner, local: Mapping[str, Tensor], names: Sequence[str], *, dtype: torch.dtype, time_limit_s: float
+) -> dict[str, Tensor] | None:
+    """The named canonical tensors whole on rank 0 (None elsewhere), from each rank's `local` tensors by layout key; collective.
+
+    `local` is the learner's weights, or anything of their shapes (gradients). For writing files a group at a time.
+    """
     target = whole_layout(learner.architecture, [0], names)
     source = learner.weight_layout
     wanted = set(names)
@@ -74,14 +82,14 @@ def weights_of_rank_zero(learner: Learner, names: list[str], time_limit_s: float
     transport = Transport(
         make_plan(part, target),
         rank,
-        dtype=learner.dtype,
+        dtype=dtype,
         device=learner.device,
         bucket_bytes=1 << 28,
         window=256,
         time_limit_s=time_limit_s,
     )
     whole = {
-        name: torch.empty(shape, dtype=learner.dtype, device=learner.device) for name, shape in target.shapes.items()
+        name: torch.empty(shape, dtype=dtype, device=learner.device) for name, shape in target.shapes.items()
     }
-    transport.run(learner.weights, whole if rank == 0 else {})
+    transport.run(local, whole if rank == 0 else {})
     return whole if rank == 0 else None

@@ -18,7 +18,7 @@ from dapo_megatron.prepare import check_request, claim_run_directory, lay_out_ru
 from dapo_megatron.resharding.hf_files import file_groups, write_folder
 from dapo_megatron.stop import StopSignal
 from dapo_megatron.train import train, train_from_files
-from dapo_megatron.weight_sync import weights_of_rank_zero
+from dapo_megatron.weight_sync import whole_on_rank_zero
 
 HF_FILE_BYTES = 4 << 30
 
@@ -85,7 +85,9 @@ def export_hugging_face(run: Run) -> None:
     write_folder(
         run.paths.run / "hf",
         groups,
-        lambda names: weights_of_rank_zero(learner, list(names), limit),
+        lambda names: whole_on_rank_zero(
+            learner, learner.weights, names, dtype=learner.dtype, time_limit_s=limit
+        ),
         side_files=run.paths.model,
         dtype=learner.dtype,
     )

@@ -97,13 +97,5 @@ def _algorithm(recipe: Recipe) -> Iterator[str]:
 
 
 def _data(recipe: Recipe) -> Iterator[str]:
-    data = recipe.data
-    if recipe.run.steps == 0 or data.generate is not None:
-        return
-    if data.train is None:
+    if recipe.run.steps > 0 and recipe.data.train is None and recipe.data.generate is None:
         yield f"run.steps={recipe.run.steps} needs prompts; set data.train or data.generate"
-    if data.validation is None and recipe.evaluation.every > 0:
-        yield (
-            f"evaluation.every={recipe.evaluation.every} needs prompts; set data.validation, or evaluation.every=0 "
-            "for no evaluation"
-        )

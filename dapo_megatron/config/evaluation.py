@@ -9,7 +9,7 @@ class Evaluation(Section):
     """Sampling for validation; unlike training it may cut the distribution."""
 
     every: int = Field(10, ge=0)
-    """Rollout steps between validations; 0 = never."""
+    """Rollout steps between validations; 0 = never. Without validation prompts there is none."""
 
     samples: int = Field(4, ge=1)
     """Samples a prompt; accuracy is their mean."""

@@ -38,11 +38,12 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _read_with_bases(path: Path, above: tuple[Path, ...]) -> dict[Any, Any]:
+    text = _read_text(path, above)
     real = path.resolve()
     if real in above:
         chain = " -> ".join(str(step) for step in (*above[above.index(real) :], real))
         raise RequestError(f"base: {chain} is a cycle; remove one of these bases")
-    settings = parse_yaml(_read_text(path, above), str(path))
+    settings = parse_yaml(text, str(path))
     if settings is None:
         settings = {}
     if not isinstance(settings, dict):

@@ -53,7 +53,7 @@ def nearest_name(unknown: str, known: Sequence[str]) -> str | None:
     if same:
         return difflib.get_close_matches(unknown, same, n=1, cutoff=0.0)[0]
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
-    for candidates, cutoff in ((siblings, 0.6), (known, 0.75)):
+    for candidates, cutoff in ((siblings, 0.6), (known, 0.75)) if parent else ((known, 0.6),):
         alike = difflib.get_close_matches(leaf, [_leaf(name) for name in candidates], n=1, cutoff=cutoff)
         if alike:
             places = [name for name in candidates if _leaf(name) == alike[0]]

@@ -26,6 +26,14 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
+    def analyze_scalar(self, scalar: str) -> yaml.emitter.ScalarAnalysis:
+        analysis = super().analyze_scalar(scalar)
+        if not scalar.isprintable():
+            # PyYAML folds some line breaks (NEL, LS, PS) of plain and quoted text; double quotes escape them
+            analysis.allow_flow_plain = analysis.allow_block_plain = False
+            analysis.allow_single_quoted = analysis.allow_block = False
+        return analysis
+
     def ignore_aliases(self, data: Any) -> bool:
         return True
 

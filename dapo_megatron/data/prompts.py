@@ -106,11 +106,11 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, chat_tem
             raise RequestError(f"prompt {prompt.id}: the chat template refuses the conversation: {reason}") from error
         ids = tokenizer.encode(text, add_special_tokens=False)
     else:
-        bare = tokenizer.encode(prompt.text, add_special_tokens=False)
         ids = tokenizer.encode(prompt.text)
         # a tokenizer may close a text with EOS, which would tell the model that it has ended
-        if ids[-1:] == [tokenizer.eos_token_id] and bare[-1:] != ids[-1:]:
-            ids = ids[:-1]
+        if ids[-1:] == [tokenizer.eos_token_id]:
+            bare = tokenizer.encode(prompt.text, add_special_tokens=False)
+            ids = ids if bare[-1:] == ids[-1:] else ids[:-1]
     if not ids:
         raise RequestError(f"prompt {prompt.id}: the tokenizer makes no token of {prompt.text[:60]!r}")
     return np.asarray(ids, dtype=np.int32)

@@ -94,7 +94,7 @@ class Learner:
             flat[:, packed.rows_T[rows]] = score_rows(self.head, logits_TV, packed)[:, rows]
             return logits_TV.new_zeros(())
 
-        self._run(self._packs(batch, range(len(batch))), keep, forward_only=True)
+        self.forward_backward(self.packs(batch, range(len(batch))), keep, forward_only=True)
         logprobs, entropy = sum_over_world(flat).cpu()
         return logprobs, entropy
 
@@ -110,7 +110,7 @@ class Learner:
             sums.append(terms)
             return value
 
-        count = self._run(self._packs(batch, sequences), keep_sums, forward_only=False)
+        count = self.forward_backward(self.packs(batch, sequences), keep_sums, forward_only=False)
         width = torch.tensor(sums[0].numel() if sums else 0, device=self.device)
         torch.distributed.all_reduce(width, op=torch.distributed.ReduceOp.MAX)
         total = torch.stack(sums).sum(0) if sums else torch.zeros(int(width), dtype=torch.float64, device=self.device)
@@ -141,12 +141,13 @@ class Learner:
         )
         return [[[sequences[i] for i in members] for members in rank] for rank in assignment]
 
-    def _packs(self, batch: SequenceBatch, sequences: Sequence[int]) -> list[PackedBatch]:
+    def packs(self, batch: SequenceBatch, sequences: Sequence[int]) -> list[PackedBatch]:
+        """This data-parallel rank's micro-batches of the given sequences."""
         share = self.packing(batch, sequences)[parallel_state.get_data_parallel_rank()]
         multiple = self.layout.tensor * self.layout.context
         return [pack(batch, members, multiple_of=multiple, device=self.device) for members in share]
 
-    def _run(
+    def forward_backward(
         self, packs: list[PackedBatch], on_logits: Callable[[Tensor, PackedBatch], Tensor], *, forward_only: bool
     ) -> int:
         """One pipeline schedule over the micro-batches; `on_logits` sees each on the last stage and returns its loss."""

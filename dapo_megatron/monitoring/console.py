@@ -18,8 +18,9 @@ REFRESH_HZ = 2  # each refresh takes time from the learner
 class Console:
     """Prints the progress of a run of `total_steps` rollout steps to `stream` (default: standard output).
 
-    `quiet`: plain lines, one a step; None: plain unless `stream` is a terminal. Use it as a context manager, or
-    call `close`, to give the terminal back. A stream that goes away (a closed pipe) silences the console and does not end the run.
+    `quiet`: plain lines, one a step; None: plain unless `stream` is a terminal. Use it as a context manager, or call
+    `close`, to give the terminal back. A stream that goes away (a closed pipe) silences the console and does not end
+    the run.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Console:
         self._show(lambda: self._form.step(step, self._total, metrics, eta))
 
     def supervised(self, step: int, total: int, loss: float, seconds: float) -> None:
-        """Show supervised step `step` of `total` (counted from 1), which took `seconds`; the plain form prints some 20."""
+        """Show supervised step `step` (from 1) of `total`, which took `seconds`; the plain form prints about 20."""
         self._show(lambda: self._form.supervised(step, total, loss, seconds))
 
     def note(self, text: str) -> None:

@@ -24,7 +24,7 @@ class MetricsFile:
         self.path.touch()
 
     def append(self, metrics: Mapping[str, Any]) -> None:
-        """Write one line. Floats keep every digit; NaN and infinities become null; numpy and torch values plain ones."""
+        """Write one line: floats with every digit, NaN and infinities as null, numpy and torch values as plain ones."""
         line = json.dumps({str(key): _plain(value) for key, value in metrics.items()}, allow_nan=False) + "\n"
         with open(self.path, "ab+") as handle:
             _mend_tail(handle)

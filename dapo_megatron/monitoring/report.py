@@ -11,8 +11,8 @@ from dapo_megatron.monitoring.run_record import read_runs
 def write_report(run_directories: Sequence[Path], destination: Path | None = None) -> tuple[Path, Path]:
     """Write report.png and report.html for the given runs, overlaid, and return their paths.
 
-    Reads metrics.jsonl and, where they exist, config.yaml, supervised.jsonl and samples.jsonl of each run. `destination`
-    is a folder, by default the first run's.
+    Reads metrics.jsonl and, where they exist, config.yaml, supervised.jsonl and samples.jsonl of each run.
+    `destination` is a folder, by default the first run's.
 
     Raises RequestError for a folder without metrics.jsonl, a broken line, or a destination that is a file.
     """

@@ -177,21 +177,16 @@ def _draw_panel(axes: Any, panel: Panel, runs: Sequence[RunRecord]) -> None:
     _whole_steps(axes, "rollout step")
     axes.set_xlim(*_step_limits(runs))
     if len(names) > 1:
-        handles = [
-            Line2D(
-                [], [], color=COLOURS[place] if len(runs) == 1 else GREY, ls="-" if len(runs) == 1 else STYLES[place]
-            )
-            for place in sorted(names)
-        ]
+        looks = {place: (COLOURS[place], "-") if len(runs) == 1 else (GREY, STYLES[place]) for place in sorted(names)}
+        handles = [Line2D([], [], color=colour, ls=style) for colour, style in looks.values()]
         _legend_beside_title(axes, handles, [names[place] for place in looks])
 
 
 def _draw_curve(axes: Any, series: Series, colour: str, style: str, marked: bool) -> None:
     steps, values = series
-    sparse = marked and len(steps) <= MANY_POINTS
     if len(steps) <= MANY_POINTS:
         # a curve of one point is invisible without a marker
-        axes.plot(steps, values, color=colour, ls=style, marker="o" if sparse or len(steps) == 1 else None, ms=4.5)
+        axes.plot(steps, values, color=colour, ls=style, marker="o" if marked or len(steps) == 1 else None, ms=4.5)
         return
     axes.plot(steps, values, color=colour, ls="-", lw=0.8, alpha=0.25)
     axes.plot(steps, _running_mean(values, max(3, len(values) // SMOOTH_SHARE)), color=colour, ls=style)

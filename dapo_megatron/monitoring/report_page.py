@@ -155,17 +155,8 @@ def _differences(runs: Sequence[RunRecord]) -> list[str]:
     different = [key for key in keys if len({recipe.get(key, ABSENT) for recipe in recipes}) > 1]
     if not different:
         return []
-    head = "".join(f"<th>{_text(run.label)}</th>" for run in runs)
-    rows = "".join(
-        f"<tr><th>{_text(key)}</th>"
-        + "".join(f"<td>{_text(recipe.get(key, '–'))}</td>" for recipe in recipes)
-        + "</tr>"
-        for key in different
-    )
-    return [
-        "<h2>Settings that differ</h2>",
-        f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>',
-    ]
+    rows = [(key, [recipe.get(key, ABSENT) for recipe in recipes]) for key in different]
+    return ["<h2>Settings that differ</h2>", _table(runs, rows)]
 
 
 def _settings(config: str) -> dict[str, str]:

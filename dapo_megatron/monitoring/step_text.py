@@ -84,7 +84,7 @@ class Pace:
         self._seen: deque[tuple[int, float]] = deque(maxlen=ETA_WINDOW + 1)
 
     def eta(self, step: int, step_seconds: float | None) -> float | None:
-        """Seconds left after `step` ended now; the first call goes by `step_seconds`. None: nothing left, or unknown."""
+        """Seconds left after `step` ended now; the first call goes by `step_seconds`. None: none left or unknown."""
         if self._seen and step <= self._seen[-1][0]:
             self._seen.clear()
         self._seen.append((step, self._clock()))

@@ -1,0 +1,118 @@
+"""Rules that span sections, or a section and the model."""
+
+from dataclasses import replace
+
+import pytest
+
+from dapo_megatron.config import Architecture, Recipe, check_recipe
+from dapo_megatron.errors import RequestError
+
+SHAPE = Architecture(
+    family="qwen2", layers=64, hidden=5120, heads=40, kv_heads=8, head_dim=128, ffn=27648, vocab=152064, tied=False,
+    qkv_bias=True, qk_norm=False, rms_eps=1e-5, rope_theta=1e6, rope_scaling=None, max_positions=131072,
+    sliding_window=None, eos_token_ids=(151643,), init_std=0.02, torch_dtype="bfloat16",
+)  # fmt: skip
+
+
+def recipe(**sections: dict) -> Recipe:
+    least = {"run": {"directory": "out"}, "model": {"path": "hf"}, "data": {"train": "t.jsonl"}}
+    return Recipe.model_validate(least | sections)
+
+
+def refusal(shape: Architecture = SHAPE, **sections: dict) -> str:
+    with pytest.raises(RequestError) as caught:
+        check_recipe(recipe(**sections), shape)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"evaluation": {"top_p": 0.3, "temperature": 0.1}},
+        {"reward": {"overlong": {"max_length": 20480, "cache_length": 4096}}},
+        {"reward": {"overlong": {"max_length": 20480, "cache_length": 20480}}},
+        {"reward": {"overlong": {"max_length": None, "cache_length": 4096}}},
+        {"algorithm": {"eps_dual": 1.01}},
+        {"rollout": {"samples_per_prompt": 2, "temperature": 0.01}},
+        {"learner": {"tokens_per_micro_batch": 22528}},
+        {"run": {"directory": "out", "steps": 0}, "data": {}},
+        {"data": {"generate": {}}},
+    ],
+)
+def test_what_is_allowed(sections):
+    check_recipe(recipe(**sections), SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"rollout": {"top_p": 0.7}}, ["rollout.top_p=0.7", "could not reproduce", "use 1.0", "evaluation.top_p"]),
+        ({"rollout": {"temperature": 0.0}}, ["rollout.temperature=0.0", "more than 0", "use 1.0"]),
+        ({"rollout": {"samples_per_prompt": 1}}, ["rollout.samples_per_prompt=1", "use 2 or more"]),
+        ({"algorithm": {"eps_dual": 1.0}}, ["algorithm.eps_dual=1.0", "more than 1", "or null"]),
+        ({"algorithm": {"eps_dual": -3.0}}, ["algorithm.eps_dual=-3.0"]),
+        (
+            {"rollout": {"engine": "vllm", "placement": "disaggregated", "tensor": 4, "engines": 2}},
+            ["rollout.engine=vllm is not available in this version; use hf"],
+        ),
+        ({"rollout": {"placement": "disaggregated"}}, ["rollout.placement=disaggregated", "vllm", "use colocated"]),
+        ({"rollout": {"tensor": 4}}, ["rollout.tensor=4", "vllm", "with hf use 1"]),
+        ({"rollout": {"engines": 1}}, ["rollout.engines=1", "vllm", "with hf use null"]),
+        (
+            {"learner": {"tokens_per_micro_batch": 22527}},
+            ["2048", "20480", "22528 tokens", "tokens_per_micro_batch=22527", "use tokens_per_micro_batch=22528"],
+        ),
+        (
+            {"reward": {"overlong": {"max_length": 20481}}},
+            ["reward.overlong.max_length=20481", "rollout.max_response_length=20480", "use 20480 or less"],
+        ),
+        (
+            {"reward": {"overlong": {"max_length": 100, "cache_length": 101}}},
+            ["reward.overlong.cache_length=101", "reward.overlong.max_length=100", "use 100 or less"],
+        ),
+        ({"data": {}}, ["run.steps=100", "data.train or data.generate"]),
+    ],
+)
+def test_refusals(sections, words):
+    told = refusal(**sections)
+    assert all(word in told for word in words), told
+    assert "\n" not in told
+
+
+def test_sequences_fit_the_positions():
+    check_recipe(recipe(), replace(SHAPE, max_positions=22528))
+    told = refusal(replace(SHAPE, max_positions=22527))
+    assert told == (
+        "data.max_prompt_length=2048 + rollout.max_response_length=20480 = 22528 tokens exceed the model's "
+        "22527 positions; use rollout.max_response_length=20479 or less"
+    )
+
+
+def test_a_prompt_that_leaves_no_room_is_the_one_to_shorten():
+    assert "use data.max_prompt_length less than 2048" in refusal(replace(SHAPE, max_positions=2048))
+
+
+def test_sequences_fit_the_sliding_window():
+    check_recipe(recipe(), replace(SHAPE, sliding_window=22528))
+    told = refusal(replace(SHAPE, sliding_window=4096))
+    assert "4096 tokens of its sliding window" in told
+    assert "use rollout.max_response_length=2048 or less" in told
+
+
+def test_the_values_proposed_work():
+    shape = replace(SHAPE, max_positions=8192, sliding_window=4096)
+    response = {"max_response_length": 2048}
+    check_recipe(recipe(rollout=response, reward={"overlong": {"max_length": 2048}}), shape)
+
+
+def test_all_problems_are_told_at_once():
+    told = refusal(
+        rollout={"top_p": 0.9, "temperature": 0.0, "samples_per_prompt": 1, "tensor": 2},
+        algorithm={"eps_dual": 0.5},
+        learner={"tokens_per_micro_batch": 10},
+        reward={"overlong": {"max_length": 30000}},
+        data={},
+    ).splitlines()
+    assert len(told) == 8
+    assert len(set(told)) == 8
