@@ -44,23 +44,21 @@ def known_names(section: type[Section]) -> list[str]:
 def nearest_name(unknown: str, known: Sequence[str]) -> str | None:
     """The known dotted name most like `unknown`; None if nothing is alike.
 
-    First the same last part in another place (`algorithm.temperature` -> `rollout.temperature`), then a like last part
-    in the same section, then a like last part anywhere, then a like whole name. The section itself is no answer.
+    Inside a section its own settings are compared first, then the last parts of all names (`algorithm.temperature` ->
+    `rollout.temperature`). A name without a section is compared with last parts and whole names.
     """
     parent, leaf = unknown.rpartition(".")[0], _leaf(unknown)
-    known = [name for name in known if not unknown.startswith(f"{name}.")]
-    same = [name for name in known if _leaf(name) == leaf]
-    if same:
-        return difflib.get_close_matches(unknown, same, n=1, cutoff=0.0)[0]
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
+    # whole names of one section are alike by their prefix alone, so they count at the top only
     for candidates, cutoff in ((siblings, 0.6), (known, 0.75)) if parent else ((known, 0.6),):
-        alike = difflib.get_close_matches(leaf, [_leaf(name) for name in candidates], n=1, cutoff=cutoff)
-        if alike:
-            places = [name for name in candidates if _leaf(name) == alike[0]]
-            return difflib.get_close_matches(unknown, places, n=1, cutoff=0.0)[0]
-    if siblings and parent:
-        return None  # whole names of one section are alike by their prefix: better to list what it has
-    return next(iter(difflib.get_close_matches(unknown, known, n=1, cutoff=0.6)), None)
+        scores = {}
+        for name in candidates:
+            whole = _likeness(unknown, name)
+            scores[name] = (max(_likeness(leaf, _leaf(name)), 0.0 if parent else whole), whole)
+        best = max(scores, key=scores.__getitem__, default=None)
+        if best is not None and scores[best][0] >= cutoff:
+            return best
+    return None
 
 
 def show(value: Any) -> str:
@@ -110,6 +108,10 @@ def _unknown(place: Sequence[str | int], recipe: type[Section]) -> str:
     parent = plain.rpartition(".")[0]
     inside = [_leaf(name) for name in known if name.rpartition(".")[0] == parent]
     return f"unknown setting {_dotted(place)}; {parent or 'a recipe'} has {', '.join(inside)}"
+
+
+def _likeness(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
 
 
 def _leaf(name: str) -> str:

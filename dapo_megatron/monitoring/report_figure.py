@@ -293,8 +293,7 @@ def _running_mean(values: list[float], width: int) -> list[float]:
     half = width // 2
     means = []
     for place in range(len(values)):
-        # narrower towards both ends, so that a curve starts and ends at its own values
-        reach = min(half, place, len(values) - 1 - place)
-        near = [v for v in values[place - reach : place + reach + 1] if math.isfinite(v)]
+        # narrower towards the start, so that a curve begins at its own first value; the noisy end keeps its width
+        near = [v for v in values[max(0, place - half) : place + min(half, place) + 1] if math.isfinite(v)]
         means.append(sum(near) / len(near) if near else math.nan)
     return means

@@ -55,7 +55,8 @@ def logprobs_and_entropy(
         row_mask: [N] bool; other rows are skipped, return 0 and get gradient 0. None: every row.
 
     Raises:
-        ValueError: shapes, dtypes or T disagree; on a CPU also a target outside the vocabulary or a NaN in a row asked for.
+        ValueError: shapes, dtypes or T disagree; on a CPU also a target outside the vocabulary, a NaN, or T ≤ 0
+            in a tensor, in a row asked for.
     """
     if implementation not in ("auto", "torch"):
         raise ValueError(f"implementation={implementation!r} is not known; use 'auto' or 'torch'")
@@ -75,6 +76,9 @@ def logprobs_and_entropy(
         asked = targets[rows]
         if asked.numel() and (int(asked.min()) < 0 or int(asked.max()) >= vocabulary):
             raise ValueError(f"targets must lie in 0..{vocabulary - 1}; found {int(asked.min())}..{int(asked.max())}")
+        used = temperature[rows] if isinstance(temperature, Tensor) and temperature.dim() else temperature
+        if not bool(torch.as_tensor(used > 0).all()):
+            raise ValueError("temperature must be > 0 in every row asked for")
     inverse_temperature = torch.as_tensor(temperature, device=logits.device, dtype=_compute_dtype(logits)).reciprocal()
     group = tensor_parallel_group if group_size > 1 else None
     return LogprobsAndEntropy(*_RowLogprobs.apply(logits, targets, rows, inverse_temperature, shard, group, in_place))

@@ -75,7 +75,7 @@ def clipped_policy_loss(
     on_cpu = logits.device.type == "cpu"
     if (on_cpu or not isinstance(denominator, Tensor)) and not float(denominator) > 0:
         raise ValueError(f"denominator={float(denominator)} must be > 0: the weight sum of the whole mini-batch")
-    if on_cpu and loss_mask.numel() and float(loss_mask.min()) < 0:
+    if on_cpu and loss_mask.numel() and not float(loss_mask.min()) >= 0:  # a NaN as well
         raise ValueError(f"loss_mask holds {float(loss_mask.min())}; weights must be >= 0")
 
     trained = loss_mask > 0

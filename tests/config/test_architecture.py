@@ -175,6 +175,11 @@ def test_what_transformers_fills_in_may_be_absent():
     assert architecture_from_dict(without(QWEN3, "head_dim"), "here").head_dim == 128
 
 
+def test_qwen2_has_its_biases_whatever_attention_bias_says():
+    # transformers ignores the key there: q, k and v have a bias, o_proj has none
+    assert architecture_from_dict(QWEN25_32B | {"attention_bias": True}, "here").qkv_bias is True
+
+
 def test_a_file_transformers_wrote(tmp_path):
     transformers = pytest.importorskip("transformers")
     for name in ("Qwen2Config", "LlamaConfig", "MistralConfig", "Qwen3Config"):

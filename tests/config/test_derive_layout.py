@@ -97,10 +97,8 @@ def test_more_tensor_ranks_than_key_value_heads():
     ],
 )
 def test_refusals(parallel, shape, line):
-    told = refusal(parallel, shape=replace(QWEN25_32B, **shape)).splitlines()
-    assert line in told
-    # a size may break two rules at once, each with its line
-    assert all(key in other for other in told for key in [f"parallel.{name}" for name in parallel][:1])
+    # one size may break two rules, each with a line of its own
+    assert line in refusal(parallel, shape=replace(QWEN25_32B, **shape)).splitlines()
 
 
 def test_a_world_that_exists_is_named_as_such():

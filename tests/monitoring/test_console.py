@@ -64,8 +64,9 @@ def test_a_validation_step_line_shows_both_accuracies():
     st.integers(0, 50),
 )
 def test_any_metric_may_be_missing_or_not_finite(metrics, step):
-    for stream in (io.StringIO(), Terminal()):
-        with Console(40, stream=stream) as console:
+    for quiet in (True, False):
+        stream = io.StringIO()
+        with Console(40, quiet, stream=stream) as console:
             console.step({"step": step, **metrics})
         assert f"{step}/40" in stream.getvalue()
 

@@ -1,0 +1,182 @@
+"""One update is the same update, however the model, the batch and the ranks are cut; and it is transformers' update."""
+
+import pytest
+import torch
+from dapo_kernels import clipped_policy_loss
+from safetensors.torch import load_file, save_file
+
+from dapo_megatron.data.records import sequence_batch
+from tests.learner.update_cases import CLIP
+from tests.ranks import run_ranks
+from tests.tiny_models import load_model, write_model
+
+pytestmark = pytest.mark.distributed
+
+TEMPERATURE = 0.9
+LAYOUTS = {
+    1: ["tp1pp1"],
+    2: ["tp2pp1", "tp2pp1sp", "tp1pp2", "tp1pp2vpp2", "tp1pp1"],
+    4: ["tp2pp2", "tp2pp2vpp2sp", "tp2pp1sp", "tp1pp2", "tp4pp1"],
+}
+BUDGETS = [1000, 150, 82]  # tokens a micro-batch: 1, 2 and 4 micro-batches on one data-parallel rank
+MODELS = {"qwen2 untied": ("qwen2", False), "qwen2 tied": ("qwen2", True), "qwen3 untied": ("qwen3", False)}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {
+        name: str(write_model(root / name.replace(" ", "-"), family, tied=tied))
+        for name, (family, tied) in MODELS.items()
+    }
+
+
+def _reference(model, batch):
+    """(sums of terms, gradient by canonical name) from transformers' own forward pass, and the loss record."""
+    rows = [batch.rows(i) for i in range(len(batch))]
+    logits = torch.cat([model(batch.tokens_T[r].long()[None]).logits[0] for r in rows])
+    targets = torch.cat([torch.cat([batch.tokens_T[r][1:].long(), torch.zeros(1, dtype=torch.long)]) for r in rows])
+    record = clipped_policy_loss(
+        logits.clone().contiguous(),
+        targets,
+        batch.old_logprobs_T,
+        batch.advantages_T,
+        batch.loss_weights_T,
+        denominator=float(batch.loss_weights_T.sum()),
+        temperature=TEMPERATURE,
+        **CLIP,
+    )
+    record.loss.backward()
+    return record, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def batches(models, tmp_path_factory):
+    """One batch a model, its old log-probs moved away from the present ones so that every clip region occurs."""
+    root = tmp_path_factory.mktemp("batches")
+    generator = torch.Generator().manual_seed(3)
+    lengths = [(5, 12), (9, 30), (3, 21), (11, 7), (6, 40), (4, 18), (8, 25), (7, 33), (5, 2), (10, 28)]
+    prompts = [torch.randint(0, 100, (p,), generator=generator).numpy() for p, _ in lengths]
+    responses = [torch.randint(0, 100, (r,), generator=generator).numpy() for _, r in lengths]
+    references = {}
+    for name, folder in models.items():
+        batch = sequence_batch(prompts, responses)
+        batch.loss_weights_T *= torch.rand(batch.loss_weights_T.shape, generator=generator) + 0.5
+        batch.loss_weights_T[batch.rows(3)] = 0.0  # a filtered response
+        batch.advantages_T = torch.randn(batch.advantages_T.shape, generator=generator)
+        model = load_model(folder)
+        record, _ = _reference(model, batch)
+        batch.old_logprobs_T = record.logprobs + torch.randn(record.logprobs.shape, generator=generator)
+        model.zero_grad()
+        record, gradient = _reference(model, batch)
+        assert record.clipped_low.any() and record.clipped_high.any() and record.clipped_dual.any()
+        path = root / f"{name.replace(' ', '-')}.safetensors"
+        save_file(batch.state(), path)
+        terms = (batch.loss_weights_T * (record.ratio * batch.advantages_T).abs()).sum() / batch.loss_weights_T.sum()
+        references[name] = (str(path), record, gradient, float(terms))
+    return references
+
+
+@pytest.mark.parametrize("world", LAYOUTS)
+def test_one_update_agrees_with_transformers_for_every_split(models, batches, world, tmp_path):
+    for name, folder in models.items():
+        path, record, gradient, terms = batches[name]
+        payload = {"models": {name: folder}, "layouts": LAYOUTS[world], "budgets": BUDGETS, "batch": path}
+        sums = run_ranks(world, "tests.learner.update_cases:gradients", {**payload, "out": str(tmp_path)})
+        assert len(sums) == len(LAYOUTS[world]) * len(BUDGETS)
+        if world == 1:
+            assert {int(values[-2]) for values in sums.values()} == {1, 2, 4}, "1, 2 and 4 micro-batches"
+        if world > 1:
+            assert max(values[-1] for values in sums.values()) > 1, "data parallelism takes part"
+        for case, (loss, low, high, dual, ratio, tokens, *_) in sums.items():
+            assert abs(loss - float(record.loss.detach())) <= 1e-5 * terms, case
+            assert (low, high, dual) == tuple(
+                float(flags.sum()) for flags in (record.clipped_low, record.clipped_high, record.clipped_dual)
+            ), case
+            assert ratio == pytest.approx(float(record.ratio.sum()), rel=1e-5)
+            assert tokens == float((record.ratio > 0).sum())
+            found = load_file(tmp_path / f"{world}|{case}.safetensors")
+            assert set(found) == set(gradient)
+            for tensor, expected in gradient.items():
+                gap = float((found[tensor] - expected).abs().max())
+                assert gap <= 1e-5 * float(expected.abs().max()), (case, tensor, gap, float(expected.abs().max()))
+
+
+def test_three_updates_agree_for_layouts_and_optimizers(models, batches, tmp_path):
+    name = "qwen2 untied"
+    payload = {"model": models[name], "batch": batches[name][0], "budget": 150, "out": str(tmp_path)}
+    norms = {}
+    for world, layouts in {1: ["tp1pp1"], 2: ["tp1pp1"], 4: ["tp2pp1sp", "tp2pp2", "tp1pp2vpp2"]}.items():
+        norms |= run_ranks(world, "tests.learner.update_cases:updated_weights", {**payload, "layouts": layouts})
+    before = load_file(f"{models[name]}/model.safetensors")
+    reference = load_file(tmp_path / "1|tp1pp1|False.safetensors")
+    for case, values in norms.items():
+        assert values == pytest.approx(norms["1|tp1pp1|False"], rel=1e-5), case
+        found = load_file(tmp_path / f"{case}.safetensors")
+        for tensor, expected in reference.items():
+            moved = float((expected - before[tensor]).abs().max())
+            assert moved > 0
+            # Adam's first steps turn a gradient of rounding noise into a full step, so a few elements may differ more
+            gap = (found[tensor] - expected).abs()
+            assert float(gap.quantile(0.99)) <= 2e-3 * moved, (case, tensor)
+
+
+def test_twenty_supervised_steps_follow_transformers(models, tmp_path):
+    folder, sequences, rate = models["qwen2 untied"], 6, 2e-3
+    generator = torch.Generator().manual_seed(5)
+    tokens = {}
+    for step in range(20):
+        for i in range(sequences):
+            for part, low, high in (("prompt", 2, 10), ("response", 3, 30)):
+                length = int(torch.randint(low, high, (1,), generator=generator))
+                tokens[f"{step}.{i}.{part}"] = torch.randint(0, 30, (length,), generator=generator, dtype=torch.int32)
+    save_file(tokens, tmp_path / "tokens.safetensors")
+
+    model = load_model(folder).train()
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    expected = []
+    for step in range(20):
+        total, count = 0.0, 0
+        for i in range(sequences):
+            prompt, response = (tokens[f"{step}.{i}.{part}"].long() for part in ("prompt", "response"))
+            logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+            total = total + torch.nn.functional.cross_entropy(logits, response, reduction="sum")
+            count += len(response)
+        optimizer.zero_grad()
+        (total / count).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / 5)
+        optimizer.step()
+        expected.append((float(total / count), float(norm)))
+    assert expected[-1][0] < expected[0][0] - 0.1, "the reference itself learns"
+
+    payload = {"model": folder, "sequences": sequences, "learning_rate": rate, "tokens": str(tmp_path / "tokens.safetensors")}
+    for world, layout, budget in ((1, "tp1pp1", 1000), (4, "tp2pp2", 80), (4, "tp2pp1sp", 80)):
+        found = run_ranks(
+            world, "tests.learner.update_cases:supervised_losses", {**payload, "layout": layout, "budget": budget}
+        )
+        for (loss, norm), (loss_expected, norm_expected) in zip(found, expected, strict=True):
+            assert loss == pytest.approx(loss_expected, abs=1e-4), layout
+            assert norm == pytest.approx(norm_expected, rel=1e-3), layout
+
+
+def test_the_live_model_is_made_of_megatron_linears_of_their_share(models):
+    """hidden 64, 4 heads and 2 kv heads of 16, ffn 96, 128 padded vocabulary rows, over 2 tensor-parallel ranks."""
+    modules = run_ranks(
+        2, "tests.learner.update_cases:module_shapes", {"model": models["qwen2 untied"], "layout": "tp2pp1"}
+    )
+    for layer in range(4):
+        prefix = f"decoder.layers.{layer}."
+        assert modules[prefix + "self_attention.linear_qkv"] == ["ColumnParallelLinear", [(4 + 2 * 2) * 16 // 2, 64]]
+        assert modules[prefix + "self_attention.linear_proj"] == ["RowParallelLinear", [64, 64 // 2]]
+        assert modules[prefix + "mlp.linear_fc1"] == ["ColumnParallelLinear", [2 * 96 // 2, 64]]
+        assert modules[prefix + "mlp.linear_fc2"] == ["RowParallelLinear", [64, 96 // 2]]
+    assert modules["output_layer"] == ["ColumnParallelLinear", [128 // 2, 64]]
+    assert len(modules) == 4 * 4 + 1

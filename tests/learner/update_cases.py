@@ -1,0 +1,100 @@
+"""Run on ranks: losses, gradients and optimizer steps of the learner under many layouts."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dapo_megatron.config.optimizer import Optimizer
+from dapo_megatron.data.records import SequenceBatch, sequence_batch
+from dapo_megatron.learner.learner import Learner
+from dapo_megatron.learner.losses import POLICY_SUMS, policy_loss
+from dapo_megatron.supervised import supervised_update
+from dapo_megatron.weight_sync import whole_on_rank_zero
+from tests.learner.layouts import build
+
+CLIP = {"eps_low": 0.2, "eps_high": 0.28, "eps_dual": 3.0, "entropy_coefficient": 0.01}
+
+
+def load_batch(path: str) -> SequenceBatch:
+    return SequenceBatch(**load_file(path))
+
+
+def gradients(payload: dict) -> dict[str, list[float]]:
+    """For each "model layout budget": write the whole gradient to a file; returns the policy sums."""
+    results = {}
+    batch = load_batch(payload["batch"])
+    denominator = float(batch.loss_weights_T.sum())
+    for model_name, folder in payload["models"].items():
+        for layout in payload["layouts"]:
+            for budget in payload["budgets"]:
+                # the buffers of a distributed optimizer hold shards; whole gradients are compared without it
+                learner = build(folder, layout, budget=budget, train=Optimizer(distributed=False), temperature=0.9)
+                sums = learner.gradients(
+                    batch, range(len(batch)), policy_loss(learner.head, denominator=denominator, **CLIP)
+                )
+                name = f"{model_name}|{layout}|{budget}"
+                _save_whole(learner, _main_gradients(learner), Path(payload["out"]) / f"{dist.get_world_size()}|{name}")
+                count = max(len(rank) for rank in learner.packing(batch, range(len(batch))))
+                results[name] = [*sums.tolist(), count, learner.layout.data]
+    assert len(sums) == len(POLICY_SUMS)
+    return results
+
+
+def updated_weights(payload: dict) -> dict[str, list[float]]:
+    """Three policy updates with a distributed or an ordinary optimizer; writes the weights, returns the gradient norms."""
+    batch = load_batch(payload["batch"])
+    denominator = float(batch.loss_weights_T.sum())
+    results = {}
+    for layout in payload["layouts"]:
+        for distributed in (True, False):
+            settings = Optimizer(distributed=distributed, learning_rate=1e-3, weight_decay=0.1, gradient_clip=0.5)
+            learner = build(payload["model"], layout, budget=payload["budget"], train=settings, temperature=0.9)
+            norms = []
+            for _ in range(3):
+                learner.gradients(
+                    batch, range(len(batch)), policy_loss(learner.head, denominator=denominator, **CLIP)
+                )
+                norms.append(learner.step(settings.learning_rate, settings.weight_decay))
+            name = f"{dist.get_world_size()}|{layout}|{distributed}"
+            _save_whole(learner, learner.weights, Path(payload["out"]) / name)
+            results[name] = norms
+    return results
+
+
+def supervised_losses(payload: dict) -> list[list[float]]:
+    """[(loss, gradient norm)] of twenty supervised steps, with weight decay and warm-up."""
+    settings = Optimizer(beta1=0.9, beta2=0.95, epsilon=1e-8, gradient_clip=1.0)
+    learner = build(payload["model"], payload["layout"], train=settings, budget=payload["budget"])
+    tokens = load_file(payload["tokens"])
+    results = []
+    for step in range(20):
+        prompts = [tokens[f"{step}.{i}.prompt"].numpy() for i in range(payload["sequences"])]
+        responses = [tokens[f"{step}.{i}.response"].numpy() for i in range(payload["sequences"])]
+        rate = payload["learning_rate"] * min(1.0, (step + 1) / 5)
+        results.append(list(supervised_update(learner, sequence_batch(prompts, responses), rate, 0.1)))
+    return results
+
+
+def module_shapes(payload: dict) -> dict[str, list]:
+    """Of the live model: class and weight shape of every parallel linear of its first chunk."""
+    learner = build(payload["model"], payload["layout"])
+    return {
+        name: [type(module).__name__, list(module.weight.shape)]
+        for name, module in learner.models[0].named_modules()
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear)
+    }
+
+
+def _main_gradients(learner: Learner) -> dict[str, Tensor]:
+    return {f"chunk{v}.{n}": p.main_grad for v, m in enumerate(learner.models) for n, p in m.named_parameters()}
+
+
+def _save_whole(learner: Learner, local: dict[str, Tensor], path: Path) -> None:
+    names = list(learner.weight_layout.shapes)
+    whole = whole_on_rank_zero(learner, local, names, dtype=torch.float32, time_limit_s=60)
+    if whole is not None:
+        save_file(whole, f"{path}.safetensors")
