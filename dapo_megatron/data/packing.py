@@ -15,11 +15,14 @@ from dapo_megatron.data.records import SequenceBatch, flat_rows
 from dapo_megatron.errors import RequestError
 
 
+PADDING_PIECE = 128
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """One micro-batch of T rows, padding included, on the learner's device.
 
-    tokens_T, targets_T, positions_T: int64. cu_seqlens: int32 [sequences + 1], padding is a last sequence of its own.
+    tokens_T, targets_T, positions_T: int64. cu_seqlens: int32 [sequences + 1], padding is cut into sequences of its own at the end.
     loss_weights_T, advantages_T, old_logprobs_T, rollout_logprobs_T: fp32. rows_T: int64 row of the flat batch, −1 for padding.
     longest: tokens of the longest sequence.
     """
@@ -84,17 +87,26 @@ def packing_efficiency(lengths: Sequence[int], assignment: list[list[list[int]]]
     return sum(loads) / (len(loads) * max(loads)) if max(loads, default=0) else 1.0
 
 
+def packed_length(tokens: int, multiple_of: int) -> int:
+    """Rows of a pack of `tokens` tokens: rounded up to `multiple_of`, and at least that many."""
+    return max(1, -(-tokens // multiple_of)) * multiple_of
+
+
 def pack(
-    batch: SequenceBatch, sequences: Sequence[int], *, multiple_of: int = 1, device: torch.device | str = "cpu"
+    batch: SequenceBatch, sequences: Sequence[int], *, length: int, device: torch.device | str = "cpu"
 ) -> PackedBatch:
-    """The given sequences as one micro-batch, its length rounded up to `multiple_of`; no sequence gives one of padding alone."""
+    """The given sequences as one micro-batch of `length` rows; without sequences it is padding alone.
+
+    Raises:
+        ValueError: the sequences have more than `length` tokens.
+    """
     rows = flat_rows(batch.offsets, sequences)
     lengths = [int(batch.offsets[s + 1] - batch.offsets[s]) for s in sequences]
-    used = rows.numel()
-    padding = -used % multiple_of if used else multiple_of
-    if padding:
-        lengths.append(padding)
-    total = used + padding
+    used, total = rows.numel(), length
+    if used > total:
+        raise ValueError(f"{used} tokens do not fit into a pack of {total} rows")
+    # short sequences of padding: attention over one long one would cost its length squared
+    lengths += [min(PADDING_PIECE, total - first) for first in range(used, total, PADDING_PIECE)]
 
     def padded(flat: Tensor, fill: float, dtype: torch.dtype) -> Tensor:
         out = torch.full((total,), fill, dtype=dtype)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dapo_megatron.config import Architecture, Layout
 from dapo_megatron.config.optimizer import Optimizer
-from dapo_megatron.data.packing import PackedBatch, assign_micro_batches, pack
+from dapo_megatron.data.packing import PackedBatch, assign_micro_batches, pack, packed_length
 from dapo_megatron.data.records import SequenceBatch
 from dapo_megatron.errors import RunError
 from dapo_megatron.learner.losses import Head, RowLoss, score_rows
@@ -110,11 +110,10 @@ class Learner:
             sums.append(terms)
             return value
 
-        count = self.forward_backward(self.packs(batch, sequences), keep_sums, forward_only=False)
+        self.forward_backward(self.packs(batch, sequences), keep_sums, forward_only=False)
         width = torch.tensor(sums[0].numel() if sums else 0, device=self.device)
         torch.distributed.all_reduce(width, op=torch.distributed.ReduceOp.MAX)
         total = torch.stack(sums).sum(0) if sums else torch.zeros(int(width), dtype=torch.float64, device=self.device)
-        assert not sums or len(sums) == count
         return sum_over_world(total).cpu()
 
     def step(self, learning_rate: float, weight_decay: float) -> float:
@@ -142,14 +141,22 @@ class Learner:
         return [[[sequences[i] for i in members] for members in rank] for rank in assignment]
 
     def packs(self, batch: SequenceBatch, sequences: Sequence[int]) -> list[PackedBatch]:
-        """This data-parallel rank's micro-batches of the given sequences."""
+        """This data-parallel rank's micro-batches of the given sequences.
+
+        Pipeline stages exchange tensors of one length: with variable ones megatron-core 0.16 confuses forward and backward shapes
+        in an interleaved schedule of two stages, and hangs.
+        """
         share = self.packing(batch, sequences)[parallel_state.get_data_parallel_rank()]
+        lengths = batch.lengths.tolist()
         multiple = self.layout.tensor * self.layout.context
-        return [pack(batch, members, multiple_of=multiple, device=self.device) for members in share]
+        rows = [packed_length(sum(lengths[s] for s in members), multiple) for members in share]
+        if self.layout.pipeline > 1:
+            rows = [max(rows)] * len(rows)
+        return [pack(batch, m, length=n, device=self.device) for m, n in zip(share, rows, strict=True)]
 
     def forward_backward(
         self, packs: list[PackedBatch], on_logits: Callable[[Tensor, PackedBatch], Tensor], *, forward_only: bool
-    ) -> int:
+    ) -> None:
         """One pipeline schedule over the micro-batches; `on_logits` sees each on the last stage and returns its loss."""
 
         def forward_step(iterator: Iterator[PackedBatch], model: nn.Module):
@@ -170,11 +177,10 @@ class Learner:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks,
             num_microbatches=len(packs),
-            seq_length=self.tokens_per_micro_batch,
+            seq_length=packs[0].tokens_T.numel(),
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        return len(packs)
 
     def _check_parameters(self) -> None:
         """The layout must name exactly this rank's parameters, or weights would be lost or left unset."""

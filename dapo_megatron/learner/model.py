@@ -19,6 +19,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
+from megatron.core.tensor_parallel import (  # noqa: E402
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.identity_op import IdentityOp  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_block import (  # noqa: E402
@@ -78,8 +84,6 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence_parallel,
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # the default one forbids variable lengths, even in a dense model
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=layer_spec == "transformer_engine",
@@ -88,7 +92,7 @@ def transformer_config(
         persist_layer_norm=False,
         perform_initialization=False,  # every element comes from a checkpoint
         use_cpu_initialization=not torch.cuda.is_available(),
-        batch_p2p_comm=layout.virtual_pipeline == 1,
+        batch_p2p_comm=layout.virtual_pipeline == 1,  # batched, two interleaved stages would swap forward and backward
         overlap_p2p_comm=False,
         **recomputation,
     )
@@ -132,5 +136,17 @@ def build_chunks(
             rope_scaling_factor=(architecture.rope_scaling or {}).get("factor", 1.0),
             vp_stage=vp_stage,
         )
+        _mark_shards(chunk)
         chunks.append(chunk if not torch.cuda.is_available() else chunk.cuda(torch.cuda.current_device()))
     return chunks
+
+
+def _mark_shards(chunk: nn.Module) -> None:
+    """Mark which weights are shards of a tensor-parallel whole: megatron does so only while initialising them, and without the mark
+    the gradient norm, and with it clipping, leaves out all shards but the first rank's."""
+    for module in chunk.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+            weight = module.weight
+            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                dimension = 1 if isinstance(module, RowParallelLinear) else 0
+                set_tensor_model_parallel_attributes(weight, True, dimension, 1)

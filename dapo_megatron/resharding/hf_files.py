@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dapo_megatron.errors import RequestError, RunError
 from dapo_megatron.files import atomic_path, write_text_atomically
-from dapo_megatron.resharding.hf_layout import INDEX, SINGLE, read_headers
+from dapo_megatron.resharding.hf_layout import INDEX, ROTARY_BUFFER, SINGLE, read_headers
 from dapo_megatron.resharding.layout import Placement
 
 SIDE_FILES = (
@@ -49,7 +49,7 @@ def read_placements(folder: Path, placements: Sequence[Placement], tensors: Mapp
 
 def folder_dtype(folder: Path) -> torch.dtype:
     """The one dtype of the folder's tensors. Raises RequestError when they differ or are of a kind that is not trained."""
-    dtypes = {dtype for _, dtype, _ in read_headers(folder).values()}
+    dtypes = {dtype for name, (_, dtype, _) in read_headers(folder).items() if not name.endswith(ROTARY_BUFFER)}
     if len(dtypes) != 1 or not dtypes <= set(TORCH_DTYPES):
         raise RequestError(f"{folder} holds tensors of dtype {', '.join(sorted(dtypes))}; one of F32, BF16, F16 is expected")
     return TORCH_DTYPES[dtypes.pop()]

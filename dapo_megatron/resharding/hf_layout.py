@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from dapo_megatron.config import Architecture
@@ -11,6 +11,7 @@ from dapo_megatron.resharding.layout import Placement, WeightLayout, whole
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ROTARY_BUFFER = "rotary_emb.inv_freq"  # old exporters wrote it along; follows from the architecture
 
 
 def canonical_tensors(a: Architecture) -> dict[str, tuple[int, ...]]:
@@ -50,14 +51,12 @@ def read_headers(folder: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
     """Tensor name → (file, dtype, shape) from the safetensors headers of a Hugging Face folder; reads no weights.
 
     Raises:
-        RequestError: no safetensors file, a file of the index missing, a header that is not valid or a file cut short.
+        RequestError: no safetensors file, an index that is not valid or points out of the folder, a file of the index missing, a
+            header that is not valid or a file cut short.
     """
     folder = Path(folder)
     if (folder / INDEX).is_file():
-        try:
-            files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise RequestError(f"{folder / INDEX} is not a safetensors index: {error}") from None
+        files = _files_of_index(folder / INDEX)
     elif (folder / SINGLE).is_file():
         files = [SINGLE]
     else:
@@ -67,8 +66,7 @@ def read_headers(folder: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
         path = folder / file
         if not path.is_file():
             raise RequestError(f"{folder / INDEX} names {file}, which is missing")
-        for name, entry in _header(path).items():
-            found[name] = (path, entry["dtype"], tuple(entry["shape"]))
+        found.update({name: (path, dtype, shape) for name, (dtype, shape) in _header(path).items()})
     return found
 
 
@@ -94,7 +92,7 @@ def check_checkpoint(folder: Path, a: Architecture) -> None:
 
 def _is_derived(name: str, a: Architecture) -> bool:
     """Buffers and copies that old exporters wrote along and that carry nothing of their own."""
-    return name.endswith("rotary_emb.inv_freq") or (a.tied and name == "lm_head.weight")
+    return name.endswith(ROTARY_BUFFER) or (a.tied and name == "lm_head.weight")
 
 
 def _some(names: list[str]) -> str:
@@ -102,19 +100,36 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def _header(path: Path) -> Mapping[str, dict]:
+def _files_of_index(path: Path) -> list[str]:
+    try:
+        files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise RequestError(f"{path} is not a safetensors index: {type(error).__name__}: {error}") from None
+    for file in files:
+        if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
+            raise RequestError(f"{path} is not a safetensors index: {file!r} is not a file of its folder")
+    return sorted(files)
+
+
+def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Tensor name → (dtype, shape) of one file, whose size must be what its header says."""
     size = path.stat().st_size
     with open(path, "rb") as handle:
         start = handle.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
         if not 0 < length <= size - 8:
             raise RequestError(f"{path} is not a safetensors file or is cut short")
-        try:
-            header = json.loads(handle.read(length))
-        except ValueError:
-            raise RequestError(f"{path} has a damaged safetensors header") from None
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if 8 + length + end != size:
+        text = handle.read(length)
+    entries, end = {}, 0
+    try:
+        for name, entry in json.loads(text).items():
+            if name != "__metadata__":
+                entries[name] = (str(entry["dtype"]), tuple(int(n) for n in entry["shape"]))
+                end = max(end, int(entry["data_offsets"][1]))
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        raise RequestError(f"{path} has a damaged safetensors header") from None
+    if 8 + length + end > size:
         raise RequestError(f"{path} is cut short: {size} bytes where its header asks for {8 + length + end}")
-    return header
+    if 8 + length + end < size:
+        raise RequestError(f"{path} is damaged: {size} bytes where its header asks for {8 + length + end}")
+    return entries

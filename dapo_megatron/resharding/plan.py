@@ -61,17 +61,24 @@ def make_plan(source: WeightLayout, target: WeightLayout) -> Plan:
     moves: list[Move] = []
     for rank in sorted(target.placements):
         for wanted in target.placements[rank]:
-            covered = 0
+            parts: list[Box] = []
             for box, holders in boxes[wanted.name].items():
                 common = intersect(box, wanted.box)
                 if common is None:
                     continue
-                covered += volume(common)
+                # counted elements alone would let an overlap make up for a hole
+                if any(intersect(common, other) is not None for other in parts):
+                    raise RunError(
+                        f"resharding: {wanted.name} {common} of rank {rank} ({wanted.key}) has two different sources: slices of "
+                        "the source layout overlap"
+                    )
+                parts.append(common)
                 giver = rank if rank in holders else min(holders, key=lambda r: (sent[r], r))
                 move = _move(wanted, common, giver, holders[giver], rank)
                 if giver != rank:
                     sent[giver] += move.elements
                 moves.append(move)
+            covered = sum(map(volume, parts))
             if covered != volume(wanted.box):
                 raise RunError(
                     f"resharding: {wanted.name} {wanted.box} of rank {rank} ({wanted.key}) needs {volume(wanted.box)} elements "

@@ -62,9 +62,8 @@ def _packed(learner: Learner, budget: int) -> list[torch.Tensor]:
 
 
 def _unpacked(learner: Learner) -> list[torch.Tensor]:
-    """[1, S] inputs without packing parameters, a multiple of the tensor-parallel size long (sequence parallelism)."""
-    multiple = learner.layout.tensor
-    padded = [torch.cat([t, torch.zeros(-len(t) % multiple, dtype=torch.long)]) for t in sequences()]
+    """[1, S] inputs without packing parameters, right-padded to one length."""
+    padded = [torch.cat([t, torch.zeros(max(LENGTHS) - len(t), dtype=torch.long)]) for t in sequences()]
     kept: list[torch.Tensor] = []
 
     def forward_step(iterator, model):
@@ -82,7 +81,7 @@ def _unpacked(learner: Learner) -> list[torch.Tensor]:
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=learner.chunks,
         num_microbatches=len(padded),
-        seq_length=512,
+        seq_length=max(LENGTHS),
         micro_batch_size=1,
         forward_only=True,
     )

@@ -111,12 +111,13 @@ def test_three_updates_agree_for_layouts_and_optimizers(models, batches, tmp_pat
     before = load_file(f"{models[name]}/model.safetensors")
     reference = load_file(tmp_path / "1|tp1pp1|False.safetensors")
     for case, values in norms.items():
-        assert values == pytest.approx(norms["1|tp1pp1|False"], rel=1e-5), case
+        assert values[0] == pytest.approx(norms["1|tp1pp1|False"][0], rel=1e-6), case
+        # Adam's first step turns a gradient of rounding noise into a full step: later norms feel it
+        assert values == pytest.approx(norms["1|tp1pp1|False"], rel=1e-4), case
         found = load_file(tmp_path / f"{case}.safetensors")
         for tensor, expected in reference.items():
             moved = float((expected - before[tensor]).abs().max())
             assert moved > 0
-            # Adam's first steps turn a gradient of rounding noise into a full step, so a few elements may differ more
             gap = (found[tensor] - expected).abs()
             assert float(gap.quantile(0.99)) <= 2e-3 * moved, (case, tensor)
 
