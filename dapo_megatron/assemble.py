@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from dapo_megatron.config import Architecture, Layout, Recipe, derive_layout, read_architecture
 from dapo_megatron.data.prompts import read_supervised
@@ -102,9 +101,7 @@ def assemble(recipe: Recipe, world: World) -> Run:
         max_batch_sequences=recipe.rollout.max_batch_sequences,
     )
     grader = GraderPool(recipe.reward.workers, recipe.reward.time_limit_s) if world.rank == 0 else None
-    dispatcher = Dispatcher(
-        engine, rank=world.rank, engines=world.size, time_limit_s=recipe.rollout.time_limit_s
-    )
+    dispatcher = Dispatcher(engine, rank=world.rank, engines=world.size, time_limit_s=recipe.rollout.time_limit_s)
 
     def sampler(path: Path | None) -> GroupSampler | None:
         if path is None:
@@ -169,9 +166,3 @@ def append_samples(run: Run, groups: Sequence, when: str) -> None:
                 "right": bool(group.accuracies[0]),
             }
             file.write(json.dumps(sample) + "\n")
-
-
-def barrier() -> None:
-    """All ranks meet."""
-    if dist.get_world_size() > 1:
-        dist.barrier()

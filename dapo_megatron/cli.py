@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from dapo_megatron.errors import exit_with_message
+
 app = typer.Typer(
     name="dapo-megatron",
     help="DAPO and its relatives on a Megatron-style model-parallel learner.",
@@ -60,7 +62,9 @@ def train(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories to draw, one over the other.", show_default=False)],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directories to draw, one over the other.", show_default=False)
+    ],
     output: Annotated[Path | None, typer.Option(help="Folder of the report (default: the first run's).")] = None,
 ) -> None:
     """Draw runs: a PNG and one self-contained HTML page."""
@@ -90,7 +94,9 @@ def hf_to_megatron(
 
 @convert.command("megatron-to-hf")
 def megatron_to_hf(
-    source: Annotated[Path, typer.Argument(help="Checkpoint folder (of a run, or written by hf-to-megatron).", show_default=False)],
+    source: Annotated[
+        Path, typer.Argument(help="Checkpoint folder (of a run, or written by hf-to-megatron).", show_default=False)
+    ],
     destination: Annotated[Path, typer.Argument(help="Hugging Face folder to write.", show_default=False)],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="parallel.tensor=… of the reading world", show_default=False)
@@ -107,17 +113,9 @@ def _leave(code: int) -> None:
 
 
 def main() -> None:
-    """Entry point: errors that a user can cause or meet are one message, without a traceback."""
-    from dapo_megatron.errors import RequestError, RunError
-
-    try:
+    """Entry point."""
+    with exit_with_message():
         app()
-    except (RequestError, RunError) as error:
-        if os.environ.get("RANK", "0") == "0" or error.exit_code == 1:
-            print(f"dapo-megatron: {error}", file=sys.stderr)
-        # a rank that leaves early must not wait for its peers in interpreter shutdown
-        sys.stderr.flush()
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

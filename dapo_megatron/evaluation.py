@@ -10,7 +10,8 @@ from dapo_megatron.rollout.groups import GroupSampler
 
 
 def evaluate(sampler: GroupSampler, recipe: Recipe) -> tuple[dict[str, float], list[PromptGroup]]:
-    """`validation/accuracy` = avg@k over `evaluation.samples`, `validation/accuracy_greedy`, mean response length; the sampled groups.
+    """`validation/accuracy` = avg@k over `evaluation.samples`, `validation/accuracy_greedy`, mean response length; the
+    sampled groups.
 
     The same seeds are used each time, so two evaluations of equal weights agree.
     """

@@ -27,7 +27,8 @@ class World:
 
 
 def world_from_environment(environment: Mapping[str, str] = os.environ) -> World | None:
-    """torchrun's variables, else srun's of a step with several tasks, else None: then the caller starts ranks of its own."""
+    """torchrun's variables, else srun's of a step with several tasks, else None: then the caller starts ranks of its
+    own."""
     if "RANK" in environment:
         return World(
             int(environment["RANK"]), int(environment.get("WORLD_SIZE", "1")), int(environment.get("LOCAL_RANK", "0"))
@@ -42,8 +43,8 @@ def world_from_environment(environment: Mapping[str, str] = os.environ) -> World
 def start_ranks(command: Sequence[str], size: int, *, threads: int = 1) -> int:
     """Run `command` as `size` ranks of one world on this machine and wait for all; returns the exit code.
 
-    A signal to stop (SIGINT, SIGTERM) is passed on as SIGTERM and the ranks get STOP_GRACE_S to leave a checkpoint; a second one
-    kills them. When a rank fails the others are stopped. Ranks die with this process, whatever ends it.
+    A signal to stop (SIGINT, SIGTERM) is passed on as SIGTERM and the ranks get STOP_GRACE_S to leave a checkpoint; a
+    second one kills them. When a rank fails the others are stopped. Ranks die with this process, whatever ends it.
     """
     port = _free_port()
     ranks = [_start(command, rank, size, port, threads) for rank in range(size)]

@@ -33,7 +33,8 @@ class PolicyStep:
 
 
 def score_old_policy(learner: Learner, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-    """Fill `old_logprobs_T` with the learner's own log-probs, before the first update; returns them and the entropies, [T]."""
+    """Fill `old_logprobs_T` with the learner's own log-probs, before the first update; returns them and the entropies,
+    [T]."""
     logprobs, entropy = learner.score(batch)
     batch.old_logprobs_T = logprobs
     return logprobs, entropy
@@ -44,7 +45,8 @@ def learn_step(
 ) -> PolicyStep:
     """One optimizer step for each mini-batch of `algorithm.mini_batch_prompts` prompts.
 
-    A mini-batch without a trained token is skipped and counted. Weights of `batch` are folded with the aggregation in place.
+    A mini-batch without a trained token is skipped and counted. Weights of `batch` are folded with the aggregation in
+    place.
     """
     algorithm = recipe.algorithm
     trained = batch.loss_weights_T > 0

@@ -1,7 +1,7 @@
 """Everything that can be refused is refused here, before any rank starts; then the run directory is laid out. No torch.
 
-    RUN/config.yaml     the resolved recipe          RUN/model/    a model made from scratch, if the recipe asks for one
-    RUN/data/           a generated task, likewise   RUN/checkpoints/, metrics.jsonl, samples.jsonl, report.{html,png}, hf/
+RUN/config.yaml     the resolved recipe          RUN/model/    a model made from scratch, if the recipe asks for one
+RUN/data/           a generated task, likewise   RUN/checkpoints/, metrics.jsonl, samples.jsonl, report.{html,png}, hf/
 """
 
 import os
@@ -73,9 +73,7 @@ def check_request(recipe: Recipe, world: int | None = None) -> tuple[Architectur
     monitoring = recipe.monitoring
     _collect(
         problems,
-        lambda: check_trackers(
-            tensorboard=monitoring.tensorboard, wandb=monitoring.wandb, mlflow=monitoring.mlflow
-        ),
+        lambda: check_trackers(tensorboard=monitoring.tensorboard, wandb=monitoring.wandb, mlflow=monitoring.mlflow),
     )
     if recipe.model.scratch is None:
         _collect(problems, lambda: check_checkpoint(paths.model, architecture))
@@ -106,7 +104,8 @@ def claim_run_directory(recipe: Recipe, *, resume: bool, overwrite: bool) -> Non
     """Refuse a directory that holds another run, or clear it when told to.
 
     Raises:
-        RequestError: it holds a run and neither `resume` nor `overwrite` is given, or it is not a run's directory at all.
+        RequestError: it holds a run and neither `resume` nor `overwrite` is given, or it is not a run's directory at
+            all.
     """
     run = Path(recipe.run.directory)
     if resume or not run.exists() or not any(run.iterdir()):

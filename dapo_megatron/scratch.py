@@ -45,7 +45,8 @@ def scratch_config(scratch: Scratch, *, vocabulary: int, eos_token: int) -> dict
 
 
 def random_weights(architecture: Architecture, *, std: float, seed: int) -> dict[str, np.ndarray]:
-    """fp32 by name: norms 1, biases 0, matrices normal(0, std), those that end a residual branch normal(0, std/√(2·layers)).
+    """fp32 by name: norms 1, biases 0, matrices normal(0, std), those that end a residual branch normal(0,
+    std/√(2·layers)).
 
     Every tensor has a random stream of its own, keyed by (seed, name).
     """

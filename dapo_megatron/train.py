@@ -59,7 +59,9 @@ def train_from_files(run: Run, journal: Journal, stop: StopSignal, files: Sequen
             result = learn(run, groups)
         run.step += 1
         metrics = {"step": run.step, "learning_rate": learning_rate(run)}
-        journal.step(metrics | rollout_metrics(SampledStep(groups, groups, 1)) | learner_metrics(result) | clock.metrics())
+        journal.step(
+            metrics | rollout_metrics(SampledStep(groups, groups, 1)) | learner_metrics(result) | clock.metrics()
+        )
     save(run)
 
 

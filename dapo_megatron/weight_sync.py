@@ -1,6 +1,7 @@
 """Learner weights into the rollout engine, by a resharding plan that is made once."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -8,10 +9,13 @@ from torch import Tensor
 from dapo_megatron.config import Recipe
 from dapo_megatron.errors import RunError
 from dapo_megatron.learner.learner import Learner
+from dapo_megatron.resharding.hf_files import file_groups, write_folder
 from dapo_megatron.resharding.hf_layout import whole_layout
 from dapo_megatron.resharding.plan import make_plan
 from dapo_megatron.resharding.transport import Transfer, Transport
 from dapo_megatron.rollout.hf_engine import HFEngine
+
+HF_FILE_BYTES = 4 << 30
 
 
 class WeightSync:
@@ -64,10 +68,26 @@ class WeightSync:
             )
 
 
+def export_hugging_face(learner: Learner, folder: Path, *, side_files: Path, time_limit_s: float) -> None:
+    """Write the present weights as a Hugging Face folder, a file at a time through rank 0; collective."""
+    groups = list(file_groups(learner.weight_layout.shapes, learner.dtype.itemsize, HF_FILE_BYTES))
+    write_folder(
+        folder,
+        groups,
+        lambda names: whole_on_rank_zero(
+            learner, learner.weights, names, dtype=learner.dtype, time_limit_s=time_limit_s
+        ),
+        side_files=side_files,
+        dtype=learner.dtype,
+    )
+    torch.distributed.barrier()
+
+
 def whole_on_rank_zero(
     learner: Learner, local: Mapping[str, Tensor], names: Sequence[str], *, dtype: torch.dtype, time_limit_s: float
 ) -> dict[str, Tensor] | None:
-    """The named canonical tensors whole on rank 0 (None elsewhere), from each rank's `local` tensors by layout key; collective.
+    """The named canonical tensors whole on rank 0 (None elsewhere), from each rank's `local` tensors by layout key;
+    collective.
 
     `local` is the learner's weights, or anything of their shapes (gradients). For writing files a group at a time.
     """
@@ -88,8 +108,6 @@ def whole_on_rank_zero(
         window=256,
         time_limit_s=time_limit_s,
     )
-    whole = {
-        name: torch.empty(shape, dtype=dtype, device=learner.device) for name, shape in target.shapes.items()
-    }
+    whole = {name: torch.empty(shape, dtype=dtype, device=learner.device) for name, shape in target.shapes.items()}
     transport.run(local, whole if rank == 0 else {})
     return whole if rank == 0 else None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from dapo_megatron.assemble import Run, assemble, barrier
+from dapo_megatron.assemble import Run, assemble
 from dapo_megatron.config import Recipe
 from dapo_megatron.errors import RequestError
 from dapo_megatron.launch import World
@@ -15,17 +15,15 @@ from dapo_megatron.monitoring import write_report
 from dapo_megatron.monitoring.journal import Journal
 from dapo_megatron.monitoring.metrics import read_metrics
 from dapo_megatron.prepare import check_request, claim_run_directory, lay_out_run
-from dapo_megatron.resharding.hf_files import file_groups, write_folder
 from dapo_megatron.stop import StopSignal
 from dapo_megatron.train import train, train_from_files
-from dapo_megatron.weight_sync import whole_on_rank_zero
-
-HF_FILE_BYTES = 4 << 30
+from dapo_megatron.weight_sync import export_hugging_face
 
 
 @dataclass(frozen=True)
 class Mode:
-    """How `train` was asked to run. `prepared`: the launcher has already checked the request and laid out the directory."""
+    """How `train` was asked to run. `prepared`: the launcher has already checked the request and laid out the
+    directory."""
 
     resume: bool = False
     overwrite: bool = False
@@ -70,28 +68,12 @@ def _train(run: Run, mode: Mode) -> int:
             journal.note(f"stopped at step {run.step}; continue with --resume")
             return stop.exit_code
         if run.recipe.checkpoint.hugging_face:
-            export_hugging_face(run)
+            limit = run.recipe.resharding.time_limit_s
+            export_hugging_face(run.learner, run.paths.run / "hf", side_files=run.paths.model, time_limit_s=limit)
         _conclude(run, journal)
     finally:
         journal.close()
     return 0
-
-
-def export_hugging_face(run: Run) -> None:
-    """Write the present weights to RUN/hf as a Hugging Face folder; collective."""
-    learner = run.learner
-    groups = list(file_groups(learner.weight_layout.shapes, learner.dtype.itemsize, HF_FILE_BYTES))
-    limit = run.recipe.resharding.time_limit_s
-    write_folder(
-        run.paths.run / "hf",
-        groups,
-        lambda names: whole_on_rank_zero(
-            learner, learner.weights, names, dtype=learner.dtype, time_limit_s=limit
-        ),
-        side_files=run.paths.model,
-        dtype=learner.dtype,
-    )
-    barrier()
 
 
 def _prepare_on_rank_zero(recipe: Recipe, world: World, mode: Mode) -> None:

@@ -1,4 +1,5 @@
-"""Tiny Hugging Face models with random weights, norms and biases included, so that no term of any formula is trivially 0 or 1."""
+"""Tiny Hugging Face models with random weights, norms and biases included, so that no term of any formula is trivially
+0 or 1."""
 
 from pathlib import Path
 

@@ -13,7 +13,8 @@ from dapo_megatron.rollout.engine import PromptGroup
 def batch_of_groups(
     groups: Sequence[PromptGroup], *, overlong_filtering: bool, advantage_epsilon: float
 ) -> SequenceBatch:
-    """All completions of the groups, group after group: A_i on every response token, weight 1, or 0 for a truncated response.
+    """All completions of the groups, group after group: A_i on every response token, weight 1, or 0 for a truncated
+    response.
 
     A truncated response that is filtered leaves the loss and its denominator, yet counts in its group's mean and std.
     """
@@ -34,7 +35,8 @@ def batch_of_groups(
 
 
 def mini_batches(groups: int, samples: int, prompts_per_update: int) -> list[range]:
-    """Sequence numbers of each gradient update: whole groups, `prompts_per_update` at a time; the last may hold fewer."""
+    """Sequence numbers of each gradient update: whole groups, `prompts_per_update` at a time; the last may hold
+    fewer."""
     return [
         range(first * samples, min(first + prompts_per_update, groups) * samples)
         for first in range(0, groups, prompts_per_update)
@@ -45,7 +47,8 @@ def aggregate(batch: SequenceBatch, sequences: Sequence[int], aggregation: str) 
     """Fold the aggregation into the loss weights of a mini-batch's sequences; returns the denominator, their sum.
 
     token-mean (DAPO): every token weighs 1, the denominator is the number of trained tokens.
-    sequence-mean (GRPO): a token of a response with n trained tokens weighs 1/n, the denominator is the number of such responses.
+    sequence-mean (GRPO): a token of a response with n trained tokens weighs 1/n, the denominator is the number of such
+    responses.
     """
     denominator = 0.0
     for sequence in sequences:

@@ -26,10 +26,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     cycle of bases, an override without "="; or, all together and one a line, unknown keys with the nearest known name,
     wrong types, values out of bounds, missing settings.
     """
-    settings = _read_with_bases(Path(path), ())
+    return build_recipe(_read_with_bases(Path(path), ()), overrides)
+
+
+def build_recipe(settings: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of `settings` (section → keys) with `key.sub=value` overrides on top; raises as `load_recipe` does."""
+    merged = dict(settings)
     for override in overrides:
-        settings = _merge(settings, _parse_override(override))
-    return _validate(settings)
+        merged = _merge(merged, _parse_override(override))
+    return _validate(merged)
 
 
 def dump_recipe(recipe: Recipe) -> str:

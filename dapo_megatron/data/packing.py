@@ -1,7 +1,8 @@
 """Sequences → micro-batches of packed tokens, balanced over data-parallel ranks under a token budget.
 
-A pack lays whole sequences end to end; attention never crosses their borders. Its length is rounded up to a multiple of the
-tensor-parallel size (sequence parallelism scatters it) times the token slices a sequence is cut into (context parallelism).
+A pack lays whole sequences end to end; attention never crosses their borders. Its length is rounded up to a multiple of
+the tensor-parallel size (sequence parallelism scatters it) times the token slices a sequence is cut into (context
+parallelism).
 """
 
 import heapq
@@ -14,7 +15,6 @@ from torch import Tensor
 from dapo_megatron.data.records import SequenceBatch, flat_rows
 from dapo_megatron.errors import RequestError
 
-
 PADDING_PIECE = 128
 
 
@@ -22,8 +22,10 @@ PADDING_PIECE = 128
 class PackedBatch:
     """One micro-batch of T rows, padding included, on the learner's device.
 
-    tokens_T, targets_T, positions_T: int64. cu_seqlens: int32 [sequences + 1], padding is cut into sequences of its own at the end.
-    loss_weights_T, advantages_T, old_logprobs_T, rollout_logprobs_T: fp32. rows_T: int64 row of the flat batch, −1 for padding.
+    tokens_T, targets_T, positions_T: int64. cu_seqlens: int32 [sequences + 1], padding is cut into sequences of its own
+        at the end.
+    loss_weights_T, advantages_T, old_logprobs_T, rollout_logprobs_T: fp32. rows_T: int64 row of the flat batch, −1 for
+        padding.
     longest: tokens of the longest sequence.
     """
 
@@ -42,10 +44,11 @@ class PackedBatch:
 def assign_micro_batches(
     lengths: Sequence[int], *, token_budget: int, data_parallel: int = 1, multiple_of: int = 1
 ) -> list[list[list[int]]]:
-    """[data_parallel][micro-batch] → sequence numbers. Every rank gets the same number of micro-batches, a multiple of `multiple_of`.
+    """[data_parallel][micro-batch] → sequence numbers. Every rank gets the same number of micro-batches, a multiple of
+    `multiple_of`.
 
-    Longest first into the emptiest bin; the number of bins is the least at which no bin exceeds the budget. Bins may be empty
-    when there are fewer sequences than bins. Deterministic.
+    Longest first into the emptiest bin; the number of bins is the least at which no bin exceeds the budget. Bins may be
+    empty when there are fewer sequences than bins. Deterministic.
 
     Raises:
         RequestError: a sequence longer than the budget.
@@ -53,7 +56,8 @@ def assign_micro_batches(
     longest = max(lengths, default=0)
     if longest > token_budget:
         raise RequestError(
-            f"learner.tokens_per_micro_batch={token_budget} is less than a sequence of {longest} tokens; use at least {longest}"
+            f"learner.tokens_per_micro_batch={token_budget} is less than a sequence of {longest} tokens; "
+            f"use at least {longest}"
         )
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     least = max(1, -(-sum(lengths) // (token_budget * data_parallel)))

@@ -1,7 +1,7 @@
 """What the learner learns from: B token sequences laid end to end, with one number of each kind a token row.
 
-Row t of a sequence predicts its token t + 1; loss weights, advantages and log-probs are indexed by that row, so the last row of
-each sequence never has a weight.
+Row t of a sequence predicts its token t + 1; loss weights, advantages and log-probs are indexed by that row, so the
+last row of each sequence never has a weight.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,8 @@ class SequenceBatch:
     """B sequences of L_1 … L_B tokens, T = Σ L, on the CPU.
 
     tokens_T: int32. offsets: int64 [B + 1], sequence b is rows offsets[b]:offsets[b + 1].
-    loss_weights_T: fp32 ≥ 0, 0 = not trained. advantages_T: fp32. old_logprobs_T: fp32, the learner's before the step's first
+    loss_weights_T: fp32 ≥ 0, 0 = not trained. advantages_T: fp32. old_logprobs_T: fp32, the learner's before the step's
+        first
     update. rollout_logprobs_T: fp32, the engine's.
     """
 
@@ -64,7 +65,8 @@ def flat_rows(offsets: Tensor, sequences: Sequence[int]) -> Tensor:
 
 
 def sequence_batch(prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> SequenceBatch:
-    """Prompt and response token ids (int32) → a batch whose loss weights are 1 on the rows that predict response tokens."""
+    """Prompt and response token ids (int32) → a batch whose loss weights are 1 on the rows that predict response
+    tokens."""
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
     offsets = offsets_of(lengths)
     total = int(offsets[-1])

@@ -6,6 +6,7 @@ scaled_dot_product_attention with `is_causal`. Right padding is never seen by a 
 
 import inspect
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +26,11 @@ PADDING_ALLOWED = 1.25  # a group of sequences is padded to its longest as long 
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """x / sqrt(mean(x²) + eps) · weight, computed in fp32 and rounded once, as Hugging Face does; allows sequence parallelism.
+    """x / sqrt(mean(x²) + eps) · weight, computed in fp32 and rounded once, as Hugging Face does; allows sequence
+    parallelism.
 
-    Under sequence parallelism each tensor-parallel rank sees other tokens, so the weight is marked for the gradient sum that
-    megatron's finalize_model_grads performs.
+    Under sequence parallelism each tensor-parallel rank sees other tokens, so the weight is marked for the gradient sum
+    that megatron's finalize_model_grads performs.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
@@ -95,8 +97,9 @@ def packed_causal_attention(
 
 @lru_cache(maxsize=8)  # every layer of a micro-batch asks for the same groups
 def _groups(cu_seqlens: tuple[int, ...], device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Sequences of like length → (rows [B, L], inside [B, L] bool); rows beyond a sequence's end repeat its last row."""
-    lengths = [b - a for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)]
+    """Sequences of like length → (rows [B, L], inside [B, L] bool); rows beyond a sequence's end repeat its last
+    row."""
+    lengths = [b - a for a, b in pairwise(cu_seqlens)]
     order = sorted((i for i, n in enumerate(lengths) if n > 0), key=lambda i: -lengths[i])
     groups: list[list[int]] = []
     real = 0
@@ -122,4 +125,3 @@ def _causal(query_BHLD: Tensor, key_BKLD: Tensor, value_BKLD: Tensor, scale: flo
     return F.scaled_dot_product_attention(
         query_BHLD, key_BKLD, value_BKLD, is_causal=True, scale=scale, enable_gqa=grouped
     )
-

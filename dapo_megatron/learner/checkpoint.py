@@ -22,7 +22,7 @@ from torch import Tensor
 from dapo_megatron.errors import RequestError
 from dapo_megatron.files import write_text_atomically
 from dapo_megatron.learner.learner import Learner
-from dapo_megatron.resharding.hf_files import SIDE_FILES
+from dapo_megatron.resharding.hf_files import SIDE_FILES, TORCH_DTYPES
 
 MANIFEST = "manifest.json"
 
@@ -46,7 +46,8 @@ def save_checkpoint(folder: Path, learner: Learner, state: dict, *, side_files: 
         for name in SIDE_FILES:
             if (side_files / name).is_file():
                 shutil.copyfile(side_files / name, temporary / "hf" / name)
-        write_text_atomically(temporary / "state.json", json.dumps(state, indent=2))
+        dtype = next(name for name, dtype in TORCH_DTYPES.items() if dtype is learner.dtype)
+        write_text_atomically(temporary / "state.json", json.dumps({**state, "dtype": dtype}, indent=2))
         write_text_atomically(temporary / MANIFEST, json.dumps(_sums(temporary), indent=2))
         if folder.exists():
             shutil.rmtree(folder)

@@ -1,4 +1,5 @@
-"""The learner: log-probabilities of sequences, gradients of a mini-batch, and optimizer steps, over all ranks of the world.
+"""The learner: log-probabilities of sequences, gradients of a mini-batch, and optimizer steps, over all ranks of the
+world.
 
 Every rank calls every method with the same batch; each takes its own share of it.
 """
@@ -86,7 +87,8 @@ class Learner:
         return {f"chunk{v}.{name}": p.data for v, m in enumerate(self.models) for name, p in m.named_parameters()}
 
     def score(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-        """(log π(target), entropy), fp32 [T] on the CPU of every rank: rows with a loss weight, 0 elsewhere. No gradient."""
+        """(log π(target), entropy), fp32 [T] on the CPU of every rank: rows with a loss weight, 0 elsewhere. No
+        gradient."""
         flat = torch.zeros(2, int(batch.offsets[-1]), device=self.device)
 
         def keep(logits_TV: Tensor, packed: PackedBatch) -> Tensor:
@@ -99,7 +101,8 @@ class Learner:
         return logprobs, entropy
 
     def gradients(self, batch: SequenceBatch, sequences: Sequence[int], loss: RowLoss) -> Tensor:
-        """Leave the gradient of the mini-batch's loss in the gradient buffers; returns the loss's sums over all ranks, fp64 [K]."""
+        """Leave the gradient of the mini-batch's loss in the gradient buffers; returns the loss's sums over all ranks,
+        fp64 [K]."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -126,7 +129,9 @@ class Learner:
         _, norm, _ = self.optimizer.step()
         norm = float(norm or 0.0)
         if norm != norm or norm in (float("inf"), float("-inf")):
-            raise RunError(f"the gradient norm is {norm}: stopped before the damage spreads; resume from the last checkpoint")
+            raise RunError(
+                f"the gradient norm is {norm}: stopped before the damage spreads; resume from the last checkpoint"
+            )
         return norm
 
     def packing(self, batch: SequenceBatch, sequences: Sequence[int]) -> list[list[list[int]]]:
@@ -143,7 +148,8 @@ class Learner:
     def packs(self, batch: SequenceBatch, sequences: Sequence[int]) -> list[PackedBatch]:
         """This data-parallel rank's micro-batches of the given sequences.
 
-        Pipeline stages exchange tensors of one length: with variable ones megatron-core 0.16 confuses forward and backward shapes
+        Pipeline stages exchange tensors of one length: with variable ones megatron-core 0.16 confuses forward and
+            backward shapes
         in an interleaved schedule of two stages, and hangs.
         """
         share = self.packing(batch, sequences)[parallel_state.get_data_parallel_rank()]
@@ -157,7 +163,8 @@ class Learner:
     def forward_backward(
         self, packs: list[PackedBatch], on_logits: Callable[[Tensor, PackedBatch], Tensor], *, forward_only: bool
     ) -> None:
-        """One pipeline schedule over the micro-batches; `on_logits` sees each on the last stage and returns its loss."""
+        """One pipeline schedule over the micro-batches; `on_logits` sees each on the last stage and returns its
+        loss."""
 
         def forward_step(iterator: Iterator[PackedBatch], model: nn.Module):
             packed = next(iterator)

@@ -1,7 +1,7 @@
 """What the last pipeline stage does with the logits of a micro-batch: score them, or turn them into a loss.
 
-Every loss divides by the weight sum of the whole global mini-batch and by nothing else, so that the split into micro-batches and
-ranks does not show.
+Every loss divides by the weight sum of the whole global mini-batch and by nothing else, so that the split into
+micro-batches and ranks does not show.
 """
 
 from collections.abc import Callable

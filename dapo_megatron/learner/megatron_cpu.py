@@ -1,7 +1,7 @@
 """Where no GPU is present, "cuda" means "cpu" to megatron-core 0.16: the one place that knows megatron expects CUDA.
 
-Groups 1, 2 and 4 patch torch for the whole process, group 3 only the named megatron modules. A TorchFunctionMode will not do:
-it is popped while Tensor.backward runs, so recomputation fails. The parity tests stand guard over this file.
+Groups 1, 2 and 4 patch torch for the whole process, group 3 only the named megatron modules. A TorchFunctionMode will
+not do: it is popped while Tensor.backward runs, so recomputation fails. The parity tests stand guard over this file.
 """
 
 import functools

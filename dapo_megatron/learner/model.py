@@ -1,7 +1,5 @@
 """A Hugging Face `config.json` → this rank's chunks of a megatron-core GPTModel, without weights."""
 
-import warnings
-
 import torch
 from torch import nn
 
@@ -10,7 +8,6 @@ from dapo_megatron.errors import RequestError
 from dapo_megatron.learner import megatron_cpu
 
 megatron_cpu.install()
-warnings.filterwarnings("ignore", message="Apex is not installed")
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
@@ -39,12 +36,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def choose_layer_spec(setting: str, device: torch.device) -> str:
-    """model.layer_spec → "transformer_engine" or "local". Raises RequestError where TransformerEngine is asked for and absent."""
+    """model.layer_spec → "transformer_engine" or "local".
+
+    Raises:
+        RequestError: TransformerEngine is asked for and absent.
+    """
     usable = HAVE_TE and device.type == "cuda"
     if setting == "transformer_engine" and not usable:
-        raise RequestError(
-            "model.layer_spec=transformer_engine needs TransformerEngine and a GPU; use auto or local to go on without it"
-        )
+        raise RequestError("model.layer_spec=transformer_engine needs TransformerEngine and a GPU; use auto or local")
     return "transformer_engine" if usable and setting != "local" else "local"
 
 
@@ -98,8 +97,10 @@ def transformer_config(
     )
 
 
-def block_spec(config: TransformerConfig, layer_spec: str, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
-    """The modules of this chunk's layers: TransformerEngine's, or megatron's own linears with our norm and packed attention."""
+def block_spec(
+    config: TransformerConfig, layer_spec: str, vp_stage: int | None
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The modules of this chunk's layers: TransformerEngine's, or megatron's linears with our norm and attention."""
     if layer_spec == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
@@ -142,8 +143,11 @@ def build_chunks(
 
 
 def _mark_shards(chunk: nn.Module) -> None:
-    """Mark which weights are shards of a tensor-parallel whole: megatron does so only while initialising them, and without the mark
-    the gradient norm, and with it clipping, leaves out all shards but the first rank's."""
+    """Mark which weights are shards of a tensor-parallel whole.
+
+    megatron does so only while initialising them; without the mark the gradient norm, and with it clipping, leaves out all
+    shards but the first rank's.
+    """
     for module in chunk.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
             weight = module.weight

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-ENTROPY_SHARE, ENTROPY_FLOOR = 0.2, 0.05  # entropy in nats a token
+ENTROPY_SHARE, ENTROPY_FLOOR = 0.05, 0.05  # entropy in nats a token
 LENGTH_SHARE = 0.3
 DIVERGENCE_POINTS, TRAIN_RISE, VALIDATION_FALL = 10, 0.1, 0.05
 
@@ -12,7 +12,7 @@ DIVERGENCE_POINTS, TRAIN_RISE, VALIDATION_FALL = 10, 0.1, 0.05
 def alerts_for(history: Sequence[Mapping[str, Any]], *, mismatch_bound: float | None = None) -> list[str]:
     """The alerts that hold after the last entry of `history` (metrics in step order; any key may be missing).
 
-    - entropy collapse: entropy/mean < 0.2 of its first value and < 0.05 nats
+    - entropy collapse: entropy/mean < 0.05 of its first value and < 0.05 nats
     - length collapse: response_length/mean < 0.3 of its first value
     - divergence: between the first and the last of the last ten validation points, accuracy/train rose by at least
       0.1 and validation/accuracy fell by at least 0.05

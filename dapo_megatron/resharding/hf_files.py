@@ -1,4 +1,5 @@
-"""Hugging Face folders as a place where slices lie: read this rank's boxes from safetensors, write a folder from live shards."""
+"""Hugging Face folders as a place where slices lie: read this rank's boxes from safetensors, write a folder from live
+shards."""
 
 import json
 import shutil
@@ -24,7 +25,8 @@ TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float
 
 @torch.no_grad()
 def read_placements(folder: Path, placements: Sequence[Placement], tensors: Mapping[str, Tensor]) -> None:
-    """Fill the local tensors from the folder's files, reading only the boxes asked for; what no placement covers becomes 0.
+    """Fill the local tensors from the folder's files, reading only the boxes asked for; what no placement covers
+    becomes 0.
 
     Raises:
         RequestError: a tensor that the files lack.
@@ -48,10 +50,13 @@ def read_placements(folder: Path, placements: Sequence[Placement], tensors: Mapp
 
 
 def folder_dtype(folder: Path) -> torch.dtype:
-    """The one dtype of the folder's tensors. Raises RequestError when they differ or are of a kind that is not trained."""
+    """The one dtype of the folder's tensors. Raises RequestError when they differ or are of a kind that is not
+    trained."""
     dtypes = {dtype for name, (_, dtype, _) in read_headers(folder).items() if not name.endswith(ROTARY_BUFFER)}
     if len(dtypes) != 1 or not dtypes <= set(TORCH_DTYPES):
-        raise RequestError(f"{folder} holds tensors of dtype {', '.join(sorted(dtypes))}; one of F32, BF16, F16 is expected")
+        raise RequestError(
+            f"{folder} holds tensors of dtype {', '.join(sorted(dtypes))}; one of F32, BF16, F16 is expected"
+        )
     return TORCH_DTYPES[dtypes.pop()]
 
 
@@ -82,8 +87,10 @@ def write_folder(
 ) -> None:
     """Write a Hugging Face folder, one file a group, at most one group in memory.
 
-    Collective: every rank calls it and `tensors_of(names)` for each group; the rank that gets tensors back (the others get None)
-    writes. The folder appears under its name only when whole. `side_files`: folder of config.json and tokenizer to copy.
+    Collective: every rank calls it and `tensors_of(names)` for each group; the rank that gets tensors back (the others
+        get None)
+    writes. The folder appears under its name only when whole. `side_files`: folder of config.json and tokenizer to
+    copy.
     """
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")

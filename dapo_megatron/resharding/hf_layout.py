@@ -1,4 +1,5 @@
-"""The canonical tensors of an architecture, and the two places they lie whole: Hugging Face files and a model in memory."""
+"""The canonical tensors of an architecture, and the two places they lie whole: Hugging Face files and a model in
+memory."""
 
 import json
 import struct
@@ -39,7 +40,8 @@ def canonical_tensors(a: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def whole_layout(a: Architecture, ranks: Iterable[int], names: Iterable[str] | None = None) -> WeightLayout:
-    """Every tensor (or those of `names`) whole on each of `ranks`, under its canonical name: a Hugging Face model in memory."""
+    """Every tensor (or those of `names`) whole on each of `ranks`, under its canonical name: a Hugging Face model in
+    memory."""
     shapes = canonical_tensors(a)
     if names is not None:
         shapes = {name: shapes[name] for name in names}
@@ -51,8 +53,8 @@ def read_headers(folder: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
     """Tensor name → (file, dtype, shape) from the safetensors headers of a Hugging Face folder; reads no weights.
 
     Raises:
-        RequestError: no safetensors file, an index that is not valid or points out of the folder, a file of the index missing, a
-            header that is not valid or a file cut short.
+        RequestError: no safetensors file, an index that is not valid or points out of the folder, a file of the index
+            missing, a header that is not valid or a file cut short.
     """
     folder = Path(folder)
     if (folder / INDEX).is_file():

@@ -1,7 +1,7 @@
 """A layout says, for each rank, which box of which canonical tensor lies where in its memory (or file).
 
-Canonical tensors bear their Hugging Face names and shapes. A layout is data: it can be computed for any rank of any world
-without that world existing.
+Canonical tensors bear their Hugging Face names and shapes. A layout is data: it can be computed for any rank of any
+world without that world existing.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,8 @@ Box = tuple[tuple[int, int], ...]  # (start, stop) along each dimension
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The box `box` of the canonical tensor `name` lies in the local tensor `key` at `offset`, same shape, same order."""
+    """The box `box` of the canonical tensor `name` lies in the local tensor `key` at `offset`, same shape, same
+    order."""
 
     name: str
     box: Box

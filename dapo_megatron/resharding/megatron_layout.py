@@ -1,8 +1,9 @@
 """Where each canonical tensor lies on a Megatron rank, by tensor-, pipeline- and virtual-pipeline position.
 
 linear_qkv holds, for each kv group, [its query heads, its key head, its value head], row by row, cut evenly over the
-tensor-parallel ranks: with more ranks than kv heads a cut may fall inside q, k or v. linear_fc1 holds [gate_r; up_r]. Embedding
-and output rows are cut evenly after padding to a multiple of lcm(TP, 64); padded rows belong to no canonical tensor.
+tensor-parallel ranks: with more ranks than kv heads a cut may fall inside q, k or v. linear_fc1 holds [gate_r; up_r].
+Embedding and output rows are cut evenly after padding to a multiple of lcm(TP, 64); padded rows belong to no canonical
+tensor.
 """
 
 from collections.abc import Iterator
@@ -47,9 +48,18 @@ def rank_placements(
         stage = v * layout.pipeline + position.pipeline
         prefix = f"chunk{v}."
         if stage == 0:
-            yield _vocabulary("model.embed_tokens.weight", prefix + "embedding.word_embeddings.weight", a, layout, position)
+            yield _vocabulary(
+                "model.embed_tokens.weight", prefix + "embedding.word_embeddings.weight", a, layout, position
+            )
         for local in range(layout.layers_per_chunk):
-            yield from _layer(a, layout, position, stage * layout.layers_per_chunk + local, f"{prefix}decoder.layers.{local}.", layer_spec)
+            yield from _layer(
+                a,
+                layout,
+                position,
+                stage * layout.layers_per_chunk + local,
+                f"{prefix}decoder.layers.{local}.",
+                layer_spec,
+            )
         if stage == stages - 1:
             yield _rows("model.norm.weight", (0, a.hidden), prefix + "decoder.final_layernorm.weight", 0)
             if not a.tied:
@@ -71,8 +81,20 @@ def _layer(
         yield from _qkv(a, layout, position, name, local, "bias")
     if a.qk_norm:
         for letter in "qk":
-            yield _rows(f"{name}self_attn.{letter}_norm.weight", (0, a.head_dim), f"{local}self_attention.{letter}_layernorm.weight", 0)
-    yield _columns(name + "self_attn.o_proj.weight", a.hidden, a.heads * a.head_dim, local + "self_attention.linear_proj.weight", layout, position)
+            yield _rows(
+                f"{name}self_attn.{letter}_norm.weight",
+                (0, a.head_dim),
+                f"{local}self_attention.{letter}_layernorm.weight",
+                0,
+            )
+    yield _columns(
+        name + "self_attn.o_proj.weight",
+        a.hidden,
+        a.heads * a.head_dim,
+        local + "self_attention.linear_proj.weight",
+        layout,
+        position,
+    )
     yield _rows(name + "post_attention_layernorm.weight", (0, a.hidden), local + mlp_norm, 0)
     part = a.ffn // layout.tensor
     rows = (position.tensor * part, (position.tensor + 1) * part)
@@ -118,8 +140,6 @@ def _rows(name: str, rows: tuple[int, int], key: str, offset: int, columns: int 
     return Placement(name, (rows, (0, columns)), key, (offset, 0))
 
 
-def _columns(
-    name: str, rows: int, columns: int, key: str, layout: Layout, position: MegatronPosition
-) -> Placement:
+def _columns(name: str, rows: int, columns: int, key: str, layout: Layout, position: MegatronPosition) -> Placement:
     part = columns // layout.tensor
     return Placement(name, ((0, rows), (position.tensor * part, (position.tensor + 1) * part)), key, (0, 0))

@@ -1,4 +1,5 @@
-"""The moves that turn one layout into another: every destination element from exactly one source, the nearest, then the least busy."""
+"""The moves that turn one layout into another: every destination element from exactly one source, the nearest, then the
+least busy."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -49,11 +50,12 @@ class Plan:
 def make_plan(source: WeightLayout, target: WeightLayout) -> Plan:
     """Intersect two layouts over the same ranks of one world (rank i of both is one process).
 
-    A slice that lies in the destination's own process is taken from there; other slices come from the replica that has sent
-    least so far.
+    A slice that lies in the destination's own process is taken from there; other slices come from the replica that has
+    sent least so far.
 
     Raises:
-        RunError: a tensor of one side unknown to the other, shapes that differ, a destination element with no source or two.
+        RunError: a tensor of one side unknown to the other, shapes that differ, a destination element with no source or
+            two.
     """
     _check_same_tensors(source, target)
     boxes = _boxes_by_name(source)
@@ -69,7 +71,8 @@ def make_plan(source: WeightLayout, target: WeightLayout) -> Plan:
                 # counted elements alone would let an overlap make up for a hole
                 if any(intersect(common, other) is not None for other in parts):
                     raise RunError(
-                        f"resharding: {wanted.name} {common} of rank {rank} ({wanted.key}) has two different sources: slices of "
+                        f"resharding: {wanted.name} {common} of rank {rank} ({wanted.key}) has two "
+                        "different sources: slices of "
                         "the source layout overlap"
                     )
                 parts.append(common)
@@ -81,7 +84,8 @@ def make_plan(source: WeightLayout, target: WeightLayout) -> Plan:
             covered = sum(map(volume, parts))
             if covered != volume(wanted.box):
                 raise RunError(
-                    f"resharding: {wanted.name} {wanted.box} of rank {rank} ({wanted.key}) needs {volume(wanted.box)} elements "
+                    f"resharding: {wanted.name} {wanted.box} of rank {rank} ({wanted.key}) needs "
+                    f"{volume(wanted.box)} elements "
                     f"and the source layout supplies {covered}"
                 )
     return Plan(tuple(moves))
@@ -93,7 +97,9 @@ def _check_same_tensors(source: WeightLayout, target: WeightLayout) -> None:
         raise RunError(f"resharding: tensor {name} exists only in the {where} layout: these are different models")
     for name, shape in source.shapes.items():
         if tuple(shape) != tuple(target.shapes[name]):
-            raise RunError(f"resharding: {name} is {shape} in the source layout and {target.shapes[name]} in the target")
+            raise RunError(
+                f"resharding: {name} is {shape} in the source layout and {target.shapes[name]} in the target"
+            )
 
 
 def _boxes_by_name(layout: WeightLayout) -> Mapping[str, dict[Box, dict[int, Placement]]]:

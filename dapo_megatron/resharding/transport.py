@@ -1,7 +1,7 @@
 """Carries out a plan: copies inside a process, point-to-point messages between processes, in windows of bounded size.
 
-All slices that one rank sends to another within a window travel as one flat message, in plan order. Nothing is gathered or
-broadcast, and a wait that outlasts its limit names the pair that is late.
+All slices that one rank sends to another within a window travel as one flat message, in plan order. Nothing is gathered
+or broadcast, and a wait that outlasts its limit names the pair that is late.
 """
 
 import time
@@ -45,9 +45,7 @@ class Transport:
         self.rank, self.dtype, self.device, self.group = rank, dtype, device, group
         self.time_limit_s = time_limit_s
         self.copies = [m for m in plan.moves if m.source_rank == rank == m.target_rank]
-        self.windows = [
-            _by_pair(moves, rank) for moves in _cut(plan, bucket_bytes // dtype.itemsize, window)
-        ]
+        self.windows = [_by_pair(moves, rank) for moves in _cut(plan, bucket_bytes // dtype.itemsize, window)]
 
     @torch.no_grad()
     def run(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Transfer:
@@ -99,8 +97,8 @@ class Transport:
 
 
 def _cut(plan: Plan, most_elements: int, most_pairs: int) -> Iterator[list[Move]]:
-    """Cut the moves between processes into windows, the same on every rank: no pair's message exceeds `most_elements` (a single
-    larger move travels alone) and no window holds more than `most_pairs` messages."""
+    """Cut the moves between processes into windows, the same on every rank: no pair's message exceeds `most_elements`
+    (a single larger move travels alone) and no window holds more than `most_pairs` messages."""
     window: list[Move] = []
     loads: dict[tuple[int, int], int] = {}
     for move in plan.moves:

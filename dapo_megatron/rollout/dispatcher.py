@@ -1,7 +1,7 @@
 """One queue over all engines.
 
-The embedded engine lives in every learner rank, so every rank holds the same queue and calls the same methods in step; a request goes to
-the engine that is least loaded, and completions are made known to all ranks.
+The embedded engine lives in every learner rank, so every rank holds the same queue and calls the same methods in step;
+a request goes to the engine that is least loaded, and completions are made known to all ranks.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ class Dispatcher:
         self.engine, self.rank, self.engines, self.time_limit_s = engine, rank, engines, time_limit_s
 
     def generate(self, requests: Sequence[RolloutRequest], *, group: int = 1) -> list[Completion]:
-        """Submit all, collect all, in the order of `requests`. `group` consecutive requests (one prompt's samples) stay together."""
+        """Submit all, collect all, in the order of `requests`. `group` consecutive requests (one prompt's samples) stay
+        together."""
         for owner, share in enumerate(self._assign(requests, group)):
             if owner == self.rank:
                 self.engine.submit(share)

@@ -1,6 +1,7 @@
 """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): sample prompts in waves until enough groups carry a signal.
 
-A group whose answers are all right or all wrong has advantage 0 everywhere; it is dropped, and further prompts take its place.
+A group whose answers are all right or all wrong has advantage 0 everywhere; it is dropped, and further prompts take its
+place.
 """
 
 from collections.abc import Callable

@@ -33,7 +33,8 @@ class RolloutRequest:
 
 @dataclass(frozen=True)
 class Completion:
-    """tokens int32 [L], end of sequence included if it was drawn; logprobs fp32 [L] of log softmax(logits / T), before top-p.
+    """tokens int32 [L], end of sequence included if it was drawn; logprobs fp32 [L] of log softmax(logits / T), before
+    top-p.
 
     finish_reason: "stop" at an end-of-sequence token, "length" at max_new_tokens, "abort" when taken back.
     policy_versions int32 [L]: the version whose weights produced each token.

@@ -45,7 +45,8 @@ class GroupSampler:
     ) -> list[PromptGroup]:
         """One group of `samples` completions a prompt row, graded; rewards without overlong shaping.
 
-        Sample j of the i-th row has the seed (seed_key, i, j): it depends neither on the other rows nor on the number of engines.
+        Sample j of the i-th row has the seed (seed_key, i, j): it depends neither on the other rows nor on the number
+        of engines.
         """
         requests = [
             RolloutRequest(

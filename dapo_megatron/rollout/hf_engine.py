@@ -1,7 +1,7 @@
 """The embedded engine: a whole Hugging Face model in the learner's own process, for laptops and small machines.
 
-Decodes token by token with a KV cache, many sequences at once. The model's parameters are plain tensors (`weights`) into which the
-resharding plan writes; nothing else carries weights here.
+Decodes token by token with a KV cache, many sequences at once. The model's parameters are plain tensors (`weights`)
+into which the resharding plan writes; nothing else carries weights here.
 """
 
 import time

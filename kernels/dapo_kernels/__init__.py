@@ -1,4 +1,5 @@
-"""Losses on vocab-parallel logits for reinforcement learning of language models. Depends on torch alone (Triton kernels optional)."""
+"""Losses on vocab-parallel logits for reinforcement learning of language models. Depends on torch alone (Triton kernels
+optional)."""
 
 from dapo_kernels.logprobs import LogprobsAndEntropy, logprobs_and_entropy
 from dapo_kernels.policy_loss import PolicyLoss, clipped_policy_loss

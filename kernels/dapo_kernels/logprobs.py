@@ -5,8 +5,9 @@ With z = logits / T, the maximum M and the sum S of exp(z − M) taken over the 
     l = (z_y − M) − log S                          H = log S − Σ_j p_j (z_j − M),   p_j = exp(z_j − M) / S
     ∂l/∂z_j = 1[j = y] − p_j                       ∂H/∂z_j = −p_j (log p_j + H)
 
-Rank r of the tensor-parallel group holds the global columns [r·V_local, (r+1)·V_local). One all-gather of four numbers a row
-(max, Σ exp, target logit, Σ exp·(z − max)) makes the row statistics whole; the backward pass communicates nothing.
+Rank r of the tensor-parallel group holds the global columns [r·V_local, (r+1)·V_local). One all-gather of four numbers
+a row (max, Σ exp, target logit, Σ exp·(z − max)) makes the row statistics whole; the backward pass communicates
+nothing.
 """
 
 from typing import NamedTuple
@@ -26,7 +27,8 @@ class LogprobsAndEntropy(NamedTuple):
 
 
 class _Shard(NamedTuple):
-    """Which global columns this rank holds: `first` is the global id of column 0, `valid` columns are inside the vocabulary."""
+    """Which global columns this rank holds: `first` is the global id of column 0, `valid` columns are inside the
+    vocabulary."""
 
     first: int
     valid: int
@@ -49,7 +51,8 @@ def logprobs_and_entropy(
         logits: [N, V/TP] bf16, fp16, fp32 or fp64, contiguous. With `in_place` its memory is reused for the gradient.
         targets: [N] int64 global vocabulary ids.
         temperature: T > 0, a number or one a row [N].
-        vocab_size: true vocabulary; global columns beyond it count as −inf and get gradient 0. None: every column is real.
+        vocab_size: true vocabulary; global columns beyond it count as −inf and get gradient 0. None: every column is
+            real.
         tensor_parallel_group: ranks that hold the other columns; None or a group of one: the logits are whole.
         implementation: "auto" or "torch".
         row_mask: [N] bool; other rows are skipped, return 0 and get gradient 0. None: every row.
@@ -66,12 +69,12 @@ def logprobs_and_entropy(
     first = group_rank * logits.shape[1]
     vocabulary = group_size * logits.shape[1] if vocab_size is None else vocab_size
     if not 0 < vocabulary <= group_size * logits.shape[1]:
-        raise ValueError(f"vocab_size={vocab_size} must lie in 1..{group_size * logits.shape[1]}, the columns of all ranks")
+        raise ValueError(
+            f"vocab_size={vocab_size} must lie in 1..{group_size * logits.shape[1]}, the columns of all ranks"
+        )
     shard = _Shard(first, max(0, min(logits.shape[1], vocabulary - first)))
-    if row_mask is None:
-        rows = torch.arange(logits.shape[0], device=logits.device)
-    else:
-        rows = row_mask.nonzero().squeeze(1)
+    asked_for = torch.ones_like(targets, dtype=torch.bool) if row_mask is None else row_mask
+    rows = asked_for.nonzero().squeeze(1)
     if logits.device.type == "cpu":
         asked = targets[rows]
         if asked.numel() and (int(asked.min()) < 0 or int(asked.max()) >= vocabulary):

@@ -71,7 +71,9 @@ def clipped_policy_loss(
         if value.shape != targets.shape or not value.is_floating_point():
             raise ValueError(f"{name} must be float {tuple(targets.shape)}; got {value.dtype} {tuple(value.shape)}")
     if eps_dual is not None and not eps_dual > 1:
-        raise ValueError(f"eps_dual={eps_dual} must be > 1: it is the bound on the ratio itself; use None to turn it off")
+        raise ValueError(
+            f"eps_dual={eps_dual} must be > 1: it is the bound on the ratio itself; use None to turn it off"
+        )
     on_cpu = logits.device.type == "cpu"
     if (on_cpu or not isinstance(denominator, Tensor)) and not float(denominator) > 0:
         raise ValueError(f"denominator={float(denominator)} must be > 0: the weight sum of the whole mini-batch")

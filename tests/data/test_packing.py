@@ -33,9 +33,7 @@ SHAPES = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, m
 @given(LENGTHS, st.integers(60, 200), st.integers(1, 5), st.integers(1, 4))
 @settings(deadline=None, max_examples=200)
 def test_assignment(lengths, budget, data_parallel, multiple_of):
-    ranks = assign_micro_batches(
-        lengths, token_budget=budget, data_parallel=data_parallel, multiple_of=multiple_of
-    )
+    ranks = assign_micro_batches(lengths, token_budget=budget, data_parallel=data_parallel, multiple_of=multiple_of)
     assert sorted(i for rank in ranks for members in rank for i in members) == list(range(len(lengths)))
     assert len(ranks) == data_parallel
     counts = {len(rank) for rank in ranks}

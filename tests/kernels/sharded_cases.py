@@ -67,7 +67,9 @@ def _one(case: dict, size: int, group: dist.ProcessGroup, in_place: bool) -> dic
         found.loss.backward()
     gaps = [shard.grad - whole.grad[:, rank * part : (rank + 1) * part], found.loss.detach() - wanted.loss.detach()]
     gaps += [getattr(found, f).double() - getattr(wanted, f).double() for f in ("logprobs", "ratio", "entropy")]
-    gaps += [(getattr(found, f) != getattr(wanted, f)).double() for f in ("clipped_low", "clipped_high", "clipped_dual")]
+    gaps += [
+        (getattr(found, f) != getattr(wanted, f)).double() for f in ("clipped_low", "clipped_high", "clipped_dual")
+    ]
     plain = logprobs_and_entropy(
         logits[:, rank * part : (rank + 1) * part].contiguous(), others[0].clamp(0, vocab - 1),
         vocab_size=vocab, tensor_parallel_group=group, row_mask=others[3] > 0,
@@ -106,6 +108,4 @@ def _inputs(case: dict, part: int) -> list[torch.Tensor]:
 def _worst_of_all_ranks(report: dict[str, dict]) -> dict[str, dict]:
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, report)
-    return {
-        name: {key: max(float(part[name][key]) for part in everyone) for key in report[name]} for name in report
-    }
+    return {name: {key: max(float(part[name][key]) for part in everyone) for key in report[name]} for name in report}

@@ -24,7 +24,9 @@ def pull(logits: torch.Tensor, targets: torch.Tensor, g_l: torch.Tensor, g_h: to
     return l_N, h_N, leaf.grad
 
 
-def expected(logits: torch.Tensor, targets: torch.Tensor, g_l: torch.Tensor, g_h: torch.Tensor, temperature=1.0, vocab=None):
+def expected(
+    logits: torch.Tensor, targets: torch.Tensor, g_l: torch.Tensor, g_h: torch.Tensor, temperature=1.0, vocab=None
+):
     leaf = logits.detach().double().requires_grad_()
     l_N, h_N = row_values(leaf, targets, temperature, vocab or logits.shape[1])
     ((l_N * g_l.double()).sum() + (h_N * g_h.double()).sum()).backward()
@@ -62,14 +64,14 @@ def test_values_and_gradient_in_fp64(rows, columns, padding, seed, temperature, 
     assert not gradient[:, columns:].any() and not gradient[~mask].any()
 
 
-@given(seed=st.integers(0, 2**31), sigma=st.sampled_from([0.01, 1.0, 10.0]), shift=st.sampled_from([0.0, -500.0, 500.0]))
+@given(
+    seed=st.integers(0, 2**31), sigma=st.sampled_from([0.01, 1.0, 10.0]), shift=st.sampled_from([0.0, -500.0, 500.0])
+)
 @settings(deadline=None, max_examples=40)
 def test_a_constant_added_to_a_row_changes_nothing(seed, sigma, shift):
     logits, targets, generator = random_rows(6, 33, seed, sigma)
     g_l, g_h = torch.randn(2, 6, generator=generator, dtype=torch.float64)
-    for found, wanted in zip(
-        pull(logits + shift, targets, g_l, g_h), expected(logits, targets, g_l, g_h), strict=True
-    ):
+    for found, wanted in zip(pull(logits + shift, targets, g_l, g_h), expected(logits, targets, g_l, g_h), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 

@@ -72,7 +72,9 @@ def test_everything_equals_the_fp64_formula(
     edges = torch.tensor([1 - eps_low, 1 + eps_high, eps_dual or 1 - eps_low], dtype=torch.float64)
     trained = arguments[4] > 0
     log_ratio = (wanted.logprobs - arguments[2])[trained]
-    assume(((wanted.ratio[trained][:, None] - edges).abs() > 1e-9).all() and ((log_ratio.abs() - 20).abs() > 1e-9).all())
+    assume(
+        ((wanted.ratio[trained][:, None] - edges).abs() > 1e-9).all() and ((log_ratio.abs() - 20).abs() > 1e-9).all()
+    )
     found, gradient = run(arguments, vocab_size=columns, in_place=in_place, **options)
     compare(found, gradient, wanted, rtol=1e-9, atol=1e-9)
 
@@ -80,9 +82,7 @@ def test_everything_equals_the_fp64_formula(
 @given(seed=st.integers(0, 2**31), sigma=st.sampled_from([0.5, 3.0, 10.0]), temperature=st.sampled_from([1.0, 0.7]))
 @settings(deadline=None, max_examples=60)
 def test_fp32_accuracy(seed, sigma, temperature):
-    arguments = tuple(
-        x.float() if x.is_floating_point() else x for x in batch(16, 100, seed, sigma=sigma, drift=0.1)
-    )
+    arguments = tuple(x.float() if x.is_floating_point() else x for x in batch(16, 100, seed, sigma=sigma, drift=0.1))
     logits, _, old, _, _ = arguments
     options = {**CLIP, "eps_dual": 10.0, "denominator": 16.0, "temperature": temperature}
     wanted = clipped_loss(*arguments, **options)
@@ -130,7 +130,13 @@ def test_bf16_is_no_worse_than_the_rounded_exact_gradient_plus_one_ulp(seed):
 def one_row(advantage: float, old: float):
     """p = (1/4, 3/4) exactly enough: l of token 0 is −log 4."""
     logits = torch.tensor([[0.0, math.log(3.0)]], dtype=torch.float64)
-    return logits, torch.tensor([0]), torch.tensor([old]).double(), torch.tensor([advantage]).double(), torch.ones(1).double()
+    return (
+        logits,
+        torch.tensor([0]),
+        torch.tensor([old]).double(),
+        torch.tensor([advantage]).double(),
+        torch.ones(1).double(),
+    )
 
 
 def ratio_of(old: float) -> float:
@@ -238,7 +244,9 @@ def test_a_batch_without_weight_gives_loss_and_gradient_zero(in_place, entropy_c
         **CLIP, denominator=3.0, in_place=in_place, entropy_coefficient=entropy_coefficient,
     )  # fmt: skip
     assert found.loss == 0 and torch.equal(gradient, torch.zeros(5, 7).double())
-    assert not any(getattr(found, name).any() for name in ("logprobs", "ratio", "entropy", "clipped_low", "clipped_high"))
+    assert not any(
+        getattr(found, name).any() for name in ("logprobs", "ratio", "entropy", "clipped_low", "clipped_high")
+    )
 
 
 def test_anything_in_rows_of_weight_zero_is_ignored():

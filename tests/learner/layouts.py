@@ -12,7 +12,7 @@ from dapo_megatron.learner.learner import Learner
 
 
 def layout_of(name: str, layers: int, vocab: int) -> Layout:
-    """"tp2pp2vpp2sp" → the Layout of the present world; what is not named is 1, data parallelism takes the rest."""
+    """ "tp2pp2vpp2sp" → the Layout of the present world; what is not named is 1, data parallelism takes the rest."""
     sizes = {"tp": 1, "pp": 1, "vpp": 1}
     rest = name.removesuffix("sp")
     for key in ("vpp", "pp", "tp"):
@@ -51,5 +51,3 @@ def build(folder: str, name: str, *, budget: int = 512, train: Optimizer | None 
         optimizer=train,
         **{"dtype": torch.float32, **options},
     )
-
-

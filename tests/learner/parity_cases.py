@@ -21,7 +21,7 @@ def sequences() -> list[torch.Tensor]:
 
 
 def logit_gaps(payload: dict) -> dict[str, float]:
-    """"model layout form" → max |learner − transformers| over all real tokens and vocabulary columns."""
+    """ "model layout form" → max |learner − transformers| over all real tokens and vocabulary columns."""
     gaps = {}
     for model_name, folder in payload["models"].items():
         with torch.no_grad():

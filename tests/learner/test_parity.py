@@ -33,9 +33,7 @@ def models(tmp_path_factory):
 
 @pytest.mark.parametrize("world", LAYOUTS)
 def test_logits_equal_transformers(models, world):
-    gaps = run_ranks(
-        world, "tests.learner.parity_cases:logit_gaps", {"models": models, "layouts": LAYOUTS[world]}
-    )
+    gaps = run_ranks(world, "tests.learner.parity_cases:logit_gaps", {"models": models, "layouts": LAYOUTS[world]})
     assert len(gaps) == len(models) * len(LAYOUTS[world]) * 3
     too_far = {case: gap for case, gap in gaps.items() if not gap <= 1e-5}
     assert not too_far, too_far

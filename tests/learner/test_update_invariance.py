@@ -158,7 +158,12 @@ def test_twenty_supervised_steps_follow_transformers(models, tmp_path):
         expected.append((float(total / count), float(norm)))
     assert expected[-1][0] < expected[0][0] - 0.1, "the reference itself learns"
 
-    payload = {"model": folder, "sequences": sequences, "learning_rate": rate, "tokens": str(tmp_path / "tokens.safetensors")}
+    payload = {
+        "model": folder,
+        "sequences": sequences,
+        "learning_rate": rate,
+        "tokens": str(tmp_path / "tokens.safetensors"),
+    }
     for world, layout, budget in ((1, "tp1pp1", 1000), (4, "tp2pp2", 80), (4, "tp2pp1sp", 80)):
         found = run_ranks(
             world, "tests.learner.update_cases:supervised_losses", {**payload, "layout": layout, "budget": budget}

@@ -45,7 +45,8 @@ def gradients(payload: dict) -> dict[str, list[float]]:
 
 
 def updated_weights(payload: dict) -> dict[str, list[float]]:
-    """Three policy updates with a distributed or an ordinary optimizer; writes the weights, returns the gradient norms."""
+    """Three policy updates with a distributed or an ordinary optimizer; writes the weights, returns the gradient
+    norms."""
     batch = load_batch(payload["batch"])
     denominator = float(batch.loss_weights_T.sum())
     results = {}
@@ -55,9 +56,7 @@ def updated_weights(payload: dict) -> dict[str, list[float]]:
             learner = build(payload["model"], layout, budget=payload["budget"], train=settings, temperature=0.9)
             norms = []
             for _ in range(3):
-                learner.gradients(
-                    batch, range(len(batch)), policy_loss(learner.head, denominator=denominator, **CLIP)
-                )
+                learner.gradients(batch, range(len(batch)), policy_loss(learner.head, denominator=denominator, **CLIP))
                 norms.append(learner.step(settings.learning_rate, settings.weight_decay))
             name = f"{dist.get_world_size()}|{layout}|{distributed}"
             _save_whole(learner, learner.weights, Path(payload["out"]) / name)

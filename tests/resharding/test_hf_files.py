@@ -79,7 +79,13 @@ def test_an_older_folder_is_replaced_whole(tmp_path):
     old, new = random_tensors(a), {name: t + 1 for name, t in random_tensors(a).items()}
     for tensors, most_bytes in ((old, 500), (new, 1 << 30)):
         groups = list(file_groups(canonical_tensors(a), 4, most_bytes))
-        write_folder(tmp_path / "m", groups, lambda names, t=tensors: {n: t[n] for n in names}, side_files=base, dtype=torch.float32)
+        write_folder(
+            tmp_path / "m",
+            groups,
+            lambda names, t=tensors: {n: t[n] for n in names},
+            side_files=base,
+            dtype=torch.float32,
+        )
     assert [path.name for path in (tmp_path / "m").glob("*.safetensors*")] == ["model.safetensors"]
     read = {name: torch.zeros_like(t) for name, t in new.items()}
     read_placements(tmp_path / "m", whole_layout(a, [0]).placements[0], read)
@@ -96,7 +102,9 @@ def test_a_failure_leaves_the_older_folder_as_it_was(tmp_path):
             raise RunError("a rank is gone")
         return {n: tensors[n] for n in names}
 
-    write_folder(tmp_path / "m", groups, lambda names: {n: tensors[n] for n in names}, side_files=base, dtype=torch.float32)
+    write_folder(
+        tmp_path / "m", groups, lambda names: {n: tensors[n] for n in names}, side_files=base, dtype=torch.float32
+    )
     with pytest.raises(RunError, match="a rank is gone"):
         write_folder(tmp_path / "m", groups, give, side_files=base, dtype=torch.float32)
     check_checkpoint(tmp_path / "m", a)
@@ -108,7 +116,11 @@ def test_a_failure_leaves_the_older_folder_as_it_was(tmp_path):
 def test_a_rank_without_tensors_writes_nothing_but_takes_part(tmp_path):
     asked = []
     write_folder(
-        tmp_path / "m", [["a"], ["b"]], lambda names: asked.append(list(names)), side_files=tmp_path, dtype=torch.float32
+        tmp_path / "m",
+        [["a"], ["b"]],
+        lambda names: asked.append(list(names)),
+        side_files=tmp_path,
+        dtype=torch.float32,
     )
     assert asked == [["a"], ["b"]] and not list(tmp_path.iterdir())
 
@@ -117,7 +129,11 @@ def test_a_folder_without_config_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunError, match=r"config\.json is missing"):
         write_folder(
-            tmp_path / "m", [["w"]], lambda names: {"w": torch.zeros(2)}, side_files=tmp_path / "empty", dtype=torch.float32
+            tmp_path / "m",
+            [["w"]],
+            lambda names: {"w": torch.zeros(2)},
+            side_files=tmp_path / "empty",
+            dtype=torch.float32,
         )
     assert not (tmp_path / "m").exists()
 
@@ -157,7 +173,10 @@ def test_folder_dtype(tmp_path):
 
 
 def test_folder_dtype_looks_past_rotary_buffers_that_a_check_lets_through(tmp_path):
-    tensors = {"model.norm.weight": torch.zeros(6).bfloat16(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}
+    tensors = {
+        "model.norm.weight": torch.zeros(6).bfloat16(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2),
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     assert folder_dtype(tmp_path) == torch.bfloat16
 

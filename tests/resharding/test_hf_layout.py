@@ -143,7 +143,8 @@ def test_a_header_that_claims_to_be_enormous_is_refused_without_reading_it(tmp_p
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": null}', '{"weight_map": {"w": 3}}', "[" * 100_000]
+    "text",
+    ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": null}', '{"weight_map": {"w": 3}}', "[" * 100_000],
 )
 def test_a_broken_index_is_refused(tmp_path, text):
     (tmp_path / INDEX).write_text(text)

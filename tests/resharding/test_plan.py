@@ -11,7 +11,14 @@ from dapo_megatron.resharding.layout import Placement, WeightLayout
 from dapo_megatron.resharding.megatron_layout import megatron_layout
 from dapo_megatron.resharding.plan import make_plan
 from tests.resharding.worlds import (
-    PADDING, architecture, architectures, carry_out, layout_for, layouts, numbered, shards,
+    PADDING,
+    architecture,
+    architectures,
+    carry_out,
+    layout_for,
+    layouts,
+    numbered,
+    shards,
 )  # fmt: skip
 
 MODELS = architectures().flatmap(lambda a: st.tuples(st.just(a), layouts(a)))
@@ -49,7 +56,8 @@ def test_between_two_megatron_layouts(pair):
     plan = make_plan(megatron_layout(a, first), megatron_layout(a, second))
     sentinel = -7  # what a move may not touch: the padded rows
     target = {
-        rank: {key: torch.full_like(tensor, sentinel) for key, tensor in local.items()} for rank, local in wanted.items()
+        rank: {key: torch.full_like(tensor, sentinel) for key, tensor in local.items()}
+        for rank, local in wanted.items()
     }
     carry_out(plan, shards(a, first, whole), target)
     for rank, local in wanted.items():

@@ -11,7 +11,9 @@ from dapo_megatron.resharding.transport import Transport
 from tests.resharding.worlds import PADDING, architecture, layout_for, numbered, shards
 
 
-def transport(plan: Plan, *, bucket_bytes: int, window: int, dtype: torch.dtype = torch.float32, **options) -> Transport:
+def transport(
+    plan: Plan, *, bucket_bytes: int, window: int, dtype: torch.dtype = torch.float32, **options
+) -> Transport:
     return Transport(
         plan, dist.get_rank(), dtype=dtype, device=torch.device("cpu"), bucket_bytes=bucket_bytes, window=window,
         **{"time_limit_s": 60, **options},
@@ -47,7 +49,9 @@ def _move(case: dict) -> dict:
         wrong = sum(
             int((into[key] != torch.where(t == PADDING, -7, t + version).to(dtype)).sum()) for key, t in wanted.items()
         )
-        totals += torch.tensor([wrong, report.bytes_sent, report.messages_sent, report.bytes_copied], dtype=torch.float64)
+        totals += torch.tensor(
+            [wrong, report.bytes_sent, report.messages_sent, report.bytes_copied], dtype=torch.float64
+        )
     dist.all_reduce(totals)
     wrong, sent, messages, copied = (int(n) for n in totals)
     return {

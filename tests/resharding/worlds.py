@@ -115,20 +115,26 @@ def _rank(a: Architecture, layout: Layout, whole: dict[str, Tensor], tensor: int
     for v in range(layout.virtual_pipeline):
         stage = v * layout.pipeline + pipeline
         if stage == 0:
-            local[f"chunk{v}.embedding.word_embeddings.weight"] = cut(_padded(a, layout, whole["model.embed_tokens.weight"]))
+            local[f"chunk{v}.embedding.word_embeddings.weight"] = cut(
+                _padded(a, layout, whole["model.embed_tokens.weight"])
+            )
         for i in range(layout.layers_per_chunk):
             hf = f"model.layers.{stage * layout.layers_per_chunk + i}."
             mine = f"chunk{v}.decoder.layers.{i}."
             attention = hf + "self_attn."
             for kind in ("weight", "bias") if a.qkv_bias else ("weight",):
                 by_group = [
-                    whole[f"{attention}{letter}_proj.{kind}"].reshape(a.kv_heads, -1, *((a.hidden,) * (kind == "weight")))
+                    whole[f"{attention}{letter}_proj.{kind}"].reshape(
+                        a.kv_heads, -1, *((a.hidden,) * (kind == "weight"))
+                    )
                     for letter in "qkv"
                 ]
                 local[f"{mine}self_attention.linear_qkv.{kind}"] = cut(torch.cat(by_group, dim=1).flatten(0, 1))
             if a.qk_norm:
                 for letter in "qk":
-                    local[f"{mine}self_attention.{letter}_layernorm.weight"] = whole[f"{attention}{letter}_norm.weight"].clone()
+                    local[f"{mine}self_attention.{letter}_layernorm.weight"] = whole[
+                        f"{attention}{letter}_norm.weight"
+                    ].clone()
             local[mine + "self_attention.linear_proj.weight"] = cut(whole[attention + "o_proj.weight"], 1)
             halves = [cut(whole[f"{hf}mlp.{half}_proj.weight"]) for half in ("gate", "up")]
             local[mine + "mlp.linear_fc1.weight"] = torch.cat(halves)
