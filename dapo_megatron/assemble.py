@@ -59,7 +59,8 @@ class Run:
     def load_state(self, state: dict) -> None:
         """Stand where `state` was taken."""
         self.step, self.updates = state["step"], state["updates"]
-        self.supervised_done = list(state["supervised_done"])
+        done = state["supervised_done"]
+        self.supervised_done = [*done, *[0] * (len(self.recipe.supervised.stages) - len(done))]
         if self.prompt_order is not None and state["prompt_order"] is not None:
             self.prompt_order.load_state(state["prompt_order"])
 

@@ -124,7 +124,6 @@ def claim_run_directory(recipe: Recipe, *, resume: bool, overwrite: bool) -> Non
 def lay_out_run(recipe: Recipe) -> None:
     """Create the run directory with the resolved recipe, the generated task and the model made from scratch."""
     paths = run_paths(recipe)
-    paths.run.mkdir(parents=True, exist_ok=True)
     generate = recipe.data.generate
     if generate is not None and not (paths.run / "data" / "mixed.jsonl").is_file():
         generate_task(paths.run / "data", **generate.model_dump(), seed=recipe.run.seed)

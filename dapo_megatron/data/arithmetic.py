@@ -182,6 +182,13 @@ def _distinct_questions(
     chains: Chains, terms: Sequence[int], side: str, count: int, rng: random.Random
 ) -> Iterator[str]:
     """`count` different questions of one side, the numbers of terms taking turns until one runs out."""
+    exist = sum(chains.count(n) for n in terms)
+    if count > exist:  # said at once: going through all of them may take minutes
+        raise RequestError(
+            f"data.generate.{side}_prompts={count} exceeds the {exist} questions that exist with terms={list(terms)}, "
+            f"operand_max={chains.operand_max}, total_max={chains.total_max}, training and validation together; "
+            f"use at most {exist // VALIDATION_SHARE * (1 if side == 'validation' else VALIDATION_SHARE - 1)}"
+        )
     sources = [_shuffled(chains, n, side, rng) for n in terms]
     made = 0
     while made < count:

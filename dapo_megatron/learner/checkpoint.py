@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from torch import Tensor
 
 from dapo_megatron.errors import RequestError
@@ -66,7 +67,7 @@ def load_checkpoint(folder: Path, learner: Learner) -> None:
     """
     optimizer = learner.optimizer
     if optimizer is not None:
-        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for part in _parts(optimizer):
             if hasattr(part, "_init_optimizer_states_with_dummy_values"):
                 part._init_optimizer_states_with_dummy_values()
     template = _sharded_state(learner, loading=True)
@@ -75,6 +76,8 @@ def load_checkpoint(folder: Path, learner: Learner) -> None:
         for v, model in enumerate(learner.models):
             model.load_state_dict(loaded[f"model{v}"], strict=False)
         if optimizer is not None:
+            for part in _parts(optimizer):
+                _tolerate_step(part)
             optimizer.load_state_dict(loaded["optimizer"])
             _set_steps(optimizer, int(json.loads((folder / "state.json").read_text())["updates"]))
 
@@ -136,9 +139,27 @@ def _sharded_state(learner: Learner, *, loading: bool = False) -> dict:
     return state
 
 
-def _set_steps(optimizer: object, updates: int) -> None:
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _tolerate_step(part: MegatronOptimizer) -> None:
+    """megatron-core 0.16 stumbles over the `step` that torch's AdamW keeps in its state beside the moments: hand it back as is."""
+    if not isinstance(part, DistributedOptimizer):
+        return
+    load = type(part)._set_main_param_and_optimizer_states
+
+    def load_with_step(model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+        group, place = part.model_param_group_index_map[model_param]
+        state = part.optimizer.state[part.optimizer.param_groups[group]["params"][place]]
+        load(part, model_param, {**{key: state[key] for key in ("step",) if key in state}, **tensors})
+
+    part._set_main_param_and_optimizer_states = load_with_step
+
+
+def _set_steps(optimizer: MegatronOptimizer, updates: int) -> None:
     """megatron leaves a wrong shared `step` in torch's AdamW after loading; bias correction would drift in silence."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         inner = part.optimizer
         for state in inner.state.values():
             if isinstance(state.get("step"), Tensor):

@@ -18,9 +18,11 @@ class Journal:
         if not self.speaks:
             return
         run, monitoring = Path(recipe.run.directory), recipe.monitoring
-        truncate_after(run / "metrics.jsonl", step)
+        # at step 0 the first validation is still to come, also when resuming there
+        kept = step if step else -1
+        truncate_after(run / "metrics.jsonl", kept)
         truncate_after(run / "supervised.jsonl", supervised_step, key="supervised_step")
-        truncate_after(run / "samples.jsonl", step)
+        truncate_after(run / "samples.jsonl", kept)
         self.console = Console(recipe.run.steps)
         self.trackers = open_trackers(
             run,

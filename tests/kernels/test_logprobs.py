@@ -16,7 +16,7 @@ def random_rows(rows: int, columns: int, seed: int, sigma: float = 3.0, vocab: i
 
 
 def pull(logits: torch.Tensor, targets: torch.Tensor, g_l: torch.Tensor, g_h: torch.Tensor, **options):
-    """(log-probs, entropy, gradient) of the kernel under the cotangents g_l, g_h; the caller's logits stay as they are."""
+    """(log-probs, entropy, gradient) of the kernel under the cotangents g_l, g_h; the caller's logits stay."""
     leaf = logits.clone().requires_grad_()
     found = logprobs_and_entropy(leaf, targets, **options)
     l_N, h_N = found.logprobs.detach().clone(), found.entropy.detach().clone()
@@ -127,7 +127,7 @@ def test_all_negative_rows():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_columns_of_minus_infinity_count_as_absent(dtype):
-    logits, targets, generator = random_rows(6, 15, 5)
+    logits, _, generator = random_rows(6, 15, 5)
     absent = torch.zeros(15, dtype=torch.bool)
     absent[[0, 4, 14]] = True
     logits = logits.to(dtype)

@@ -12,7 +12,7 @@ CLIP = {"eps_low": 0.2, "eps_high": 0.28}
 
 
 def batch(rows: int, columns: int, seed: int, *, sigma: float = 2.0, drift: float = 0.5, vocab: int | None = None):
-    """Logits, targets, old log-probs near the true ones, advantages with zeros, weights 0, fractional and above 1 (fp64)."""
+    """Logits, targets, old log-probs near the true ones, advantages with zeros, weights 0 to 1.75 (fp64)."""
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     logits = normal(rows, columns) * sigma

@@ -27,11 +27,11 @@ def test_a_healthy_or_empty_history_is_silent():
 @pytest.mark.parametrize(
     ("first", "last", "expected"),
     [
-        (0.4, 0.03, ["entropy collapse"]),
-        (0.4, 0.06, []),  # under a fifth, but not low
-        (0.1, 0.03, []),  # low, but not under a fifth
-        (0.4, 0.05, []),  # at the floor
-        (0.2, 0.041, []),  # low, and just above a fifth
+        (1.0, 0.03, ["entropy collapse"]),
+        (2.0, 0.06, []),  # under a twentieth, but not low
+        (0.4, 0.03, []),  # low, but not under a twentieth
+        (2.0, 0.05, []),  # at the floor
+        (0.8, 0.041, []),  # low, and just above a twentieth
     ],
 )
 def test_entropy_collapse_needs_both_bounds(first, last, expected):

@@ -1,5 +1,6 @@
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -193,4 +194,4 @@ def test_file_groups(shapes, itemsize, most_bytes):
     size = lambda names: sum(itemsize * math.prod(named[n]) for n in names)  # noqa: E731
     assert all(group and (size(group) <= most_bytes or len(group) == 1) for group in groups)
     # none could take the first of the next
-    assert all(size([*a, b[0]]) > most_bytes for a, b in zip(groups, groups[1:], strict=False))
+    assert all(size([*a, b[0]]) > most_bytes for a, b in pairwise(groups))

@@ -21,7 +21,7 @@ def transport(
 
 
 def move(payload: dict) -> list[dict]:
-    """One dictionary a case: "wrong" elements over all ranks, "sent" and "planned" bytes, largest message count a rank."""
+    """One dictionary a case: "wrong" elements, bytes "sent", "planned" and "copied", "messages"; of all ranks."""
     return [_move(case) for case in payload["cases"]]
 
 

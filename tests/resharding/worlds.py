@@ -1,6 +1,6 @@
 """Random models and layouts, and what each Megatron rank of them must hold, built the way Megatron cuts whole tensors.
 
-Every canonical element is a number of its own, so that a shard's content tells where each element came from. Padding is -1.
+Every canonical element is a number of its own: a shard's content tells where it came from. Padding is -1.
 """
 
 import math
@@ -34,8 +34,8 @@ def layout_for(a: Architecture, tensor: int = 1, pipeline: int = 1, virtual: int
     """The Layout of a world of tensor x pipeline x data ranks."""
     multiple = math.lcm(tensor, 64)
     return Layout(
-        world=tensor * pipeline * data, tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=1, data=data,
-        sequence_parallel=False, layers_per_chunk=a.layers // (pipeline * virtual), mini_batch_prompts=1,
+        world=tensor * pipeline * data, tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=1,
+        data=data, sequence_parallel=False, layers_per_chunk=a.layers // (pipeline * virtual), mini_batch_prompts=1,
         updates_per_step=1, responses_per_step=1, padded_vocab=-(-a.vocab // multiple) * multiple,
     )  # fmt: skip
 

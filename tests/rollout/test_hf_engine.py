@@ -19,9 +19,11 @@ def model(folder):
 
 
 def by_hand(model, prompt: list[int], new: int) -> list[int]:
+    whole = torch.tensor([prompt])
+    mask = torch.ones_like(whole)  # left to itself, generate hides a prompt's own token 0 as padding
     with torch.no_grad():
         tokens = model.generate(
-            torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=1, pad_token_id=0
+            whole, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=1, pad_token_id=0
         )
     return tokens[0, len(prompt) :].tolist()
 

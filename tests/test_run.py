@@ -1,0 +1,193 @@
+"""Whole runs on four ranks, TP 2 x PP 2: what they leave, resuming, stopping, the debug halves, conversion."""
+
+import json
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.command_line import RECIPE, ROOT, SMALL, command, environment, run_command
+from tests.tiny_models import load_model, write_model
+
+pytestmark = pytest.mark.distributed
+
+CONTRACT = {
+    "step", "accuracy/train", "reward/mean", "entropy/mean", "probability/mean", "response_length/mean",
+    "clip_fraction/low", "clip_fraction/high", "clip_fraction/dual", "groups/all_right", "groups/all_wrong",
+    "truncated_fraction", "loss/policy", "grad_norm", "mismatch/logprob_abs_mean", "time/rollout", "time/learn",
+    "time/reshard", "time/step", "tokens/trained", "packing/efficiency",
+}  # fmt: skip
+
+
+def metrics_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(metrics: list[dict]) -> list[dict]:
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in metrics]
+
+
+def ranks_of(marker: str) -> list[int]:
+    """Processes whose command line holds `marker`."""
+    found = subprocess.run(["pgrep", "-f", marker], capture_output=True, text=True).stdout.split()
+    return [int(pid) for pid in found]
+
+
+# a random model answers nothing right; rewards by chance would leave nothing to learn, so any digit counts a little
+LEARNABLE = ("reward.overlong.max_length=12", "reward.overlong.cache_length=11")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run = tmp_path_factory.mktemp("finished") / "run"
+    result = run_command("train", RECIPE, f"run.directory={run}", *SMALL, *LEARNABLE)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return run, result.stdout
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    run, output = finished
+    for name in ("config.yaml", "metrics.jsonl", "report.html", "report.png", "hf/model.safetensors", "samples.jsonl"):
+        assert (run / name).is_file(), name
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000004"]
+    lines = metrics_of(run)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert all("validation/accuracy" in lines[i] for i in (0, 2, 4))
+    trained = [line for line in lines[1:] if line["tokens/trained"] > 0]
+    assert trained, "nothing was trained"
+    assert all(set(line) >= CONTRACT for line in trained)
+    assert all(line["mismatch/logprob_abs_mean"] < 1e-5 for line in trained)
+    assert "report.png" in output and "before:" in output and "after:" in output
+    assert len(re.findall(r"^step +\d", output, re.M)) == 5
+
+
+def test_the_exported_model_is_the_trained_one(finished):
+    run, _ = finished
+    before, after = load_file(run / "model" / "model.safetensors"), load_file(run / "hf" / "model.safetensors")
+    assert set(before) == set(after)
+    assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith("proj.weight"))
+    assert load_model(run / "hf")(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+def test_resuming_is_exact(finished, tmp_path):
+    whole, _ = finished
+    run = tmp_path / "run"
+    shared = ("train", RECIPE, f"run.directory={run}", *SMALL, *LEARNABLE)
+    assert run_command(*shared, "run.steps=2").returncode == 0
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "accuracy/train": 0.5}\n{"step": 4, "accu')  # as a run killed later would leave it
+    result = run_command(*shared, "--resume")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "resumed from" in result.stdout
+    assert without_times(metrics_of(run)) == without_times(metrics_of(whole))
+    resumed, expected = load_file(run / "hf" / "model.safetensors"), load_file(whole / "hf" / "model.safetensors")
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path):
+    run = tmp_path / "run"
+    shared = ("train", RECIPE, f"run.directory={run}", *SMALL, *LEARNABLE, "run.steps=2", "checkpoint.every=1")
+    assert run_command(*shared).returncode == 0
+    newest = run / "checkpoints" / "step-000002"
+    shard = max((newest / "shards").iterdir(), key=lambda p: p.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    result = run_command(*shared, "--resume")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "skipped a damaged checkpoint" in result.stdout and "resumed from" in result.stdout
+    assert "step-000001" in result.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_and_no_process(tmp_path, number):
+    run = tmp_path / "run"
+    arguments = ("train", RECIPE, f"run.directory={run}", *SMALL, "run.steps=1000", "evaluation.every=0")
+    process = subprocess.Popen(
+        command(*arguments), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not ((run / "metrics.jsonl").exists() and len(metrics_of(run)) >= 3):
+            time.sleep(0.2)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "stopped at step" in output and "--resume" in output
+    assert "Traceback" not in output
+    assert ranks_of(str(run)) == []
+    assert list((run / "checkpoints").glob("step-*/manifest.json"))
+
+
+def test_ranks_do_not_outlive_a_killed_launcher(tmp_path):
+    run = tmp_path / "run"
+    arguments = ("train", RECIPE, f"run.directory={run}", *SMALL, "run.steps=1000")
+    process = subprocess.Popen(
+        command(*arguments), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and len(ranks_of(str(run))) < 5:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and ranks_of(str(run)):
+        time.sleep(0.1)
+    assert ranks_of(str(run)) == []
+
+
+def test_the_debug_halves_make_the_whole(finished, tmp_path):
+    """Rollouts of the first step saved, then learned from: the same update as in the whole run."""
+    whole, _ = finished
+    saved, learned = tmp_path / "saved", tmp_path / "learned"
+    shared = (*SMALL, *LEARNABLE, "run.steps=1", "checkpoint.hugging_face=false", "evaluation.every=0")
+    result = run_command("train", RECIPE, f"run.directory={saved}", *shared, "--debug-rollout-only")
+    assert result.returncode == 0, result.stderr
+    assert metrics_of(saved)[-1]["tokens/trained"] == 0
+    files = list((saved / "debug").glob("rollout-*.safetensors"))
+    assert len(files) == 1
+    start = run_command("train", RECIPE, f"run.directory={learned}", *shared, "run.steps=0")
+    assert start.returncode == 0, start.stderr
+    result = run_command(
+        "train", RECIPE, f"run.directory={learned}", *shared, "--resume", "--debug-train-only", files[0]
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    step, expected = metrics_of(learned)[-1], metrics_of(whole)[1]
+    for key in ("loss/policy", "grad_norm", "entropy/mean", "reward/mean", "tokens/trained"):
+        assert step[key] == expected[key], key
+
+
+def test_weights_that_never_reach_the_engine_are_noticed(tmp_path):
+    run = tmp_path / "run"
+    result = run_command(
+        "train", RECIPE, f"run.directory={run}", *SMALL, *LEARNABLE, "resharding.enabled=false",
+        "resharding.max_logprob_gap=0.02", "optimizer.learning_rate=0.01",
+    )  # fmt: skip
+    assert result.returncode == 1, result.stdout
+    assert "mismatch alarm" in result.stderr and "resharding.enabled=false" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("family, tied, dtype", [("qwen2", False, torch.bfloat16), ("qwen3", True, torch.float32)])
+def test_convert_there_and_back_is_bit_equal(tmp_path, family, tied, dtype):
+    source = write_model(tmp_path / "source", family, tied=tied, dtype=dtype)
+    there = run_command(
+        "convert", "hf-to-megatron", source, tmp_path / "megatron", "parallel.tensor=2", "parallel.pipeline=2"
+    )
+    assert there.returncode == 0, there.stderr
+    back = run_command("convert", "megatron-to-hf", tmp_path / "megatron", tmp_path / "back")
+    assert back.returncode == 0, back.stderr
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    assert set(before) == set(after)
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype and torch.equal(after[name], tensor), name
+    tokens = torch.tensor([[3, 14, 15, 9, 2, 6]])
+    logits = load_model(tmp_path / "back", dtype)(tokens).logits
+    assert torch.equal(logits, load_model(source, dtype)(tokens).logits)
