@@ -50,7 +50,7 @@ def train(
         mode = Mode(resume, overwrite, PREPARED in os.environ, debug_rollout_only, files)
         _leave(run_rank(settings, world, mode))
     _, layout = check_request(settings)
-    claim_run_directory(settings, resume=resume, overwrite=overwrite)
+    claim_run_directory(settings, resume=resume, overwrite=overwrite, needed=files)
     lay_out_run(settings)
     command = [sys.executable, "-m", "dapo_megatron.cli", "train", str(Path(settings.run.directory) / "config.yaml")]
     command += ["--resume"] if resume else []

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dapo_megatron.data.completions import Completion, PromptGroup
 from dapo_megatron.errors import RequestError
 from dapo_megatron.files import atomic_path
-from dapo_megatron.rollout.engine import Completion, PromptGroup
 
 if TYPE_CHECKING:
     from dapo_megatron.assemble import Run

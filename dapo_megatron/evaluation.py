@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dapo_megatron.config import Recipe
-from dapo_megatron.rollout.engine import PromptGroup
+from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.rollout.groups import GroupSampler
 
 

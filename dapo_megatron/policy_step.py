@@ -23,6 +23,7 @@ class PolicyStep:
     clip_low: float
     clip_high: float
     clip_dual: float
+    ratio: float
     trained_tokens: int
     updates: int
     skipped_updates: int
@@ -78,6 +79,7 @@ def learn_step(
         clip_low=named["clip_low"] / tokens,
         clip_high=named["clip_high"] / tokens,
         clip_dual=named["clip_dual"] / tokens,
+        ratio=named["ratio"] / tokens,
         trained_tokens=int(named["tokens"]),
         updates=len(norms),
         skipped_updates=skipped,

@@ -6,7 +6,7 @@ RUN/data/           a generated task, likewise   RUN/checkpoints/, metrics.jsonl
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +75,7 @@ def check_request(recipe: Recipe, world: int | None = None) -> tuple[Architectur
         problems,
         lambda: check_trackers(tensorboard=monitoring.tensorboard, wandb=monitoring.wandb, mlflow=monitoring.mlflow),
     )
+    _collect(problems, lambda: _check_accelerator(recipe))
     if recipe.model.scratch is None:
         _collect(problems, lambda: check_checkpoint(paths.model, architecture))
         _collect(problems, lambda: _check_vocabulary(paths.model, architecture))
@@ -100,12 +101,12 @@ def planned_architecture(recipe: Recipe) -> Architecture:
     return architecture_from_dict(scratch_config(scratch, vocabulary=1, eos_token=0), "model.scratch")
 
 
-def claim_run_directory(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+def claim_run_directory(recipe: Recipe, *, resume: bool, overwrite: bool, needed: Sequence[Path] = ()) -> None:
     """Refuse a directory that holds another run, or clear it when told to.
 
     Raises:
-        RequestError: it holds a run and neither `resume` nor `overwrite` is given, or it is not a run's directory at
-            all.
+        RequestError: it holds a run and neither `resume` nor `overwrite` is given, it is not a run's directory at all,
+            or `needed` files (rollouts to learn from) lie in it and would be cleared.
     """
     run = Path(recipe.run.directory)
     if resume or not run.exists() or not any(run.iterdir()):
@@ -117,6 +118,11 @@ def claim_run_directory(recipe: Recipe, *, resume: bool, overwrite: bool) -> Non
         raise RequestError(
             f"run.directory={run} already holds a run; continue it with --resume, replace it with --overwrite, "
             "or choose another directory"
+        )
+    inside = [file for file in needed if run.resolve() in file.resolve().parents]
+    if inside:
+        raise RequestError(
+            f"--overwrite would delete {inside[0]}, which is to be learned from; choose another run.directory"
         )
     shutil.rmtree(run)
 
@@ -142,6 +148,9 @@ def encode_prompts(tokenizer, recipe: Recipe, path: Path) -> tuple[list, list[np
         answer_column="answer" if generated else data.answer_column,
     )
     token_ids = [encode_prompt(tokenizer, prompt, data.chat_template) for prompt in prompts]
+    for prompt, ids in zip(prompts, token_ids, strict=True):
+        if len(ids) == 0:
+            raise RequestError(f"{path} row {prompt.id} (from 0): the prompt has no tokens")
     check_prompt_lengths([len(ids) for ids in token_ids], data.max_prompt_length, path)
     return prompts, token_ids
 
@@ -152,6 +161,16 @@ def _check_prompt_files(recipe: Recipe, paths: RunPaths) -> None:
     tokenizer = load_tokenizer(paths.model)
     for path in files:
         encode_prompts(tokenizer, recipe, path)
+
+
+def _check_accelerator(recipe: Recipe) -> None:
+    """What the recipe demands of this machine; torch is imported only where the answer is not known without it."""
+    if recipe.learner.device == "auto" and recipe.model.layer_spec != "transformer_engine":
+        return
+    from dapo_megatron.learner.distributed import choose_device
+    from dapo_megatron.learner.model import choose_layer_spec
+
+    choose_layer_spec(recipe.model.layer_spec, choose_device(recipe.learner.device, 0))
 
 
 def _check_vocabulary(model: Path, architecture: Architecture) -> None:

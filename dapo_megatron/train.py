@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dapo_megatron.algorithms.mini_batch import batch_of_groups
 from dapo_megatron.assemble import Run, append_samples, supervised_examples
+from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.debug_batches import load_batches, save_batch
 from dapo_megatron.evaluation import evaluate
 from dapo_megatron.learner.checkpoint import checkpoint_folder, save_checkpoint
@@ -13,7 +14,6 @@ from dapo_megatron.monitoring.journal import Journal
 from dapo_megatron.monitoring.step_metrics import Clock, learner_metrics, rollout_metrics
 from dapo_megatron.policy_step import PolicyStep, learn_step, score_old_policy
 from dapo_megatron.rollout.dynamic_sampling import SampledStep, sample_step
-from dapo_megatron.rollout.engine import PromptGroup
 from dapo_megatron.stop import StopSignal
 from dapo_megatron.supervised import run_stage
 
@@ -29,17 +29,17 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
         clock = Clock()
         with clock.phase("rollout"):
             sampled = roll_out(run)
+        metrics = {"step": run.step + 1, "learning_rate": learning_rate(run), **rollout_metrics(sampled)}
         if rollout_only:
             save_batch(run, sampled.trained)
-            result = None
         else:
             with clock.phase("learn"):
-                result = learn(run, sampled.trained)
-        with clock.phase("reshard"):
-            run.sync.push(run.updates)
+                metrics |= learner_metrics(learn(run, sampled.trained))
+            with clock.phase("reshard"):
+                transfer = run.sync.push(run.updates)
+            metrics["resharding/bytes_sent"] = float(transfer.bytes_sent if transfer else 0)
         run.step += 1
-        metrics = {"step": run.step, "learning_rate": learning_rate(run)}
-        metrics |= rollout_metrics(sampled) | learner_metrics(result) | clock.metrics()
+        metrics |= clock.metrics() | {"grader/failures": float(run.grader.failures if run.grader else 0)}
         if evaluation.every and (run.step % evaluation.every == 0 or run.step == steps):
             metrics |= validate(run, "after" if run.step == steps else "during")
         journal.step(metrics)
@@ -55,13 +55,11 @@ def train_from_files(run: Run, journal: Journal, stop: StopSignal, files: Sequen
         if stop.requested():
             break
         clock = Clock()
+        metrics = {"step": run.step + 1, "learning_rate": learning_rate(run)}
         with clock.phase("learn"):
-            result = learn(run, groups)
+            metrics |= learner_metrics(learn(run, groups))
         run.step += 1
-        metrics = {"step": run.step, "learning_rate": learning_rate(run)}
-        journal.step(
-            metrics | rollout_metrics(SampledStep(groups, groups, 1)) | learner_metrics(result) | clock.metrics()
-        )
+        journal.step(metrics | rollout_metrics(SampledStep(groups, groups, 1)) | clock.metrics())
     save(run)
 
 

@@ -39,7 +39,9 @@ def run_rank(recipe: Recipe, world: World, mode: Mode) -> int:
         RequestError, RunError: as its parts do, on every rank of the world for a wrong request.
     """
     device = choose_device(recipe.learner.device, world.local_rank)
-    join_world(world, device=device, time_limit_s=recipe.learner.time_limit_s)
+    # ranks also wait for each other's rollouts
+    limit = max(recipe.learner.time_limit_s, recipe.rollout.time_limit_s)
+    join_world(world, device=device, time_limit_s=limit)
     try:
         if not mode.prepared:
             _prepare_on_rank_zero(recipe, world, mode)
@@ -67,7 +69,7 @@ def _train(run: Run, mode: Mode) -> int:
         if stop.requested():
             journal.note(f"stopped at step {run.step}; continue with --resume")
             return stop.exit_code
-        if run.recipe.checkpoint.hugging_face:
+        if run.recipe.checkpoint.hugging_face and not mode.rollout_only:
             limit = run.recipe.resharding.time_limit_s
             export_hugging_face(run.learner, run.paths.run / "hf", side_files=run.paths.model, time_limit_s=limit)
         _conclude(run, journal)
@@ -82,7 +84,7 @@ def _prepare_on_rank_zero(recipe: Recipe, world: World, mode: Mode) -> None:
     if world.rank == 0:
         try:
             check_request(recipe, world.size)
-            claim_run_directory(recipe, resume=mode.resume, overwrite=mode.overwrite)
+            claim_run_directory(recipe, resume=mode.resume, overwrite=mode.overwrite, needed=mode.train_only)
             lay_out_run(recipe)
         except RequestError as error:
             refusal = [str(error)]

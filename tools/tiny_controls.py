@@ -1,7 +1,7 @@
 """The demo's claim beside its controls, over several seeds: writes a table (Markdown and JSON).
 
-Each seed makes one warm start; every variant continues from its checkpoint for the same number of rollout steps. Finished cells are
-kept, so the command can be stopped and started again.
+Each seed makes one warm start; every variant continues from its checkpoint for the same number of rollout steps.
+Finished cells are kept, so the command can be stopped and started again.
 
     python tools/tiny_controls.py [--out runs/controls] [--seeds 0 1 2]
 """

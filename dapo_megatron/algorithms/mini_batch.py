@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from dapo_megatron.algorithms.advantages import group_advantages
+from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.records import SequenceBatch, sequence_batch, spread_over_responses
-from dapo_megatron.rollout.engine import PromptGroup
 
 
 def batch_of_groups(
@@ -44,7 +44,9 @@ def mini_batches(groups: int, samples: int, prompts_per_update: int) -> list[ran
 
 
 def aggregate(batch: SequenceBatch, sequences: Sequence[int], aggregation: str) -> float:
-    """Fold the aggregation into the loss weights of a mini-batch's sequences; returns the denominator, their sum.
+    """Fold the aggregation into the loss weights of a mini-batch's sequences, in place and once.
+
+    Returns the denominator, their sum.
 
     token-mean (DAPO): every token weighs 1, the denominator is the number of trained tokens.
     sequence-mean (GRPO): a token of a response with n trained tokens weighs 1/n, the denominator is the number of such

@@ -76,6 +76,7 @@ def derive_layout(recipe: Recipe, architecture: Architecture, world: int | None 
 
 
 def _tensor_problems(parallel: Parallel, architecture: Architecture) -> list[str]:
+    qkv_rows = (architecture.heads + 2 * architecture.kv_heads) * architecture.head_dim
     rules: list[tuple[str, Callable[[int], bool]]] = [
         (f"does not divide {architecture.heads} attention heads", lambda n: architecture.heads % n == 0),
         (
@@ -83,6 +84,7 @@ def _tensor_problems(parallel: Parallel, architecture: Architecture) -> list[str
             lambda n: architecture.kv_heads % n == 0 or n % architecture.kv_heads == 0,
         ),
         (f"does not divide ffn size {architecture.ffn}", lambda n: architecture.ffn % n == 0),
+        (f"does not divide {qkv_rows} query, key and value rows", lambda n: qkv_rows % n == 0),
     ]
     # the sizes proposed satisfy all rules, not only the one that is broken
     works = [n for n in range(1, architecture.heads + 1) if all(holds(n) for _, holds in rules)]

@@ -3,7 +3,7 @@
     checkpoints/step-000010/
         shards/        model and optimizer, loadable at another TP/PP/DP
         hf/            config.json and tokenizer, so that the folder can be converted alone
-        state.json     step, sampler position, weights version
+        state.json     rollout step, optimizer updates, supervised steps, place in the prompt order, dtype
         manifest.json  SHA-256 of every other file: nothing is parsed before it agrees (shard metadata is pickle)
 
 A checkpoint is written beside its final name and renamed, so one that is there is whole.
@@ -17,15 +17,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dapo_megatron.errors import RequestError
 from dapo_megatron.files import write_text_atomically
 from dapo_megatron.learner.learner import Learner
+from dapo_megatron.learner.optimizer import set_rates
 from dapo_megatron.resharding.hf_files import SIDE_FILES, TORCH_DTYPES
 
 MANIFEST = "manifest.json"
+OPTIMIZER_FORMAT = "fully_reshardable"  # loadable at another TP, PP and DP
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -63,23 +67,23 @@ def load_checkpoint(folder: Path, learner: Learner) -> None:
     """Fill the learner's weights, and its optimizer if it has one, from a checkpoint written at any layout; collective.
 
     Raises:
-        RequestError: the checkpoint is of another model.
+        RequestError: the checkpoint is of another model, or has no optimizer state where one is wanted.
     """
     optimizer = learner.optimizer
-    if optimizer is not None:
-        for part in _parts(optimizer):
-            if hasattr(part, "_init_optimizer_states_with_dummy_values"):
-                part._init_optimizer_states_with_dummy_values()
     template = _sharded_state(learner, loading=True)
     with torch.no_grad():
-        loaded = dist_checkpointing.load(template, str(folder / "shards"))
+        try:
+            loaded = dist_checkpointing.load(template, str(folder / "shards"))
+        except (CheckpointingException, CheckpointException, KeyError) as error:
+            raise RequestError(f"{folder} does not fit this model: {str(error).splitlines()[0]}") from None
         for v, model in enumerate(learner.models):
             model.load_state_dict(loaded[f"model{v}"], strict=False)
         if optimizer is not None:
+            updates = int(read_state(folder)["updates"])
             for part in _parts(optimizer):
-                _tolerate_step(part)
+                _tolerate_step(part, loaded["optimizer"], updates)
             optimizer.load_state_dict(loaded["optimizer"])
-            _set_steps(optimizer, int(json.loads((folder / "state.json").read_text())["updates"]))
+            _set_steps(optimizer, updates)
 
 
 def read_state(folder: Path) -> dict:
@@ -126,6 +130,8 @@ def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def _sharded_state(learner: Learner, *, loading: bool = False) -> dict:
+    if learner.optimizer is not None:
+        _ensure_state(learner.optimizer)
     state = {}
     for v, model in enumerate(learner.models):
         # chunks of a virtual pipeline number their layers globally, so one name space serves all
@@ -134,7 +140,7 @@ def _sharded_state(learner: Learner, *, loading: bool = False) -> dict:
         model_state = {f"model{v}": state[f"model{v}"] for v in range(len(learner.models))}
         merged = model_state["model0"] if len(learner.models) == 1 else model_state
         state["optimizer"] = learner.optimizer.sharded_state_dict(
-            merged, is_loading=loading, metadata={"distrib_optim_sharding_type": "fully_reshardable"}
+            merged, is_loading=loading, metadata={"distrib_optim_sharding_type": OPTIMIZER_FORMAT}
         )
     return state
 
@@ -143,9 +149,24 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
-def _tolerate_step(part: MegatronOptimizer) -> None:
-    """megatron-core 0.16 stumbles over the `step` that torch's AdamW keeps in its state beside the moments: hand it back as is."""
+def _ensure_state(optimizer: MegatronOptimizer) -> None:
+    """AdamW has no moments before its first step, and megatron's sharded state needs them: zeros, weights untouched."""
+    for part in _parts(optimizer):
+        if part.optimizer.state:
+            continue
+        if isinstance(part, DistributedOptimizer):
+            set_rates(part, 0.0, 0.0)
+            part._init_optimizer_states_with_dummy_values()
+        else:
+            part.init_state_fn(part.optimizer, part.config)
+        _set_steps(part, 0)
+
+
+def _tolerate_step(part: MegatronOptimizer, loaded: dict, updates: int) -> None:
+    """megatron-core 0.16 stumbles over the `step` that torch's AdamW keeps beside the moments: hand it back as it is."""
     if not isinstance(part, DistributedOptimizer):
+        inner = loaded.get("optimizer", loaded)
+        inner["state"].setdefault("common_step", torch.tensor(float(updates)))  # left out by megatron when it is 0
         return
     load = type(part)._set_main_param_and_optimizer_states
 
@@ -158,12 +179,13 @@ def _tolerate_step(part: MegatronOptimizer) -> None:
 
 
 def _set_steps(optimizer: MegatronOptimizer, updates: int) -> None:
-    """megatron leaves a wrong shared `step` in torch's AdamW after loading; bias correction would drift in silence."""
+    """megatron leaves a wrong `step`, or none, in torch's AdamW after loading; bias correction would drift in
+    silence."""
     for part in _parts(optimizer):
         inner = part.optimizer
         for state in inner.state.values():
-            if isinstance(state.get("step"), Tensor):
-                state["step"] = torch.full_like(state["step"], float(updates))
+            if isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+                state["step"] = torch.tensor(float(updates))
         for group in inner.param_groups:
             if "step" in group:
                 group["step"] = updates

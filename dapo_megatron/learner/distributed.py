@@ -1,7 +1,6 @@
 """One start-up for NCCL and gloo: this process's place in the world, its device, and megatron's groups."""
 
 import os
-import warnings
 from datetime import timedelta
 
 import torch
@@ -12,8 +11,6 @@ from dapo_megatron.errors import RequestError
 from dapo_megatron.launch import World
 from dapo_megatron.learner import megatron_cpu
 
-# both warn of what is deliberate here: no TransformerEngine, no Apex, collectives under their older names
-warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
 megatron_cpu.install()
 
 from megatron.core import parallel_state  # noqa: E402

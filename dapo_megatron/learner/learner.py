@@ -40,7 +40,7 @@ class Learner:
 
     Args:
         architecture, layout: the model and how it is cut.
-        weights: a Hugging Face folder to start from; None leaves the weights to `load` (checkpoints).
+        weights: a Hugging Face folder to start from; None leaves them unset, to be filled from a checkpoint.
         optimizer: None for a model that is only read (conversion, evaluation).
     """
 

@@ -145,8 +145,8 @@ def build_chunks(
 def _mark_shards(chunk: nn.Module) -> None:
     """Mark which weights are shards of a tensor-parallel whole.
 
-    megatron does so only while initialising them; without the mark the gradient norm, and with it clipping, leaves out all
-    shards but the first rank's.
+    megatron does so only while initialising them; without the mark the gradient norm, and with it clipping, leaves out
+    all shards but the first rank's.
     """
     for module in chunk.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):

@@ -29,7 +29,21 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=settings.distributed,
     )
+    for chunk in chunks:
+        _count_bucket_padding(chunk)
     return get_megatron_optimizer(config, chunks)
+
+
+def _count_bucket_padding(chunk: DistributedDataParallel) -> None:
+    """Let a checkpoint keep the padding between gradient buckets.
+
+    megatron-core 0.16 drops it when it gathers optimizer state and then cuts parameters out at offsets that count it:
+    with two buckets (tied embeddings have one of their own) the state of the later ones would be saved shifted.
+    """
+    for buffer in chunk.buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def set_rates(optimizer: MegatronOptimizer, learning_rate: float, weight_decay: float) -> None:

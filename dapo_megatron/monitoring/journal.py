@@ -1,9 +1,11 @@
 """One place to tell what happens: console, trackers and alerts on rank 0, silence elsewhere."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from dapo_megatron.config import Recipe
+from dapo_megatron.files import write_text_atomically
 from dapo_megatron.monitoring.alerts import AlertBook
 from dapo_megatron.monitoring.console import Console
 from dapo_megatron.monitoring.metrics import read_metrics, truncate_after
@@ -22,7 +24,7 @@ class Journal:
         kept = step if step else -1
         truncate_after(run / "metrics.jsonl", kept)
         truncate_after(run / "supervised.jsonl", supervised_step, key="supervised_step")
-        truncate_after(run / "samples.jsonl", kept)
+        _continue_samples(run / "samples.jsonl", kept)
         self.console = Console(recipe.run.steps)
         self.trackers = open_trackers(
             run,
@@ -66,3 +68,11 @@ class Journal:
             for tracker in self.trackers:
                 tracker.close()
             self.console.close()
+
+
+def _continue_samples(path: Path, kept: int) -> None:
+    """Cut off the samples of later steps; what was "after" an earlier end is "during" the run that goes on."""
+    truncate_after(path, kept)
+    if path.exists():
+        samples = [{**s, "when": "during" if s["when"] == "after" else s["when"]} for s in read_metrics(path)]
+        write_text_atomically(path, "".join(json.dumps(s) + "\n" for s in samples))

@@ -61,6 +61,7 @@ def learner_metrics(result: PolicyStep | None) -> dict[str, float]:
         "clip_fraction/low": result.clip_low,
         "clip_fraction/high": result.clip_high,
         "clip_fraction/dual": result.clip_dual,
+        "ratio/mean": result.ratio,
         "loss/policy": result.loss,
         "grad_norm": result.grad_norm,
         "mismatch/logprob_abs_mean": float(gap.abs().mean()),

@@ -42,10 +42,6 @@ class Plan:
         """Elements that change process."""
         return sum(move.elements for move in self.moves if move.source_rank != move.target_rank)
 
-    def of_rank(self, rank: int) -> tuple[Move, ...]:
-        """Moves that start or end at `rank`."""
-        return tuple(move for move in self.moves if rank in (move.source_rank, move.target_rank))
-
 
 def make_plan(source: WeightLayout, target: WeightLayout) -> Plan:
     """Intersect two layouts over the same ranks of one world (rank i of both is one process).

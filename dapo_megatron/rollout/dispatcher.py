@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch.distributed as dist
 
-from dapo_megatron.rollout.engine import Completion, RolloutEngine, RolloutRequest
+from dapo_megatron.data.completions import Completion
+from dapo_megatron.errors import RunError
+from dapo_megatron.rollout.engine import RolloutEngine, RolloutRequest
 
 
 class Dispatcher:
@@ -26,6 +28,9 @@ class Dispatcher:
                 self.engine.submit(share)
         mine = self.engine.collect(time_limit_s=self.time_limit_s)
         by_ticket = {completion.ticket: completion for completion in self._share(mine)}
+        missing = [request.ticket for request in requests if request.ticket not in by_ticket]
+        if missing:
+            raise RunError(f"rollout: {len(missing)} of {len(requests)} requests came back without a completion")
         return [by_ticket[request.ticket] for request in requests]
 
     def _assign(self, requests: Sequence[RolloutRequest], group: int) -> list[list[RolloutRequest]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dapo_megatron.algorithms.advantages import select_groups
-from dapo_megatron.rollout.engine import PromptGroup
+from dapo_megatron.data.completions import PromptGroup
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,12 @@ The synchronous loop is submit, then collect everything.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+
+from dapo_megatron.data.completions import Completion
 
 
 @dataclass(frozen=True)
@@ -31,22 +33,6 @@ class RolloutRequest:
     top_p: float = 1.0
 
 
-@dataclass(frozen=True)
-class Completion:
-    """tokens int32 [L], end of sequence included if it was drawn; logprobs fp32 [L] of log softmax(logits / T), before
-    top-p.
-
-    finish_reason: "stop" at an end-of-sequence token, "length" at max_new_tokens, "abort" when taken back.
-    policy_versions int32 [L]: the version whose weights produced each token.
-    """
-
-    ticket: int
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    finish_reason: Literal["stop", "length", "abort"]
-    policy_versions: np.ndarray
-
-
 class RolloutEngine(Protocol):
     """What an engine offers; see the module's header."""
 
@@ -61,20 +47,6 @@ class RolloutEngine(Protocol):
     def resume(self) -> None: ...
 
     def update_weights(self, version: int) -> None: ...
-
-
-@dataclass
-class PromptGroup:
-    """A prompt's G completions with their scores: accuracies bool [G], rewards fp32 [G] (shaping included)."""
-
-    prompt_id: int
-    text: str
-    answer: str
-    prompt_tokens: np.ndarray
-    completions: list[Completion]
-    responses: list[str] = field(default_factory=list)
-    accuracies: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
-    rewards: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
 def sample_seed(*key: int) -> int:

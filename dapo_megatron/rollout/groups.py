@@ -6,11 +6,12 @@ import numpy as np
 import torch.distributed as dist
 
 from dapo_megatron.config import Recipe
+from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.prompts import Prompt
 from dapo_megatron.rewards.overlong import overlong_penalties
 from dapo_megatron.rewards.pool import GraderPool
 from dapo_megatron.rollout.dispatcher import Dispatcher
-from dapo_megatron.rollout.engine import PromptGroup, RolloutRequest, sample_seed
+from dapo_megatron.rollout.engine import RolloutRequest, sample_seed
 
 
 class GroupSampler:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dapo_megatron.data.completions import Completion
 from dapo_megatron.errors import RunError
-from dapo_megatron.rollout.engine import Completion, RolloutRequest
+from dapo_megatron.rollout.engine import RolloutRequest
 
 COMPACT_BELOW = 0.75  # finished rows leave the batch once fewer than this share of its rows is alive
 

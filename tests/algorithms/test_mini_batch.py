@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapo_megatron.algorithms.mini_batch import aggregate, batch_of_groups, mini_batches
-from dapo_megatron.rollout.engine import Completion, PromptGroup
+from dapo_megatron.data.completions import Completion, PromptGroup
 
 
 def completion(ticket: int, tokens: list[int], reason: str = "stop") -> Completion:

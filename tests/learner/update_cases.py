@@ -37,7 +37,7 @@ def gradients(payload: dict) -> dict[str, list[float]]:
                     batch, range(len(batch)), policy_loss(learner.head, denominator=denominator, **CLIP)
                 )
                 name = f"{model_name}|{layout}|{budget}"
-                _save_whole(learner, _main_gradients(learner), Path(payload["out"]) / f"{dist.get_world_size()}|{name}")
+                save_whole(learner, _main_gradients(learner), Path(payload["out"]) / f"{dist.get_world_size()}|{name}")
                 count = max(len(rank) for rank in learner.packing(batch, range(len(batch))))
                 results[name] = [*sums.tolist(), count, learner.layout.data]
     assert len(sums) == len(POLICY_SUMS)
@@ -59,7 +59,7 @@ def updated_weights(payload: dict) -> dict[str, list[float]]:
                 learner.gradients(batch, range(len(batch)), policy_loss(learner.head, denominator=denominator, **CLIP))
                 norms.append(learner.step(settings.learning_rate, settings.weight_decay))
             name = f"{dist.get_world_size()}|{layout}|{distributed}"
-            _save_whole(learner, learner.weights, Path(payload["out"]) / name)
+            save_whole(learner, learner.weights, Path(payload["out"]) / name)
             results[name] = norms
     return results
 
@@ -92,7 +92,7 @@ def _main_gradients(learner: Learner) -> dict[str, Tensor]:
     return {f"chunk{v}.{n}": p.main_grad for v, m in enumerate(learner.models) for n, p in m.named_parameters()}
 
 
-def _save_whole(learner: Learner, local: dict[str, Tensor], path: Path) -> None:
+def save_whole(learner: Learner, local: dict[str, Tensor], path: Path) -> None:
     names = list(learner.weight_layout.shapes)
     whole = whole_on_rank_zero(learner, local, names, dtype=torch.float32, time_limit_s=60)
     if whole is not None:

@@ -77,10 +77,6 @@ def test_from_whole_models_and_every_rank_sees_the_same_plan(model):
     carry_out(plan, {0: whole}, target)
     assert all(torch.equal(target[r][key], t) for r, local in wanted.items() for key, t in local.items())
     assert make_plan(whole_layout(a, [0]), megatron_layout(a, layout)) == plan
-    of_ranks = [plan.of_rank(rank) for rank in range(layout.world)]
-    assert all(rank in (m.source_rank, m.target_rank) for rank, moves in enumerate(of_ranks) for m in moves)
-    twice = sum(m.source_rank != m.target_rank for m in plan.moves)
-    assert sum(map(len, of_ranks)) == len(plan.moves) + twice
 
 
 def test_equal_layouts_move_nothing():

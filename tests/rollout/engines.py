@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dapo_megatron.rollout.engine import Completion, RolloutRequest
+from dapo_megatron.data.completions import Completion
+from dapo_megatron.rollout.engine import RolloutRequest
 from dapo_megatron.rollout.hf_engine import HFEngine
 from tests.tiny_models import load_model
 

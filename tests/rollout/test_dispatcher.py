@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dapo_megatron.data.completions import Completion
 from dapo_megatron.rollout import dispatcher
 from dapo_megatron.rollout.dispatcher import Dispatcher
-from dapo_megatron.rollout.engine import Completion, RolloutRequest
+from dapo_megatron.rollout.engine import RolloutRequest
 
 
 class EchoEngine:

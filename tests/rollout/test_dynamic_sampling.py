@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.errors import RequestError
 from dapo_megatron.rollout.dynamic_sampling import sample_step
-from dapo_megatron.rollout.engine import PromptGroup
 
 
 def group(number: int, accuracies: list[bool], rewards: list[float] | None = None) -> PromptGroup:

@@ -1,0 +1,36 @@
+"""What rollouts bring back: completions, and the groups of them that share a prompt."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Completion:
+    """tokens int32 [L], end of sequence included if it was drawn; logprobs fp32 [L] of log softmax(logits / T), before
+    top-p.
+
+    finish_reason: "stop" at an end-of-sequence token, "length" at max_new_tokens, "abort" when taken back.
+    policy_versions int32 [L]: the version whose weights produced each token.
+    """
+
+    ticket: int
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    finish_reason: Literal["stop", "length", "abort"]
+    policy_versions: np.ndarray
+
+
+@dataclass
+class PromptGroup:
+    """A prompt's G completions with their scores: accuracies bool [G], rewards fp32 [G] (shaping included)."""
+
+    prompt_id: int
+    text: str
+    answer: str
+    prompt_tokens: np.ndarray
+    completions: list[Completion]
+    responses: list[str] = field(default_factory=list)
+    accuracies: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    rewards: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))

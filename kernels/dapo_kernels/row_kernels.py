@@ -1,0 +1,312 @@
+"""Triton kernels on rows of vocab-parallel logits x, [N, V_local].
+
+With k = log2(e)/T and M the row's maximum, statistics of a shard are, in units of x and fp32:
+
+    (M, S = Σ 2^(k(x_j − M)), x_y or −inf where another rank owns y, W = Σ 2^(k(x_j − M))·(x_j − M))
+
+from which the row's whole is l = (x_y − M)/T − log S, H = log S − W/(S·T), and its gradient under ∂/∂l = g_l and
+∂/∂H = g_h is
+
+    dx_j = (1/T)·[ g_l·(1[j=y] − p_j) − g_h·p_j·(log p_j + H) ],      p_j = 2^(k(x_j − M))/S
+
+The maximum is subtracted before anything is multiplied, so that |x| of 1e4 costs no digits. A tile is [ROWS, LANES, VEC]:
+VEC neighbours are one 16-byte load and are reduced within a thread, so the loop over columns needs one exponential an
+element and no barrier; lanes meet after the loop. No atomics. Row offsets are 64-bit.
+
+A number of columns arrives as `column_units` × UNIT: a multiple the compiler can see keeps loads 16 bytes wide without a
+compilation for each size. Nothing is specialised on N, V or the alignment of a per-row vector.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.0e38)  # stands in for −inf where a product with 0 must be 0
+INFINITY = tl.constexpr(float("inf"))
+LOG_RATIO_LIMIT = tl.constexpr(20.0)
+
+
+@triton.jit
+def _row_numbers(rows, ROWS: tl.constexpr):
+    """This program's rows, int64 [ROWS], and which of them exist."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return row, row < rows
+
+
+@triton.jit
+def _tile_columns(start, LANES: tl.constexpr, VEC: tl.constexpr):
+    """Columns of a tile, int32 [1, LANES, VEC]."""
+    lane = tl.arange(0, LANES)[None, :, None] * VEC
+    return start + lane + tl.arange(0, VEC)[None, None, :]
+
+
+@triton.jit
+def _load_tile(logits_ptr, row_offset, live, column, columns, valid, PADDED: tl.constexpr):
+    """x as fp32 [ROWS, LANES, VEC]; −inf in dead rows, beyond the row and in padded columns."""
+    mask = live[:, None, None] & (column < columns)
+    x = tl.load(logits_ptr + row_offset[:, None, None] + column, mask=mask, other=float("-inf")).to(tl.float32)
+    if PADDED:  # a select, not a load mask: the loads stay wide whatever the true vocabulary
+        x = tl.where(column < valid, x, float("-inf"))
+    return x
+
+
+@triton.jit
+def _asked(mask_ptr, row, exists):
+    """Rows that count: those whose weight or mask is above 0 (a NaN is not)."""
+    if mask_ptr is None:
+        return exists
+    return exists & (tl.load(mask_ptr + row, mask=exists, other=0).to(tl.float32) > 0)
+
+
+# everything but the logits and their gradient: N, V and where a per-row vector starts must not cause a compilation
+_UNSPECIALISED = [
+    "targets_ptr", "mask_ptr", "inverse_temperature_ptr", "statistics_ptr", "parts_ptr", "old_ptr", "advantages_ptr",
+    "denominator_ptr", "terms_ptr", "values_ptr", "clips_ptr", "flags_ptr", "g_l_ptr", "g_h_ptr", "scale_ptr",
+    "rows", "column_units", "valid", "first", "vocabulary", "temperature_stride",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def row_statistics_kernel(
+    logits_ptr, targets_ptr, mask_ptr, inverse_temperature_ptr, statistics_ptr,
+    rows, column_units, valid, first, temperature_stride,
+    ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """statistics [N, 4] of the header, one read of the logits; rows not asked for are not read and get (−inf, 0, −inf, 0)."""
+    columns = column_units * UNIT
+    row, exists = _row_numbers(rows, ROWS)
+    asked = _asked(mask_ptr, row, exists)
+    offset = row * columns
+    k = LOG2E * tl.load(inverse_temperature_ptr + row * temperature_stride, mask=exists, other=1.0)
+    k_lane = k[:, None]
+
+    maximum = tl.full([ROWS, LANES], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS, LANES], tl.float32)
+    weighted = tl.zeros([ROWS, LANES], tl.float32)
+    end = columns * tl.max(asked.to(tl.int32), axis=0)  # no trip at all where no row counts
+    for start in range(0, end, LANES * VEC):
+        x = _load_tile(logits_ptr, offset, asked, _tile_columns(start, LANES, VEC), columns, valid, PADDED)
+        new = tl.maximum(maximum, tl.max(x, axis=2))
+        base = tl.where(new == float("-inf"), 0.0, new)  # −inf − −inf is a NaN
+        step = tl.where(maximum == float("-inf"), 0.0, maximum - base)
+        shrink = tl.exp2(step * k_lane)
+        d = x - base[:, :, None]
+        e = tl.exp2(d * k_lane[:, :, None])
+        weighted = (weighted + total * step) * shrink + tl.sum(e * tl.maximum(d, LOWEST), axis=2)
+        total = total * shrink + tl.sum(e, axis=2)
+        maximum = new
+
+    row_maximum = tl.max(maximum, axis=1)
+    base = tl.where(row_maximum == float("-inf"), 0.0, row_maximum)
+    step = tl.where(maximum == float("-inf"), 0.0, maximum - base[:, None])
+    shrink = tl.exp2(step * k_lane)
+    row_weighted = tl.sum((weighted + total * step) * shrink, axis=1)
+    row_total = tl.sum(total * shrink, axis=1)
+
+    local = tl.load(targets_ptr + row, mask=asked, other=-1).to(tl.int64) - first
+    owned = asked & (local >= 0) & (local < valid)
+    target = tl.load(logits_ptr + offset + local, mask=owned, other=float("-inf")).to(tl.float32)
+    out = statistics_ptr + row * 4
+    tl.store(out, row_maximum, mask=exists)
+    tl.store(out + 1, row_total, mask=exists)
+    tl.store(out + 2, target, mask=exists)
+    tl.store(out + 3, row_weighted, mask=exists)
+
+
+@triton.jit
+def _combine(
+    parts_ptr, row, exists, asked, target_known, rows, inverse_temperature, flags_ptr,
+    RANKS: tl.constexpr, RANKS_POWER: tl.constexpr,
+):  # fmt: skip
+    """(M, S, l, H) of whole rows from the parts [RANKS, N, 4] of every rank.
+
+    Rows with a NaN, a +inf or nothing but −inf are NaN throughout and set flag 1; a target outside the vocabulary makes
+    l NaN and sets flag 0. Stores race on purpose: every writer writes 1.
+    """
+    rank = tl.arange(0, RANKS_POWER)[:, None]
+    inside = (rank < RANKS) & asked[None, :]
+    part = parts_ptr + (rank.to(tl.int64) * rows + row[None, :]) * 4
+    maxima = tl.load(part, mask=inside, other=float("-inf"))
+    sums = tl.load(part + 1, mask=inside, other=0.0)
+    target = tl.max(tl.load(part + 2, mask=inside, other=float("-inf")), axis=0)
+    weighted = tl.load(part + 3, mask=inside, other=0.0)
+    maximum = tl.max(maxima, axis=0)
+    # a rank with nothing but −inf has sum 0 and must not turn 0 × −inf into a NaN
+    shift = tl.where(sums == 0, 0.0, maxima - maximum[None, :])
+    scale = tl.exp2(shift * (LOG2E * inverse_temperature)[None, :])
+    total = tl.sum(sums * scale, axis=0)
+    mean = tl.sum((weighted + sums * shift) * scale, axis=0) / total
+    sound = (total > 0) & (maximum > float("-inf")) & (maximum < INFINITY)  # a NaN total is not > 0
+    total = tl.where(sound, total, float("nan"))
+    tl.store(flags_ptr + 1 + row * 0, 1, mask=asked & (sound == 0))
+    tl.store(flags_ptr + row * 0, 1, mask=asked & (target_known == 0))
+    log_sum = tl.log(total)
+    entropy = log_sum - tl.where(sound, mean, 0.0) * inverse_temperature
+    logprob = (target - tl.where(sound, maximum, 0.0)) * inverse_temperature - log_sum
+    logprob = tl.where(target_known, logprob, float("nan"))
+    return maximum, total, logprob, entropy
+
+
+@triton.jit
+def _write_gradient(
+    logits_ptr, gradient_ptr, row, exists, local_target, maximum, total, entropy, inverse_temperature, g_l, g_h,
+    columns, valid,
+    ENTROPY: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """dx of the header. Rows whose g_l and g_h are 0 are written as zeros and not read."""
+    live = exists & ((g_l != 0) | (g_h != 0))  # a NaN is alive
+    offset = row * columns
+    a = (tl.where(live, g_l, 0.0) * inverse_temperature)[:, None, None]
+    b = (tl.where(live, g_h, 0.0) * inverse_temperature)[:, None, None]
+    shift = tl.where(live, maximum, 0.0)[:, None, None]
+    total = tl.where(live, total, 1.0)[:, None, None]
+    log_sum, inverse_sum = tl.log(total), 1.0 / total
+    surprise = tl.where(live, entropy, 0.0)[:, None, None]
+    per_unit = inverse_temperature[:, None, None]
+    hit_column = local_target[:, None, None]
+    for start in range(0, columns, LANES * VEC):
+        column = _tile_columns(start, LANES, VEC)
+        d = _load_tile(logits_ptr, offset, live, column, columns, valid, PADDED) - shift
+        p = tl.exp2(d * (LOG2E * per_unit)) * inverse_sum
+        g = a * (tl.where(column == hit_column, 1.0, 0.0) - p)
+        if ENTROPY:
+            g -= b * p * (tl.maximum(d * per_unit, LOWEST) - log_sum + surprise)
+        mask = exists[:, None, None] & (column < columns)
+        tl.store(gradient_ptr + offset[:, None, None] + column, g.to(gradient_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _known_target(targets_ptr, row, asked, vocabulary, first, valid):
+    """(target inside the vocabulary, its column on this rank or −1)."""
+    target = tl.load(targets_ptr + row, mask=asked, other=-1).to(tl.int64)
+    known = (target >= 0) & (target < vocabulary)
+    local = target - first
+    owned = known & (local >= 0) & (local < valid)
+    return known, tl.where(owned, local, -1).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def clipped_loss_kernel(
+    logits_ptr, gradient_ptr, parts_ptr, targets_ptr, mask_ptr, old_ptr, advantages_ptr, denominator_ptr,
+    inverse_temperature_ptr, terms_ptr, values_ptr, clips_ptr, flags_ptr,
+    rows, column_units, valid, first, vocabulary, temperature_stride,
+    lowest_ratio, highest_ratio, dual_ratio, entropy_coefficient,
+    RANKS: tl.constexpr, RANKS_POWER: tl.constexpr, GRADIENT: tl.constexpr, ENTROPY: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Per row w·(L − β·H)/denominator → terms [N]; (l, ratio, H) → values [3, N]; (low, high, dual) → clips [3, N] uint8;
+    with GRADIENT its derivative → gradient [N, V_local], which may be the logits themselves.
+
+    `mask_ptr` holds the weights w. A weight that is negative or NaN, a denominator or temperature that is not above 0
+    sets flag 2 and makes the row's term NaN.
+    """
+    columns = column_units * UNIT
+    row, exists = _row_numbers(rows, ROWS)
+    weight = tl.load(mask_ptr + row, mask=exists, other=0).to(tl.float32)
+    asked = exists & (weight > 0)
+    inverse_temperature = tl.load(inverse_temperature_ptr + row * temperature_stride, mask=exists, other=1.0)
+    denominator = tl.load(denominator_ptr)
+    warm = (inverse_temperature > 0) & (inverse_temperature < INFINITY)
+    settings_sound = (denominator > 0) & (weight >= 0) & (warm | (asked == 0))
+    tl.store(flags_ptr + 2 + row * 0, 1, mask=exists & (settings_sound == 0))
+    known, local_target = _known_target(targets_ptr, row, asked, vocabulary, first, valid)
+    maximum, total, logprob, entropy = _combine(
+        parts_ptr, row, exists, asked, known, rows, inverse_temperature, flags_ptr, RANKS, RANKS_POWER
+    )
+    w = tl.where(asked, weight / denominator, 0.0)
+    w = tl.where(settings_sound | (exists == 0), w, float("nan"))
+    logprob = tl.where(asked, logprob, 0.0)
+    entropy = tl.where(asked, entropy, 0.0)
+    old = tl.load(old_ptr + row, mask=asked, other=0).to(tl.float32)
+    advantage = tl.load(advantages_ptr + row, mask=asked, other=0).to(tl.float32)
+
+    log_ratio = logprob - old
+    moves = (log_ratio >= -LOG_RATIO_LIMIT) & (log_ratio <= LOG_RATIO_LIMIT)
+    is_nan = log_ratio != log_ratio  # min and max would drop it
+    ratio = tl.exp(tl.minimum(tl.maximum(log_ratio, -LOG_RATIO_LIMIT), LOG_RATIO_LIMIT))
+    ratio = tl.where(is_nan, log_ratio, ratio)
+    low = (advantage < 0) & (ratio < lowest_ratio)
+    high = (advantage > 0) & (ratio > highest_ratio)
+    dual = (advantage < 0) & (ratio > dual_ratio)
+    effective = tl.where(dual, dual_ratio, tl.where(low, lowest_ratio, tl.where(high, highest_ratio, ratio)))
+    tl.store(terms_ptr + row, w * (-effective * advantage - entropy_coefficient * entropy), mask=exists)
+    tl.store(values_ptr + row, logprob, mask=exists)
+    tl.store(values_ptr + rows + row, tl.where(asked, ratio, 0.0), mask=exists)
+    tl.store(values_ptr + 2 * rows.to(tl.int64) + row, entropy, mask=exists)
+    tl.store(clips_ptr + row, (asked & low).to(tl.uint8), mask=exists)
+    tl.store(clips_ptr + rows + row, (asked & high).to(tl.uint8), mask=exists)
+    tl.store(clips_ptr + 2 * rows.to(tl.int64) + row, (asked & dual).to(tl.uint8), mask=exists)
+    if GRADIENT:
+        flows = (moves | is_nan) & (low == 0) & (high == 0) & (dual == 0)
+        g_l = tl.where(flows, -w * advantage * ratio, 0.0)
+        g_h = -w * entropy_coefficient
+        _write_gradient(
+            logits_ptr, gradient_ptr, row, exists, local_target, maximum, total, entropy, inverse_temperature,
+            g_l, g_h, columns, valid, ENTROPY, ROWS, LANES, VEC, PADDED,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def finish_rows_kernel(
+    parts_ptr, targets_ptr, mask_ptr, inverse_temperature_ptr, values_ptr, flags_ptr,
+    rows, valid, first, vocabulary, temperature_stride,
+    RANKS: tl.constexpr, RANKS_POWER: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """(l, H, M, S) → values [4, N]; 0 on rows not asked for. A temperature not above 0 sets flag 2."""
+    row, exists = _row_numbers(rows, ROWS)
+    asked = _asked(mask_ptr, row, exists)
+    inverse_temperature = tl.load(inverse_temperature_ptr + row * temperature_stride, mask=exists, other=1.0)
+    sound = (inverse_temperature > 0) & (inverse_temperature < INFINITY)
+    tl.store(flags_ptr + 2 + row * 0, 1, mask=asked & (sound == 0))
+    known, _ = _known_target(targets_ptr, row, asked, vocabulary, first, valid)
+    maximum, total, logprob, entropy = _combine(
+        parts_ptr, row, exists, asked, known, rows, inverse_temperature, flags_ptr, RANKS, RANKS_POWER
+    )
+    n = rows.to(tl.int64)
+    tl.store(values_ptr + row, tl.where(asked, tl.where(sound, logprob, float("nan")), 0.0), mask=exists)
+    tl.store(values_ptr + n + row, tl.where(asked, tl.where(sound, entropy, float("nan")), 0.0), mask=exists)
+    tl.store(values_ptr + 2 * n + row, tl.where(asked, maximum, 0.0), mask=exists)
+    tl.store(values_ptr + 3 * n + row, tl.where(asked, total, 1.0), mask=exists)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def row_gradient_kernel(
+    logits_ptr, gradient_ptr, values_ptr, targets_ptr, mask_ptr, g_l_ptr, g_h_ptr, inverse_temperature_ptr,
+    rows, column_units, valid, first, vocabulary, temperature_stride,
+    ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """dx of the header from the values of `finish_rows_kernel` and the cotangents g_l, g_h [N] → gradient [N, V_local]."""
+    columns = column_units * UNIT
+    row, exists = _row_numbers(rows, ROWS)
+    asked = _asked(mask_ptr, row, exists)
+    inverse_temperature = tl.load(inverse_temperature_ptr + row * temperature_stride, mask=exists, other=1.0)
+    _, local_target = _known_target(targets_ptr, row, asked, vocabulary, first, valid)
+    n = rows.to(tl.int64)
+    entropy = tl.load(values_ptr + n + row, mask=asked, other=0.0)
+    maximum = tl.load(values_ptr + 2 * n + row, mask=asked, other=0.0)
+    total = tl.load(values_ptr + 3 * n + row, mask=asked, other=1.0)
+    g_l = tl.load(g_l_ptr + row, mask=asked, other=0.0).to(tl.float32)
+    g_h = tl.load(g_h_ptr + row, mask=asked, other=0.0).to(tl.float32)
+    _write_gradient(
+        logits_ptr, gradient_ptr, row, exists, local_target, maximum, total, entropy, inverse_temperature,
+        g_l, g_h, columns, valid, True, ROWS, LANES, VEC, PADDED,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def scale_rows_kernel(
+    gradient_ptr, scale_ptr, rows, column_units,
+    ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """gradient [N, V_local] ← scale · gradient, in place; untouched, and not read, where scale is 1."""
+    scale = tl.load(scale_ptr).to(tl.float32)
+    if scale != 1.0:
+        columns = column_units * UNIT
+        row, exists = _row_numbers(rows, ROWS)
+        offset = row * columns
+        for start in range(0, columns, LANES * VEC):
+            column = _tile_columns(start, LANES, VEC)
+            mask = exists[:, None, None] & (column < columns)
+            at = gradient_ptr + offset[:, None, None] + column
+            g = tl.load(at, mask=mask, other=0.0).to(tl.float32) * scale
+            tl.store(at, g.to(gradient_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,64 @@
+"""Run on ranks: checkpoints written under one layout and continued under others."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dapo_megatron.config.optimizer import Optimizer
+from dapo_megatron.errors import RequestError
+from dapo_megatron.learner.checkpoint import load_checkpoint, save_checkpoint
+from dapo_megatron.learner.losses import policy_loss
+from tests.learner.layouts import build
+from tests.learner.update_cases import CLIP, load_batch, save_whole
+
+SETTINGS = {"learning_rate": 1e-3, "weight_decay": 0.1, "gradient_clip": 0.5}
+
+
+def _update(learner, batch) -> float:
+    denominator = float(batch.loss_weights_T.sum())
+    learner.gradients(batch, range(len(batch)), policy_loss(learner.head, denominator=denominator, **CLIP))
+    return learner.step(SETTINGS["learning_rate"], SETTINGS["weight_decay"])
+
+
+def continue_elsewhere(payload: dict) -> dict[str, float]:
+    """Two updates, a checkpoint, a third update; then, from the checkpoint, the third one under every other layout.
+
+    Writes the weights after the third update as {name}.safetensors; returns its gradient norm by name.
+    """
+    batch, out = load_batch(payload["batch"]), Path(payload["out"])
+    norms = {}
+    for distributed in (True, False):
+        settings = Optimizer(distributed=distributed, **SETTINGS)
+
+        def make(layout, settings=settings):
+            return build(payload["model"], layout, budget=150, train=settings, temperature=0.9)
+
+        learner = make(payload["from"])
+        folder = out / f"step-{distributed}"
+        updates = payload["updates"]
+        for _ in range(updates):
+            _update(learner, batch)
+        side_files = Path(payload["model"])
+        save_checkpoint(folder, learner, {"step": 0, "updates": updates}, side_files=side_files)
+        norms[f"straight|{distributed}"] = _update(learner, batch)
+        save_whole(learner, learner.weights, out / f"straight|{distributed}")
+        for layout in payload["to"]:
+            learner = make(layout)
+            load_checkpoint(folder, learner)
+            norms[f"{layout}|{distributed}"] = _update(learner, batch)
+            save_whole(learner, learner.weights, out / f"{layout}|{distributed}")
+    return norms
+
+
+def load_into_another_model(payload: dict) -> str:
+    """The message of the refusal."""
+    settings = Optimizer(**SETTINGS)
+    folder = Path(payload["out"]) / "step"
+    learner = build(payload["model"], "tp1pp1", train=settings)
+    save_checkpoint(folder, learner, {"step": 0, "updates": 0}, side_files=Path(payload["model"]))
+    try:
+        load_checkpoint(folder, build(payload["other"], "tp1pp1", train=settings))
+    except RequestError as error:
+        return str(error)
+    assert dist.get_world_size() == 1
+    return "loaded"
