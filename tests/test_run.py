@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dapo_megatron.launch import World, world_from_environment
 from tests.command_line import RECIPE, ROOT, SMALL, command, environment, run_command
 from tests.tiny_models import load_model, write_model
 
@@ -173,6 +175,31 @@ def test_weights_that_never_reach_the_engine_are_noticed(tmp_path):
     assert result.returncode == 1, result.stdout
     assert "mismatch alarm" in result.stderr and "resharding.enabled=false" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_under_torchrun_it_joins_the_world_it_finds(tmp_path):
+    run = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = command("train", RECIPE, f"run.directory={run}", *SMALL, "parallel.pipeline=1", "run.steps=1")[1:]
+    result = subprocess.run(
+        [*torchrun, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert metrics_of(run)[-1]["step"] == 1
+    again = subprocess.run(
+        [*torchrun, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
+    )
+    assert again.returncode != 0
+    assert again.stderr.count("already holds a run") == 1
+
+
+def test_srun_variables_name_the_place_in_the_world():
+    srun = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "16", "SLURM_PROCID": "11", "SLURM_LOCALID": "3"}
+    assert world_from_environment(srun) == World(rank=11, size=16, local_rank=3)
+    assert world_from_environment({**srun, "SLURM_NTASKS": "1"}) is None, "salloc's shell is no world"
+    torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    assert world_from_environment({**srun, **torchrun}) == World(rank=1, size=2, local_rank=1)
+    assert world_from_environment({}) is None
 
 
 @pytest.mark.parametrize("family, tied, dtype", [("qwen2", False, torch.bfloat16), ("qwen3", True, torch.float32)])

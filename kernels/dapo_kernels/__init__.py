@@ -1,7 +1,15 @@
-"""Losses on vocab-parallel logits for reinforcement learning of language models. Depends on torch alone (Triton kernels
-optional)."""
+"""Losses on vocab-parallel logits for reinforcement learning of language models. Depends on torch, and on triton where
+its kernels run."""
 
+from dapo_kernels.device_errors import DeviceErrors, device_errors
 from dapo_kernels.logprobs import LogprobsAndEntropy, logprobs_and_entropy
 from dapo_kernels.policy_loss import PolicyLoss, clipped_policy_loss
 
-__all__ = ["LogprobsAndEntropy", "PolicyLoss", "clipped_policy_loss", "logprobs_and_entropy"]
+__all__ = [
+    "DeviceErrors",
+    "LogprobsAndEntropy",
+    "PolicyLoss",
+    "clipped_policy_loss",
+    "device_errors",
+    "logprobs_and_entropy",
+]

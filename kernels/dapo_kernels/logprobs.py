@@ -16,6 +16,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dapo_kernels.arguments import (
+    Shard,
+    check_logits,
+    check_on_cpu,
+    check_rows,
+    choose_implementation,
+    group_of_many,
+    inverse_temperature,
+    shard_of,
+)
+from dapo_kernels.device_errors import note_on_device
+
 CHUNK_ELEMENTS = 1 << 22  # elements upcast at a time: bounds the extra memory to a few tens of MiB whatever N
 
 
@@ -24,14 +36,6 @@ class LogprobsAndEntropy(NamedTuple):
 
     logprobs: Tensor
     entropy: Tensor
-
-
-class _Shard(NamedTuple):
-    """Which global columns this rank holds: `first` is the global id of column 0, `valid` columns are inside the
-    vocabulary."""
-
-    first: int
-    valid: int
 
 
 def logprobs_and_entropy(
@@ -54,65 +58,113 @@ def logprobs_and_entropy(
         vocab_size: true vocabulary; global columns beyond it count as −inf and get gradient 0. None: every column is
             real.
         tensor_parallel_group: ranks that hold the other columns; None or a group of one: the logits are whole.
-        implementation: "auto" or "torch".
+        implementation: "auto" (Triton on a GPU, torch elsewhere), "triton" or "torch".
         row_mask: [N] bool; other rows are skipped, return 0 and get gradient 0. None: every row.
 
     Raises:
         ValueError: shapes, dtypes or T disagree; on a CPU also a target outside the vocabulary, a NaN, or T ≤ 0
-            in a tensor, in a row asked for.
+            in a tensor, in a row asked for. On a GPU these make the row NaN and set a flag (`device_errors`).
     """
-    if implementation not in ("auto", "torch"):
-        raise ValueError(f"implementation={implementation!r} is not known; use 'auto' or 'torch'")
-    _check(logits, targets, temperature, row_mask)
-    group_size = 1 if tensor_parallel_group is None else tensor_parallel_group.size()
-    group_rank = 0 if tensor_parallel_group is None else tensor_parallel_group.rank()
-    first = group_rank * logits.shape[1]
-    vocabulary = group_size * logits.shape[1] if vocab_size is None else vocab_size
-    if not 0 < vocabulary <= group_size * logits.shape[1]:
-        raise ValueError(
-            f"vocab_size={vocab_size} must lie in 1..{group_size * logits.shape[1]}, the columns of all ranks"
+    check_logits(logits)
+    count = logits.shape[0]
+    check_rows(count, logits.device, targets, row_mask)
+    chosen = choose_implementation(implementation, logits.device, logits.dtype)
+    shard = shard_of(logits.shape[1], vocab_size, tensor_parallel_group)
+    scale = inverse_temperature(temperature, count, logits)
+    check_on_cpu(targets, temperature, shard.vocabulary, row_mask)
+    group = group_of_many(tensor_parallel_group)
+    if chosen == "triton":
+        from dapo_kernels.triton_ops import TritonLogprobs
+
+        mask = None if row_mask is None else row_mask.contiguous().view(torch.uint8)
+        return LogprobsAndEntropy(
+            *TritonLogprobs.apply(logits, targets.contiguous(), mask, scale, shard, group, in_place)
         )
-    shard = _Shard(first, max(0, min(logits.shape[1], vocabulary - first)))
-    asked_for = torch.ones_like(targets, dtype=torch.bool) if row_mask is None else row_mask
-    rows = asked_for.nonzero().squeeze(1)
+    rows = torch.arange(count, device=logits.device) if row_mask is None else row_mask.nonzero().squeeze(1)
+    return LogprobsAndEntropy(*_RowLogprobs.apply(logits, targets, rows, scale, shard, group, in_place))
+
+
+class RowStatistics(NamedTuple):
+    """M, log S, l and H of the rows asked for, [n]."""
+
+    maximum: Tensor
+    log_sum: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def row_statistics(
+    logits: Tensor,
+    targets: Tensor,
+    rows: Tensor,
+    inverse_temperature: Tensor,
+    shard: Shard,
+    group: dist.ProcessGroup | None,
+) -> RowStatistics:
+    """Statistics of the given rows over all ranks: one pass in chunks, one all-gather.
+
+    Raises:
+        ValueError: on a CPU, a row holds a NaN, a +inf or nothing but −inf.
+    """
+    statistics = torch.cat(
+        [
+            _local_statistics(_scaled(logits, chunk, inverse_temperature, shard), targets[chunk] - shard.first)
+            for chunk in _row_chunks(rows, shard.valid)
+        ]
+        or [torch.empty(0, 4, dtype=inverse_temperature.dtype, device=logits.device)]
+    )
+    found = _combine(statistics, group)
     if logits.device.type == "cpu":
-        asked = targets[rows]
-        if asked.numel() and (int(asked.min()) < 0 or int(asked.max()) >= vocabulary):
-            raise ValueError(f"targets must lie in 0..{vocabulary - 1}; found {int(asked.min())}..{int(asked.max())}")
-        used = temperature[rows] if isinstance(temperature, Tensor) and temperature.dim() else temperature
-        if not bool(torch.as_tensor(used > 0).all()):
-            raise ValueError("temperature must be > 0 in every row asked for")
-    inverse_temperature = torch.as_tensor(temperature, device=logits.device, dtype=_compute_dtype(logits)).reciprocal()
-    group = tensor_parallel_group if group_size > 1 else None
-    return LogprobsAndEntropy(*_RowLogprobs.apply(logits, targets, rows, inverse_temperature, shard, group, in_place))
+        if not bool(torch.isfinite(found.log_sum).all()):
+            bad = rows[~torch.isfinite(found.log_sum)][0].item()
+            raise ValueError(f"logits row {bad} holds a NaN, a +inf or nothing but −inf")
+        return found
+    note_on_device(logits.device, "logits", ~torch.isfinite(found.log_sum).all())
+    known = (targets[rows] >= 0) & (targets[rows] < shard.vocabulary)
+    note_on_device(logits.device, "target", ~known.all())
+    used = inverse_temperature[rows] if inverse_temperature.dim() else inverse_temperature
+    note_on_device(logits.device, "setting", ~((used > 0) & torch.isfinite(used)).all())
+    return found._replace(logprobs=torch.where(known, found.logprobs, float("nan")))
 
 
-def _check(logits: Tensor, targets: Tensor, temperature: float | Tensor, row_mask: Tensor | None) -> None:
-    if logits.dim() != 2 or not logits.is_contiguous():
-        raise ValueError(f"logits must be contiguous [N, V/TP]; got {tuple(logits.shape)}, strides {logits.stride()}")
-    if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        raise ValueError(f"logits must be bf16, fp16, fp32 or fp64; got {logits.dtype}")
-    if targets.shape != logits.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(f"targets must be int64 [{logits.shape[0]}]; got {targets.dtype} {tuple(targets.shape)}")
-    if row_mask is not None and (row_mask.shape != logits.shape[:1] or row_mask.dtype != torch.bool):
-        raise ValueError(f"row_mask must be bool [{logits.shape[0]}]; got {row_mask.dtype} {tuple(row_mask.shape)}")
-    if isinstance(temperature, Tensor) and temperature.dim() not in (0, 1):
-        raise ValueError(f"temperature must be a number or one a row; got shape {tuple(temperature.shape)}")
-    if isinstance(temperature, Tensor) and temperature.dim() == 1 and temperature.shape != logits.shape[:1]:
-        raise ValueError(f"temperature has {temperature.shape[0]} entries for {logits.shape[0]} rows")
-    if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be > 0")
-
-
-def _compute_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+def write_row_gradient(
+    logits: Tensor,
+    out: Tensor,
+    targets: Tensor,
+    rows: Tensor,
+    inverse_temperature: Tensor,
+    statistics: RowStatistics,
+    g_l: Tensor,
+    g_h: Tensor,
+    shard: Shard,
+) -> None:
+    """(1/T)·[g_l·∂l/∂z + g_h·∂H/∂z] → `out` [N, V/TP], which may be the logits; zeros in all other rows and beyond the
+    vocabulary. g_l, g_h are [N]."""
+    valid = shard.valid
+    for positions in _row_chunks(torch.arange(rows.numel(), device=rows.device), valid):
+        chunk = rows[positions]
+        logp = _scaled(logits, chunk, inverse_temperature, shard)
+        logp -= statistics.maximum[positions, None]
+        logp -= statistics.log_sum[positions, None]
+        p = logp.exp()
+        l_N1, h_N1 = g_l[chunk, None], g_h[chunk, None]
+        # p·log p is 0 where p is 0, also where log p is −inf
+        gradient = -p * (l_N1 + h_N1 * (torch.where(p > 0, logp, 0.0) + statistics.entropy[positions, None]))
+        local = targets[chunk] - shard.first
+        owned = ((local >= 0) & (local < valid)).nonzero().squeeze(1)
+        gradient[owned, local[owned]] += l_N1[owned, 0]
+        gradient *= inverse_temperature if inverse_temperature.dim() == 0 else inverse_temperature[chunk, None]
+        out[chunk, :valid] = gradient.to(out.dtype)
+    skipped = torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device).index_fill_(0, rows, False)
+    out[skipped] = 0
+    out[:, valid:] = 0
 
 
 def _row_chunks(rows: Tensor, columns: int) -> tuple[Tensor, ...]:
     return rows.split(max(1, CHUNK_ELEMENTS // max(1, columns)))
 
 
-def _scaled(logits: Tensor, rows: Tensor, inverse_temperature: Tensor, shard: _Shard) -> Tensor:
+def _scaled(logits: Tensor, rows: Tensor, inverse_temperature: Tensor, shard: Shard) -> Tensor:
     """z = logits / T of the given rows and the valid columns, in the compute dtype."""
     z = logits[rows, : shard.valid].to(inverse_temperature.dtype)
     scale = inverse_temperature if inverse_temperature.dim() == 0 else inverse_temperature[rows, None]
@@ -122,54 +174,19 @@ def _scaled(logits: Tensor, rows: Tensor, inverse_temperature: Tensor, shard: _S
 class _RowLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, rows, inverse_temperature, shard, group, in_place):
-        statistics = torch.cat(
-            [
-                _local_statistics(_scaled(logits, chunk, inverse_temperature, shard), targets[chunk] - shard.first)
-                for chunk in _row_chunks(rows, shard.valid)
-            ]
-            or [torch.empty(0, 4, dtype=inverse_temperature.dtype, device=logits.device)]
-        )
-        maximum, log_sum, logprobs_rows, entropy_rows = _combine(statistics, group)
-        if logits.device.type == "cpu" and not bool(torch.isfinite(log_sum).all()):
-            bad = rows[~torch.isfinite(log_sum)][0].item()
-            raise ValueError(f"logits row {bad} holds a NaN, a +inf or nothing but −inf")
-        ctx.save_for_backward(logits, targets, rows, inverse_temperature, maximum, log_sum, entropy_rows)
+        found = row_statistics(logits, targets, rows, inverse_temperature, shard, group)
+        ctx.save_for_backward(logits, targets, rows, inverse_temperature, *found)
         ctx.shard, ctx.in_place = shard, in_place
-        logprobs = logprobs_rows.new_zeros(logits.shape[0]).index_copy_(0, rows, logprobs_rows)
-        entropy = entropy_rows.new_zeros(logits.shape[0]).index_copy_(0, rows, entropy_rows)
+        logprobs = found.logprobs.new_zeros(logits.shape[0]).index_copy_(0, rows, found.logprobs)
+        entropy = found.entropy.new_zeros(logits.shape[0]).index_copy_(0, rows, found.entropy)
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, grad_logprobs, grad_entropy):
-        logits, targets, rows, inverse_temperature, maximum, log_sum, entropy = ctx.saved_tensors
-        shard, valid = ctx.shard, ctx.shard.valid
-        chunks = []
-        for positions in _row_chunks(torch.arange(rows.numel(), device=rows.device), valid):
-            chunk = rows[positions]
-            logp = _scaled(logits, chunk, inverse_temperature, shard)
-            logp -= maximum[positions, None]
-            logp -= log_sum[positions, None]
-            p = logp.exp()
-            g_l, g_h = grad_logprobs[chunk, None], grad_entropy[chunk, None]
-            # p·log p is 0 where p is 0, also where log p is −inf
-            gradient = -p * (g_l + g_h * (torch.where(p > 0, logp, 0.0) + entropy[positions, None]))
-            local = targets[chunk] - shard.first
-            owned = ((local >= 0) & (local < valid)).nonzero().squeeze(1)
-            gradient[owned, local[owned]] += g_l[owned, 0]
-            gradient *= inverse_temperature if inverse_temperature.dim() == 0 else inverse_temperature[chunk, None]
-            if ctx.in_place:
-                logits[chunk, :valid] = gradient.to(logits.dtype)
-            else:
-                chunks.append(gradient.to(logits.dtype))
-        if ctx.in_place:
-            skipped = torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device).index_fill_(0, rows, False)
-            logits[skipped] = 0
-            logits[:, valid:] = 0
-            return logits, None, None, None, None, None, None
-        result = torch.zeros_like(logits)
-        if chunks:
-            result[rows, :valid] = torch.cat(chunks)
-        return result, None, None, None, None, None, None
+    def backward(ctx, g_l, g_h):
+        logits, targets, rows, inverse_temperature, *found = ctx.saved_tensors
+        out = logits if ctx.in_place else torch.empty_like(logits)
+        write_row_gradient(logits, out, targets, rows, inverse_temperature, RowStatistics(*found), g_l, g_h, ctx.shard)
+        return out, None, None, None, None, None, None
 
 
 def _local_statistics(z_NV: Tensor, local_targets_N: Tensor) -> Tensor:
@@ -189,7 +206,7 @@ def _local_statistics(z_NV: Tensor, local_targets_N: Tensor) -> Tensor:
     return torch.stack([maximum, exponential.sum(dim=1), target, weighted], dim=1)
 
 
-def _combine(statistics_N4: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _combine(statistics_N4: Tensor, group: dist.ProcessGroup | None) -> RowStatistics:
     """Whole-row (M, log S, l, H) from every rank's part: the one collective of the forward pass."""
     if group is None:
         parts_RN4 = statistics_N4[None]
@@ -206,4 +223,4 @@ def _combine(statistics_N4: Tensor, group: dist.ProcessGroup | None) -> tuple[Te
     log_sum = torch.where(torch.isfinite(maximum), total.log(), float("nan"))
     logprobs = (target_RN.amax(dim=0) - maximum) - log_sum
     entropy = log_sum - weighted / total
-    return maximum, log_sum, logprobs, entropy
+    return RowStatistics(maximum, log_sum, logprobs, entropy)

@@ -14,6 +14,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dapo_kernels.arguments import (
+    check_logits,
+    check_loss_on_cpu,
+    check_on_cpu,
+    check_rows,
+    check_vectors,
+    choose_implementation,
+    group_of_many,
+    inverse_temperature,
+    shard_of,
+)
+from dapo_kernels.device_errors import note_on_device
 from dapo_kernels.logprobs import logprobs_and_entropy
 
 LOG_RATIO_LIMIT = 20.0
@@ -52,6 +64,9 @@ def clipped_policy_loss(
 ) -> PolicyLoss:
     """The loss of the module's header; its gradient reaches this rank's columns of the logits alone.
 
+    On the Triton path the gradient is written in the forward pass, with `in_place` over the logits, and backward runs
+    once.
+
     Args:
         logits: [N, V/TP] bf16, fp16, fp32 or fp64, contiguous; with `in_place` its memory is reused for the gradient.
         targets: [N] int64 global ids.
@@ -65,32 +80,87 @@ def clipped_policy_loss(
         vocab_size, tensor_parallel_group, in_place, implementation: as in `logprobs_and_entropy`.
 
     Raises:
-        ValueError: as `logprobs_and_entropy`; also a denominator ≤ 0, a negative weight, eps_dual ≤ 1.
+        ValueError: as `logprobs_and_entropy`; also a denominator ≤ 0, a negative weight, eps_low or eps_high < 0,
+            eps_dual ≤ 1.
     """
-    for name, value in (("old_logprobs", old_logprobs), ("advantages", advantages), ("loss_mask", loss_mask)):
-        if value.shape != targets.shape or not value.is_floating_point():
-            raise ValueError(f"{name} must be float {tuple(targets.shape)}; got {value.dtype} {tuple(value.shape)}")
+    check_logits(logits)
+    check_rows(logits.shape[0], logits.device, targets, None)
+    check_clip(eps_low, eps_high, eps_dual)
+    check_vectors(logits.shape[0], logits.device, old_logprobs=old_logprobs, advantages=advantages, loss_mask=loss_mask)
+    check_loss_on_cpu(loss_mask, denominator)
+    chosen = choose_implementation(implementation, logits.device, logits.dtype)
+    if chosen == "torch":
+        logprobs, entropy = logprobs_and_entropy(
+            logits,
+            targets,
+            temperature=temperature,
+            vocab_size=vocab_size,
+            tensor_parallel_group=tensor_parallel_group,
+            in_place=in_place,
+            implementation="torch",
+            row_mask=loss_mask > 0,
+        )
+        return loss_of_rows(
+            logprobs, entropy, old_logprobs, advantages, loss_mask, eps_low=eps_low, eps_high=eps_high,
+            eps_dual=eps_dual, denominator=denominator, entropy_coefficient=entropy_coefficient,
+        )  # fmt: skip
+    from dapo_kernels.triton_ops import TritonClippedLoss
+
+    shard = shard_of(logits.shape[1], vocab_size, tensor_parallel_group)
+    scale = inverse_temperature(temperature, logits.shape[0], logits)
+    check_on_cpu(targets, temperature, shard.vocabulary, loss_mask > 0)
+    loss, values, clips = TritonClippedLoss.apply(
+        logits, targets.contiguous(), old_logprobs, advantages, loss_mask.contiguous(),
+        device_number(denominator, logits.device), scale, shard, group_of_many(tensor_parallel_group),
+        clip_settings(eps_low, eps_high, eps_dual, entropy_coefficient),
+        logits.requires_grad and torch.is_grad_enabled(), in_place,
+    )  # fmt: skip
+    return PolicyLoss(loss, *values, *clips)
+
+
+def check_clip(eps_low: float, eps_high: float, eps_dual: float | None) -> None:
+    """ValueError for clip bounds that are negative or NaN, or a dual bound that is not > 1."""
+    for name, value in (("eps_low", eps_low), ("eps_high", eps_high)):
+        if not value >= 0:
+            raise ValueError(f"{name}={value} must be >= 0")
     if eps_dual is not None and not eps_dual > 1:
         raise ValueError(
             f"eps_dual={eps_dual} must be > 1: it is the bound on the ratio itself; use None to turn it off"
         )
-    on_cpu = logits.device.type == "cpu"
-    if (on_cpu or not isinstance(denominator, Tensor)) and not float(denominator) > 0:
-        raise ValueError(f"denominator={float(denominator)} must be > 0: the weight sum of the whole mini-batch")
-    if on_cpu and loss_mask.numel() and not float(loss_mask.min()) >= 0:  # a NaN as well
-        raise ValueError(f"loss_mask holds {float(loss_mask.min())}; weights must be >= 0")
 
+
+def clip_settings(
+    eps_low: float, eps_high: float, eps_dual: float | None, entropy_coefficient: float
+) -> tuple[float, float, float, float]:
+    """What the kernels compare with: 1 − ε_low, 1 + ε_high, ε_dual or inf, and β_H."""
+    from dapo_kernels.triton_rows import ClipSettings
+
+    dual = float("inf") if eps_dual is None else eps_dual
+    return ClipSettings(1 - eps_low, 1 + eps_high, dual, entropy_coefficient)
+
+
+def device_number(value: float | Tensor, device: torch.device) -> Tensor:
+    """float32 [1] on `device`; a Python number by a fill, which waits for nothing."""
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=torch.float32).reshape(1)
+    return torch.full((1,), float(value), dtype=torch.float32, device=device)
+
+
+def loss_of_rows(
+    logprobs: Tensor,
+    entropy: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    *,
+    eps_low: float,
+    eps_high: float,
+    eps_dual: float | None,
+    denominator: float | Tensor,
+    entropy_coefficient: float,
+) -> PolicyLoss:
+    """The loss from l and H [N], differentiable in both: the part that never sees the vocabulary."""
     trained = loss_mask > 0
-    logprobs, entropy = logprobs_and_entropy(
-        logits,
-        targets,
-        temperature=temperature,
-        vocab_size=vocab_size,
-        tensor_parallel_group=tensor_parallel_group,
-        in_place=in_place,
-        implementation=implementation,
-        row_mask=trained,
-    )
     # rows of weight 0 may carry anything, NaN included: they are cut out before any arithmetic
     old = torch.where(trained, old_logprobs.to(logprobs.dtype), 0.0)
     advantage = torch.where(trained, advantages.to(logprobs.dtype), 0.0)
@@ -107,6 +177,10 @@ def clipped_policy_loss(
     if entropy_coefficient:
         token_loss = token_loss - entropy_coefficient * entropy
     loss = (weight * token_loss).sum() / denominator
+    if loss.device.type != "cpu":
+        sound = (loss_mask >= 0).all() & (torch.as_tensor(denominator, device=loss.device) > 0)
+        note_on_device(loss.device, "setting", ~sound)
+        loss = torch.where(sound, loss, float("nan"))
     return PolicyLoss(
         loss=loss,
         logprobs=logprobs.detach(),

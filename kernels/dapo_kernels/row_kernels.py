@@ -9,12 +9,12 @@ from which the row's whole is l = (x_y − M)/T − log S, H = log S − W/(S·T
 
     dx_j = (1/T)·[ g_l·(1[j=y] − p_j) − g_h·p_j·(log p_j + H) ],      p_j = 2^(k(x_j − M))/S
 
-The maximum is subtracted before anything is multiplied, so that |x| of 1e4 costs no digits. A tile is [ROWS, LANES, VEC]:
-VEC neighbours are one 16-byte load and are reduced within a thread, so the loop over columns needs one exponential an
-element and no barrier; lanes meet after the loop. No atomics. Row offsets are 64-bit.
+The maximum is subtracted before anything is multiplied, so that |x| of 1e4 costs no digits. A tile is [ROWS, LANES,
+VEC]: VEC neighbours are one 16-byte load and are reduced within a thread, so the loop over columns needs one
+exponential an element and no barrier; lanes meet after the loop. No atomics. Row offsets are 64-bit.
 
-A number of columns arrives as `column_units` × UNIT: a multiple the compiler can see keeps loads 16 bytes wide without a
-compilation for each size. Nothing is specialised on N, V or the alignment of a per-row vector.
+A number of columns arrives as `column_units` × UNIT: a multiple the compiler can see keeps loads 16 bytes wide without
+a compilation for each size. Nothing is specialised on N, V or the alignment of a per-row vector.
 """
 
 import triton
@@ -72,7 +72,8 @@ def row_statistics_kernel(
     rows, column_units, valid, first, temperature_stride,
     ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """statistics [N, 4] of the header, one read of the logits; rows not asked for are not read and get (−inf, 0, −inf, 0)."""
+    """statistics [N, 4] of the header, one read of the logits; rows not asked for are not read and get
+    (−inf, 0, −inf, 0)."""
     columns = column_units * UNIT
     row, exists = _row_numbers(rows, ROWS)
     asked = _asked(mask_ptr, row, exists)
@@ -160,7 +161,8 @@ def _write_gradient(
     b = (tl.where(live, g_h, 0.0) * inverse_temperature)[:, None, None]
     shift = tl.where(live, maximum, 0.0)[:, None, None]
     total = tl.where(live, total, 1.0)[:, None, None]
-    log_sum, inverse_sum = tl.log(total), 1.0 / total
+    log_sum = tl.log(total)
+    inverse_sum = 1.0 / total
     surprise = tl.where(live, entropy, 0.0)[:, None, None]
     per_unit = inverse_temperature[:, None, None]
     hit_column = local_target[:, None, None]
@@ -194,8 +196,8 @@ def clipped_loss_kernel(
     RANKS: tl.constexpr, RANKS_POWER: tl.constexpr, GRADIENT: tl.constexpr, ENTROPY: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Per row w·(L − β·H)/denominator → terms [N]; (l, ratio, H) → values [3, N]; (low, high, dual) → clips [3, N] uint8;
-    with GRADIENT its derivative → gradient [N, V_local], which may be the logits themselves.
+    """Per row w·(L − β·H)/denominator → terms [N]; (l, ratio, H) → values [3, N]; (low, high, dual) → clips [3, N]
+    uint8; with GRADIENT its derivative → gradient [N, V_local], which may be the logits themselves.
 
     `mask_ptr` holds the weights w. A weight that is negative or NaN, a denominator or temperature that is not above 0
     sets flag 2 and makes the row's term NaN.
@@ -205,7 +207,7 @@ def clipped_loss_kernel(
     weight = tl.load(mask_ptr + row, mask=exists, other=0).to(tl.float32)
     asked = exists & (weight > 0)
     inverse_temperature = tl.load(inverse_temperature_ptr + row * temperature_stride, mask=exists, other=1.0)
-    denominator = tl.load(denominator_ptr)
+    denominator = tl.load(denominator_ptr + row * 0, mask=exists, other=1.0)
     warm = (inverse_temperature > 0) & (inverse_temperature < INFINITY)
     settings_sound = (denominator > 0) & (weight >= 0) & (warm | (asked == 0))
     tl.store(flags_ptr + 2 + row * 0, 1, mask=exists & (settings_sound == 0))
@@ -275,7 +277,8 @@ def row_gradient_kernel(
     rows, column_units, valid, first, vocabulary, temperature_stride,
     ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """dx of the header from the values of `finish_rows_kernel` and the cotangents g_l, g_h [N] → gradient [N, V_local]."""
+    """dx of the header from the values of `finish_rows_kernel` and the cotangents g_l, g_h [N] → gradient
+    [N, V_local]."""
     columns = column_units * UNIT
     row, exists = _row_numbers(rows, ROWS)
     asked = _asked(mask_ptr, row, exists)

@@ -29,13 +29,12 @@ _BY_ROW_BYTES = {
 
 
 def tile_for(capability: tuple[int, int], columns: int, element_bytes: int) -> Tile:
-    """The tile for rows of `columns` elements on a card of that compute capability; the nearest older card's table where
-    it has none of its own. Tiles are never longer than the row, rounded up to a power of two."""
+    """The tile for rows of `columns` elements on a card of that compute capability; the nearest older card's table
+    where it has none of its own. Tiles are never longer than the row, rounded up to a power of two."""
     vector = max(1, 16 // element_bytes)
     older = [known for known in _BY_ROW_BYTES if known <= capability] or [min(_BY_ROW_BYTES)]
-    for limit, lanes, warps in _BY_ROW_BYTES[max(older)]:
-        if columns * element_bytes <= limit:
-            break
+    table = _BY_ROW_BYTES[max(older)]
+    lanes, warps = next((lanes, warps) for limit, lanes, warps in table if columns * element_bytes <= limit)
     needed = _power_of_two(-(-columns // vector))
     return Tile(1, max(32, min(lanes, needed)), vector, warps if needed >= 32 * warps else 1)
 

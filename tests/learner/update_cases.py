@@ -37,7 +37,7 @@ def gradients(payload: dict) -> dict[str, list[float]]:
                     batch, range(len(batch)), policy_loss(learner.head, denominator=denominator, **CLIP)
                 )
                 name = f"{model_name}|{layout}|{budget}"
-                save_whole(learner, _main_gradients(learner), Path(payload["out"]) / f"{dist.get_world_size()}|{name}")
+                save_whole(learner, main_gradients(learner), Path(payload["out"]) / f"{dist.get_world_size()}|{name}")
                 count = max(len(rank) for rank in learner.packing(batch, range(len(batch))))
                 results[name] = [*sums.tolist(), count, learner.layout.data]
     assert len(sums) == len(POLICY_SUMS)
@@ -88,7 +88,7 @@ def module_shapes(payload: dict) -> dict[str, list]:
     }
 
 
-def _main_gradients(learner: Learner) -> dict[str, Tensor]:
+def main_gradients(learner: Learner) -> dict[str, Tensor]:
     return {f"chunk{v}.{n}": p.main_grad for v, m in enumerate(learner.models) for n, p in m.named_parameters()}
 
 

@@ -1,0 +1,60 @@
+"""The row kernels as autograd functions. The clipped loss writes its gradient in the forward pass: its coefficient is
+known there, and the backward pass only multiplies, where the incoming factor is not 1."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dapo_kernels import triton_rows
+from dapo_kernels.arguments import Shard
+from dapo_kernels.triton_rows import ClipSettings
+
+
+class TritonLogprobs(torch.autograd.Function):
+    """(l, H), fp32 [N]; the gradient is computed in the backward pass, in place if so asked."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, mask, inverse_temperature, shard: Shard, group: dist.ProcessGroup, in_place):
+        parts = triton_rows.statistics(logits, targets, mask, inverse_temperature, shard, group)
+        values = triton_rows.finish(parts, targets, mask, inverse_temperature, shard)
+        ctx.save_for_backward(logits, targets, mask, inverse_temperature, values)
+        ctx.shard, ctx.in_place = shard, in_place
+        return values[0].clone(), values[1].clone()
+
+    @staticmethod
+    def backward(ctx, g_l: Tensor, g_h: Tensor):
+        logits, targets, mask, inverse_temperature, values = ctx.saved_tensors
+        out = logits if ctx.in_place else torch.empty_like(logits)
+        triton_rows.gradient(logits, out, values, targets, mask, g_l, g_h, inverse_temperature, ctx.shard)
+        if ctx.in_place:
+            torch.autograd.graph.increment_version(logits)  # whoever still needs the logits shall hear of it
+        return out, None, None, None, None, None, None
+
+
+class TritonClippedLoss(torch.autograd.Function):
+    """(loss, (l, ratio, H) [3, N], clips [3, N]); with `want_gradient` the logits' memory, or a new one, holds the
+    gradient when forward returns."""
+
+    @staticmethod
+    def forward(
+        ctx, logits, targets, old_logprobs, advantages, weights, denominator, inverse_temperature, shard: Shard,
+        group: dist.ProcessGroup, settings: ClipSettings, want_gradient: bool, in_place: bool,
+    ):  # fmt: skip
+        out = None if not want_gradient else logits if in_place else torch.empty_like(logits)
+        rows = triton_rows.clipped_loss(
+            logits, out, targets, old_logprobs, advantages, weights, denominator, inverse_temperature, shard, group,
+            settings,
+        )  # fmt: skip
+        if out is logits:
+            torch.autograd.graph.increment_version(logits)
+        ctx.gradient = out
+        ctx.mark_non_differentiable(rows.values, rows.clips)
+        return rows.terms.sum(dtype=torch.float64).float(), rows.values, rows.clips
+
+    @staticmethod
+    def backward(ctx, g_loss: Tensor, _values, _clips):
+        if ctx.gradient is None:
+            raise RuntimeError("the gradient of clipped_policy_loss was already handed out: backward runs once")
+        gradient, ctx.gradient = ctx.gradient, None
+        triton_rows.scale(gradient, g_loss)
+        return gradient, *[None] * 11

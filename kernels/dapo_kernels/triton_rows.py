@@ -1,0 +1,194 @@
+"""Launches of the row kernels on tensors: the Triton side of every op. Importing it imports triton."""
+
+from collections import Counter
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import triton
+from torch import Tensor
+
+from dapo_kernels import row_kernels
+from dapo_kernels.arguments import Shard
+from dapo_kernels.device_errors import device_flags
+from dapo_kernels.tuned import Tile, interpreter_tile, tile_for
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+launches: Counter[str] = Counter()
+"""Kernel name → launches in this process."""
+
+if INTERPRETED:
+    from dapo_kernels.interpreter_bf16 import mend
+
+    mend()
+
+
+class ClipSettings(NamedTuple):
+    """1 − ε_low, 1 + ε_high, ε_dual (inf = off) and β_H."""
+
+    lowest_ratio: float
+    highest_ratio: float
+    dual_ratio: float
+    entropy_coefficient: float
+
+
+class ClippedRows(NamedTuple):
+    """Per row: w·(L − β·H)/denominator [N]; (l, ratio, H) [3, N]; (low, high, dual) bool [3, N]."""
+
+    terms: Tensor
+    values: Tensor
+    clips: Tensor
+
+
+def statistics(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    inverse_temperature: Tensor,
+    shard: Shard,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """Statistics of every rank's part of each row, fp32 [ranks, N, 4]: one read of the logits, one all-gather.
+
+    Raises:
+        ValueError: on a CPU, a row asked for holds a NaN, a +inf or nothing but −inf.
+    """
+    own = torch.empty(logits.shape[0], 4, dtype=torch.float32, device=logits.device)
+    tile = _tile(logits)
+    _launch(
+        row_kernels.row_statistics_kernel, tile, logits,
+        logits, targets, mask, inverse_temperature, own,
+        logits.shape[0], _units(logits, tile)[0], shard.valid, shard.first, _stride(inverse_temperature),
+        **_columns(logits, tile, shard),
+    )  # fmt: skip
+    parts = own[None]
+    if group is not None:
+        parts = own.new_empty(group.size(), *own.shape)
+        dist.all_gather_into_tensor(parts.view(-1, 4), own, group=group)
+    if logits.device.type == "cpu":
+        bad = ~(torch.isfinite(parts[..., 0].amax(0)) & torch.isfinite(parts[..., 1].sum(0)))
+        bad = bad if mask is None else bad & (mask > 0)
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            raise ValueError(f"logits row {row} holds a NaN, a +inf or nothing but −inf")
+    return parts
+
+
+def finish(parts: Tensor, targets: Tensor, mask: Tensor | None, inverse_temperature: Tensor, shard: Shard) -> Tensor:
+    """(l, H, M, S) of whole rows, fp32 [4, N]; l = H = 0 on rows not asked for."""
+    ranks, count, _ = parts.shape
+    values = torch.empty(4, count, dtype=torch.float32, device=parts.device)
+    _launch(
+        row_kernels.finish_rows_kernel, Tile(256, 1, 1, 4), parts[0],
+        parts, targets, mask, inverse_temperature, values, device_flags(parts.device),
+        count, shard.valid, shard.first, shard.vocabulary, _stride(inverse_temperature),
+        RANKS=ranks, RANKS_POWER=triton.next_power_of_2(ranks),
+    )  # fmt: skip
+    return values
+
+
+def gradient(
+    logits: Tensor,
+    out: Tensor,
+    values: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    g_l: Tensor,
+    g_h: Tensor,
+    inverse_temperature: Tensor,
+    shard: Shard,
+) -> None:
+    """∂/∂logits under the cotangents of (l, H) → `out` [N, V_local], which may be the logits themselves."""
+    tile = _tile(logits)
+    _launch(
+        row_kernels.row_gradient_kernel, tile, logits,
+        logits, out, values, targets, mask, g_l.contiguous(), g_h.contiguous(), inverse_temperature,
+        logits.shape[0], _units(logits, tile)[0], shard.valid, shard.first, shard.vocabulary,
+        _stride(inverse_temperature),
+        **_columns(logits, tile, shard),
+    )  # fmt: skip
+
+
+def clipped_loss(
+    logits: Tensor,
+    out: Tensor | None,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    denominator: Tensor,
+    inverse_temperature: Tensor,
+    shard: Shard,
+    group: dist.ProcessGroup | None,
+    settings: ClipSettings,
+) -> ClippedRows:
+    """The clipped policy loss a row; its gradient → `out` (may be the logits), unless None.
+
+    Args:
+        denominator: float32 [1] on the logits' device.
+    """
+    count = logits.shape[0]
+    parts = statistics(logits, targets, weights, inverse_temperature, shard, group)
+    terms = torch.empty(count, dtype=torch.float32, device=logits.device)
+    values = torch.empty(3, count, dtype=torch.float32, device=logits.device)
+    clips = torch.empty(3, count, dtype=torch.uint8, device=logits.device)
+    tile = _tile(logits)
+    _launch(
+        row_kernels.clipped_loss_kernel, tile, logits,
+        logits, logits if out is None else out, parts, targets, weights, old_logprobs.contiguous(),
+        advantages.contiguous(), denominator, inverse_temperature, terms, values, clips,
+        device_flags(logits.device),
+        count, _units(logits, tile)[0], shard.valid, shard.first, shard.vocabulary, _stride(inverse_temperature),
+        *(float(setting) for setting in settings),
+        RANKS=parts.shape[0], RANKS_POWER=triton.next_power_of_2(parts.shape[0]),
+        GRADIENT=out is not None, ENTROPY=settings.entropy_coefficient != 0,
+        **_columns(logits, tile, shard),
+    )  # fmt: skip
+    return ClippedRows(terms, values, clips.view(torch.bool))
+
+
+def scale(matrix: Tensor, factor: Tensor) -> None:
+    """matrix [n, m] ← factor · matrix, in place; the device finds out by itself whether the factor is 1."""
+    tile = _tile(matrix)
+    units, unit = _units(matrix, tile)
+    _launch(
+        row_kernels.scale_rows_kernel, tile, matrix, matrix, factor.reshape(1), matrix.shape[0], units,
+        LANES=tile.lanes, VEC=tile.vector, UNIT=unit,
+    )  # fmt: skip
+
+
+def _tile(matrix: Tensor) -> Tile:
+    rows, columns = matrix.shape
+    if matrix.device.type == "cpu":
+        return interpreter_tile(rows, columns, matrix.element_size())
+    return tile_for(torch.cuda.get_device_capability(matrix.device), columns, matrix.element_size())
+
+
+def _units(matrix: Tensor, tile: Tile) -> tuple[int, int]:
+    """(units a row, columns a unit): whole 16-byte vectors where the row divides into them, else single columns."""
+    unit = tile.vector if matrix.shape[1] % tile.vector == 0 else 1
+    return matrix.shape[1] // unit, unit
+
+
+def _columns(logits: Tensor, tile: Tile, shard: Shard) -> dict[str, int | bool]:
+    return {
+        "LANES": tile.lanes,
+        "VEC": tile.vector,
+        "UNIT": _units(logits, tile)[1],
+        "PADDED": shard.valid != logits.shape[1],
+    }
+
+
+def _stride(per_row: Tensor) -> int:
+    return 1 if per_row.dim() else 0
+
+
+def _launch(kernel, tile: Tile, rows_of: Tensor, *arguments, **constants) -> None:
+    rows = rows_of.shape[0]
+    if rows == 0:
+        return
+    launches[kernel.__name__] += 1
+    on_device = torch.cuda.device(rows_of.device) if rows_of.device.type == "cuda" else nullcontext()
+    with on_device:
+        kernel[(triton.cdiv(rows, tile.rows),)](*arguments, ROWS=tile.rows, **constants, num_warps=tile.warps)
