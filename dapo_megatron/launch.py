@@ -27,8 +27,7 @@ class World:
 
 
 def world_from_environment(environment: Mapping[str, str] = os.environ) -> World | None:
-    """torchrun's variables, else srun's of a step with several tasks, else None: then the caller starts ranks of its
-    own."""
+    """torchrun's variables, else srun's of a step with several tasks, else None: the caller starts ranks of its own."""
     if "RANK" in environment:
         return World(
             int(environment["RANK"]), int(environment.get("WORLD_SIZE", "1")), int(environment.get("LOCAL_RANK", "0"))

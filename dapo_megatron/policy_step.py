@@ -34,8 +34,7 @@ class PolicyStep:
 
 
 def score_old_policy(learner: Learner, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-    """Fill `old_logprobs_T` with the learner's own log-probs, before the first update; returns them and the entropies,
-    [T]."""
+    """Log-probs (also left in `batch.old_logprobs_T`) and entropies, [T], before the first update."""
     logprobs, entropy = learner.score(batch)
     batch.old_logprobs_T = logprobs
     return logprobs, entropy

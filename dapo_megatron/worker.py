@@ -22,8 +22,7 @@ from dapo_megatron.weight_sync import export_hugging_face
 
 @dataclass(frozen=True)
 class Mode:
-    """How `train` was asked to run. `prepared`: the launcher has already checked the request and laid out the
-    directory."""
+    """How `train` was asked to run. `prepared`: the launcher has checked the request and laid out the directory."""
 
     resume: bool = False
     overwrite: bool = False

@@ -24,10 +24,11 @@ VARIANTS = {
     "rewards shuffled across responses": ["reward.shuffle=true"],
     "supervised continuation, no RL": [
         "run.steps=0",
-        # as many updates, at the same learning rate, as the 40 rollout steps make
-        f"supervised.stages=[{STAGES}, {{data: mixed, steps: 80, batch_sequences: 64, learning_rate: 1.0e-4}}]",
+        # as many updates, from the same learning rate, as the 40 rollout steps make
+        f"supervised.stages=[{STAGES}, {{data: mixed, steps: 80, batch_sequences: 64, learning_rate: 1.0e-4, "
+        "schedule: cosine, min_learning_rate: 1.0e-5}]",
     ],
-    "learning rate 0": ["optimizer.learning_rate=0"],
+    "learning rate 0": ["optimizer.learning_rate=0", "optimizer.min_learning_rate=0"],
     "weight sync disabled": ["resharding.enabled=false"],
 }
 

@@ -22,10 +22,10 @@ PADDING_PIECE = 128
 class PackedBatch:
     """One micro-batch of T rows, padding included, on the learner's device.
 
-    tokens_T, targets_T, positions_T: int64. cu_seqlens: int32 [sequences + 1], padding is cut into sequences of its own
-        at the end.
-    loss_weights_T, advantages_T, old_logprobs_T, rollout_logprobs_T: fp32. rows_T: int64 row of the flat batch, −1 for
-        padding.
+    tokens_T, targets_T, positions_T: int64.
+    cu_seqlens: int32 [sequences + 1]; padding is cut into sequences of its own at the end.
+    loss_weights_T, advantages_T, old_logprobs_T, rollout_logprobs_T: fp32.
+    rows_T: int64 row of the flat batch, −1 for padding.
     longest: tokens of the longest sequence.
     """
 
@@ -44,9 +44,9 @@ class PackedBatch:
 def assign_micro_batches(
     lengths: Sequence[int], *, token_budget: int, data_parallel: int = 1, multiple_of: int = 1
 ) -> list[list[list[int]]]:
-    """[data_parallel][micro-batch] → sequence numbers. Every rank gets the same number of micro-batches, a multiple of
-    `multiple_of`.
+    """[data_parallel][micro-batch] → sequence numbers.
 
+    Every rank gets the same number of micro-batches, a multiple of `multiple_of`.
     Longest first into the emptiest bin; the number of bins is the least at which no bin exceeds the budget. Bins may be
     empty when there are fewer sequences than bins. Deterministic.
 

@@ -16,10 +16,12 @@ from torch import Tensor
 class SequenceBatch:
     """B sequences of L_1 … L_B tokens, T = Σ L, on the CPU.
 
-    tokens_T: int32. offsets: int64 [B + 1], sequence b is rows offsets[b]:offsets[b + 1].
-    loss_weights_T: fp32 ≥ 0, 0 = not trained. advantages_T: fp32. old_logprobs_T: fp32, the learner's before the step's
-        first
-    update. rollout_logprobs_T: fp32, the engine's.
+    tokens_T: int32.
+    offsets: int64 [B + 1], sequence b is rows offsets[b]:offsets[b + 1].
+    loss_weights_T: fp32 ≥ 0, 0 = not trained.
+    advantages_T: fp32.
+    old_logprobs_T: fp32, the learner's before the step's first update.
+    rollout_logprobs_T: fp32, the engine's.
     """
 
     tokens_T: Tensor

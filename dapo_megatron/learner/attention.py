@@ -97,8 +97,7 @@ def packed_causal_attention(
 
 @lru_cache(maxsize=8)  # every layer of a micro-batch asks for the same groups
 def _groups(cu_seqlens: tuple[int, ...], device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Sequences of like length → (rows [B, L], inside [B, L] bool); rows beyond a sequence's end repeat its last
-    row."""
+    """Sequences of like length → (rows [B, L], inside [B, L] bool); rows beyond a sequence's end repeat the last."""
     lengths = [b - a for a, b in pairwise(cu_seqlens)]
     order = sorted((i for i, n in enumerate(lengths) if n > 0), key=lambda i: -lengths[i])
     groups: list[list[int]] = []

@@ -163,7 +163,7 @@ def _ensure_state(optimizer: MegatronOptimizer) -> None:
 
 
 def _tolerate_step(part: MegatronOptimizer, loaded: dict, updates: int) -> None:
-    """megatron-core 0.16 stumbles over the `step` that torch's AdamW keeps beside the moments: hand it back as it is."""
+    """megatron-core 0.16 stumbles over the `step` that torch's AdamW keeps beside the moments: hand it back."""
     if not isinstance(part, DistributedOptimizer):
         inner = loaded.get("optimizer", loaded)
         inner["state"].setdefault("common_step", torch.tensor(float(updates)))  # left out by megatron when it is 0
@@ -179,8 +179,7 @@ def _tolerate_step(part: MegatronOptimizer, loaded: dict, updates: int) -> None:
 
 
 def _set_steps(optimizer: MegatronOptimizer, updates: int) -> None:
-    """megatron leaves a wrong `step`, or none, in torch's AdamW after loading; bias correction would drift in
-    silence."""
+    """megatron leaves a wrong `step`, or none, in torch's AdamW after loading: bias correction would drift."""
     for part in _parts(optimizer):
         inner = part.optimizer
         for state in inner.state.values():

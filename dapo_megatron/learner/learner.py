@@ -87,8 +87,7 @@ class Learner:
         return {f"chunk{v}.{name}": p.data for v, m in enumerate(self.models) for name, p in m.named_parameters()}
 
     def score(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-        """(log π(target), entropy), fp32 [T] on the CPU of every rank: rows with a loss weight, 0 elsewhere. No
-        gradient."""
+        """(log π(target), entropy), fp32 [T] on the CPU of every rank; 0 on rows without a loss weight. No gradient."""
         flat = torch.zeros(2, int(batch.offsets[-1]), device=self.device)
 
         def keep(logits_TV: Tensor, packed: PackedBatch) -> Tensor:
@@ -101,23 +100,19 @@ class Learner:
         return logprobs, entropy
 
     def gradients(self, batch: SequenceBatch, sequences: Sequence[int], loss: RowLoss) -> Tensor:
-        """Leave the gradient of the mini-batch's loss in the gradient buffers; returns the loss's sums over all ranks,
-        fp64 [K]."""
+        """Leave the gradient of the mini-batch's loss in the gradient buffers; returns the loss's sums, fp64 [K]."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums: list[Tensor] = []
 
         def keep_sums(logits_TV: Tensor, packed: PackedBatch) -> Tensor:
-            value, terms = loss(logits_TV, packed)
+            value, terms = loss.compute(logits_TV, packed)
             sums.append(terms)
             return value
 
         self.forward_backward(self.packs(batch, sequences), keep_sums, forward_only=False)
-        width = torch.tensor(sums[0].numel() if sums else 0, device=self.device)
-        torch.distributed.all_reduce(width, op=torch.distributed.ReduceOp.MAX)
-        total = torch.stack(sums).sum(0) if sums else torch.zeros(int(width), dtype=torch.float64, device=self.device)
-        return sum_over_world(total).cpu()
+        return sum_over_world(sum(sums, start=torch.zeros(loss.width, dtype=torch.float64, device=self.device))).cpu()
 
     def step(self, learning_rate: float, weight_decay: float) -> float:
         """One optimizer step from the gradient buffers; returns the gradient's global norm before clipping.
@@ -149,8 +144,7 @@ class Learner:
         """This data-parallel rank's micro-batches of the given sequences.
 
         Pipeline stages exchange tensors of one length: with variable ones megatron-core 0.16 confuses forward and
-            backward shapes
-        in an interleaved schedule of two stages, and hangs.
+        backward shapes in an interleaved schedule of two stages, and hangs.
         """
         share = self.packing(batch, sequences)[parallel_state.get_data_parallel_rank()]
         lengths = batch.lengths.tolist()
@@ -163,8 +157,7 @@ class Learner:
     def forward_backward(
         self, packs: list[PackedBatch], on_logits: Callable[[Tensor, PackedBatch], Tensor], *, forward_only: bool
     ) -> None:
-        """One pipeline schedule over the micro-batches; `on_logits` sees each on the last stage and returns its
-        loss."""
+        """One pipeline schedule over the micro-batches; on the last stage `on_logits` turns each into its loss."""
 
         def forward_step(iterator: Iterator[PackedBatch], model: nn.Module):
             packed = next(iterator)

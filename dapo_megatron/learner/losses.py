@@ -14,11 +14,16 @@ from torch import Tensor
 
 from dapo_megatron.data.packing import PackedBatch
 
-RowLoss = Callable[[Tensor, PackedBatch], tuple[Tensor, Tensor]]
-"""(logits_TV, micro-batch) → (scalar loss, fp64 vector of sums to be added over micro-batches and ranks)."""
-
 POLICY_SUMS = ("loss", "clip_low", "clip_high", "clip_dual", "ratio", "tokens")
 SUPERVISED_SUMS = ("loss", "tokens")
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """`compute`: (logits_TV, micro-batch) → (scalar loss, fp64 [width] sums to add over micro-batches, ranks)."""
+
+    compute: Callable[[Tensor, PackedBatch], tuple[Tensor, Tensor]]
+    width: int
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def policy_loss(
         )
         return result.loss, torch.stack([value.double() for value in sums])
 
-    return loss
+    return RowLoss(loss, len(POLICY_SUMS))
 
 
 def supervised_loss(head: Head, *, denominator: float) -> RowLoss:
@@ -100,4 +105,4 @@ def supervised_loss(head: Head, *, denominator: float) -> RowLoss:
         value = -(batch.loss_weights_T * logprobs).sum() / denominator
         return value, torch.stack([value.detach().double(), trained.sum().double()])
 
-    return loss
+    return RowLoss(loss, len(SUPERVISED_SUMS))

@@ -15,8 +15,7 @@ def speaks_for_its_tokens() -> bool:
 
 
 def sum_over_world(values: Tensor) -> Tensor:
-    """Σ over the speaking ranks of `values`, on every rank; other ranks' values are ignored. Exact for rows that only
-    one speaks for."""
+    """Σ of `values` over the speaking ranks, on every rank; exact where only one of them is not 0."""
     if not speaks_for_its_tokens():
         values = torch.zeros_like(values)
     if dist.get_world_size() > 1:

@@ -1,2 +1,1 @@
-"""Weights from where they lie to where they are needed: layouts → plan → moves. Knows layouts only, no engine and no
-learner."""
+"""Weights from where they lie to where they are needed: layouts → plan → moves. Knows no engine and no learner."""

@@ -1,5 +1,4 @@
-"""Hugging Face folders as a place where slices lie: read this rank's boxes from safetensors, write a folder from live
-shards."""
+"""Hugging Face folders as a place where slices lie: read a rank's boxes from safetensors, write a folder."""
 
 import json
 import shutil
@@ -50,8 +49,11 @@ def read_placements(folder: Path, placements: Sequence[Placement], tensors: Mapp
 
 
 def folder_dtype(folder: Path) -> torch.dtype:
-    """The one dtype of the folder's tensors. Raises RequestError when they differ or are of a kind that is not
-    trained."""
+    """The one dtype of the folder's tensors.
+
+    Raises:
+        RequestError: they differ, or are of a kind that is not trained.
+    """
     dtypes = {dtype for name, (_, dtype, _) in read_headers(folder).items() if not name.endswith(ROTARY_BUFFER)}
     if len(dtypes) != 1 or not dtypes <= set(TORCH_DTYPES):
         raise RequestError(
@@ -88,9 +90,8 @@ def write_folder(
     """Write a Hugging Face folder, one file a group, at most one group in memory.
 
     Collective: every rank calls it and `tensors_of(names)` for each group; the rank that gets tensors back (the others
-        get None)
-    writes. The folder appears under its name only when whole. `side_files`: folder of config.json and tokenizer to
-    copy.
+    get None) writes. The folder appears under its name only when whole. `side_files`: the folder whose config.json and
+    tokenizer are copied.
     """
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")

@@ -1,5 +1,4 @@
-"""The canonical tensors of an architecture, and the two places they lie whole: Hugging Face files and a model in
-memory."""
+"""The canonical tensors of an architecture, and where they lie whole: Hugging Face files, a model in memory."""
 
 import json
 import struct
@@ -40,8 +39,7 @@ def canonical_tensors(a: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def whole_layout(a: Architecture, ranks: Iterable[int], names: Iterable[str] | None = None) -> WeightLayout:
-    """Every tensor (or those of `names`) whole on each of `ranks`, under its canonical name: a Hugging Face model in
-    memory."""
+    """Every tensor (or those of `names`) whole on each of `ranks`, under its canonical name."""
     shapes = canonical_tensors(a)
     if names is not None:
         shapes = {name: shapes[name] for name in names}

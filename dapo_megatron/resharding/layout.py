@@ -12,8 +12,7 @@ Box = tuple[tuple[int, int], ...]  # (start, stop) along each dimension
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The box `box` of the canonical tensor `name` lies in the local tensor `key` at `offset`, same shape, same
-    order."""
+    """The box of the canonical tensor `name` lies in the local tensor `key` at `offset`, same shape, same order."""
 
     name: str
     box: Box

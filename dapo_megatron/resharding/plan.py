@@ -1,5 +1,7 @@
-"""The moves that turn one layout into another: every destination element from exactly one source, the nearest, then the
-least busy."""
+"""The moves that turn one layout into another: every destination element from exactly one source.
+
+The nearest source is taken, then the least busy.
+"""
 
 from collections import defaultdict
 from collections.abc import Mapping

@@ -97,8 +97,11 @@ class Transport:
 
 
 def _cut(plan: Plan, most_elements: int, most_pairs: int) -> Iterator[list[Move]]:
-    """Cut the moves between processes into windows, the same on every rank: no pair's message exceeds `most_elements`
-    (a single larger move travels alone) and no window holds more than `most_pairs` messages."""
+    """Cut the moves between processes into windows, the same on every rank.
+
+    No pair's message exceeds `most_elements` (a single larger move travels alone), no window holds more than
+    `most_pairs` messages.
+    """
     window: list[Move] = []
     loads: dict[tuple[int, int], int] = {}
     for move in plan.moves:

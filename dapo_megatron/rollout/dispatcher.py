@@ -21,8 +21,11 @@ class Dispatcher:
         self.engine, self.rank, self.engines, self.time_limit_s = engine, rank, engines, time_limit_s
 
     def generate(self, requests: Sequence[RolloutRequest], *, group: int = 1) -> list[Completion]:
-        """Submit all, collect all, in the order of `requests`. `group` consecutive requests (one prompt's samples) stay
-        together."""
+        """Submit all, collect all, in the order of `requests`; `group` consecutive requests stay on one engine.
+
+        Raises:
+            RunError: an engine came back without some of its completions.
+        """
         for owner, share in enumerate(self._assign(requests, group)):
             if owner == self.rank:
                 self.engine.submit(share)
