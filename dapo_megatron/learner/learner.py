@@ -68,6 +68,8 @@ class Learner:
         if weights is not None:
             read_placements(weights, self.weight_layout.placements[torch.distributed.get_rank()], self.weights)
         wrapped = [Float16Module(self.config, m) if dtype is torch.bfloat16 else m for m in self.models]
+        # megatron would hand out an fp32 copy of the bf16 logits, the largest tensor there is
+        self._model_options = {"fp32_output": False} if dtype is torch.bfloat16 else {}
         self.optimizer: MegatronOptimizer | None = None
         self.chunks: list[nn.Module] = wrapped
         if optimizer is not None:
@@ -162,7 +164,11 @@ class Learner:
         def forward_step(iterator: Iterator[PackedBatch], model: nn.Module):
             packed = next(iterator)
             logits = model(
-                packed.tokens_T[None], packed.positions_T[None], None, packed_seq_params=_packed_params(packed)
+                packed.tokens_T[None],
+                packed.positions_T[None],
+                None,
+                packed_seq_params=_packed_params(packed),
+                **self._model_options,
             )
             return logits, partial(finish, packed)
 

@@ -39,6 +39,20 @@ def train_in_bf16(payload: dict) -> dict:
     return result
 
 
+def logits_dtype(payload: dict) -> str:
+    """What the last stage hands to the loss."""
+    batch = load_batch(payload["batch"])
+    learner = build(payload["model"], payload["layout"], dtype=torch.bfloat16)
+    seen = []
+
+    def look(logits_TV, packed):
+        seen.append(str(logits_TV.dtype))
+        return logits_TV.new_zeros(())
+
+    learner.forward_backward(learner.packs(batch, range(len(batch))), look, forward_only=True)
+    return seen[0]
+
+
 def nothing_to_train(payload: dict) -> list[float]:
     """Loss sum and largest gradient of a mini-batch in which one micro-batch, and then every one, is masked."""
     batch = load_batch(payload["batch"])

@@ -40,6 +40,11 @@ def test_bf16_trains_with_fp32_main_gradients_and_weights(payload):
         assert half == pytest.approx(single, rel=0.05)
 
 
+def test_bf16_logits_stay_bf16(payload):
+    found = run_ranks(1, "tests.learner.option_cases:logits_dtype", {**payload, "layout": "tp1pp1"})
+    assert found == "torch.bfloat16"
+
+
 @pytest.mark.parametrize("world, layout", [(1, "tp1pp1"), (2, "tp2pp1sp")])
 def test_a_masked_mini_batch_has_no_loss_and_no_gradient(payload, world, layout):
     loss, gradient = run_ranks(world, "tests.learner.option_cases:nothing_to_train", {**payload, "layout": layout})
