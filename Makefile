@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # where `torch` comes from if not from the default index: make demo TORCH_INDEX=URL
 TORCH_INDEX ?=
 
-.PHONY: demo test test-slow lint format controls clean
+.PHONY: demo test test-slow lint format controls bench clean
 
 demo: $(INSTALLED)
 	$(RUN)/dapo-megatron train recipes/tiny-arithmetic-cpu.yaml run.directory=runs/demo --overwrite
@@ -29,6 +29,10 @@ format: $(INSTALLED)
 # the demo's claim and its controls over three seeds: docs/tiny-task.md
 controls: $(INSTALLED)
 	$(RUN)/python tools/tiny_controls.py
+
+# every loss kernel beside its floor: table, CSV and picture under kernels/benchmarks/results/
+bench: $(INSTALLED)
+	$(RUN)/python kernels/benchmarks/bench.py
 
 $(INSTALLED): requirements/cpu-py311.txt setup.py
 	$(PYTHON) -m venv $(VENV)

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dapo_megatron.config import Architecture, Layout, Recipe, derive_layout, read_architecture
-from dapo_megatron.data.prompts import read_supervised
 from dapo_megatron.data.sampler import PromptSampler
 from dapo_megatron.data.tokenizer import load_tokenizer
 from dapo_megatron.launch import World
@@ -80,6 +78,8 @@ def build_learner(
         recompute=recipe.learner.recompute,
         weights=weights,
         optimizer=recipe.optimizer,
+        loss_kernel=recipe.learner.loss_kernel,
+        fused_linear_loss=recipe.learner.fused_linear_loss,
     )
 
 
@@ -138,18 +138,6 @@ def stop_tokens(architecture: Architecture, tokenizer) -> set[int]:
     if tokenizer.eos_token_id is not None:
         stops.add(tokenizer.eos_token_id)
     return stops
-
-
-def supervised_examples(run: Run, data: str) -> Sequence[tuple[np.ndarray, np.ndarray]]:
-    """Token ids of a supervised file: prompt, and response with the end of sequence behind it."""
-    end = run.tokenizer.eos_token_id
-    return [
-        (
-            np.asarray(run.tokenizer.encode(prompt, add_special_tokens=False), np.int32),
-            np.asarray([*run.tokenizer.encode(response, add_special_tokens=False), end], np.int32),
-        )
-        for prompt, response in read_supervised(run.paths.supervised(data))
-    ]
 
 
 def append_samples(run: Run, groups: Sequence, when: str) -> None:

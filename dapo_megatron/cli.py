@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dapo_megatron.errors import exit_with_message
+from dapo_megatron.errors import RequestError, exit_with_message
 
 app = typer.Typer(
     name="dapo-megatron",
@@ -39,10 +39,15 @@ def train(
     from dapo_megatron.config import load_recipe
     from dapo_megatron.debug_batches import find_batches
     from dapo_megatron.launch import start_ranks, world_from_environment
-    from dapo_megatron.prepare import check_request, claim_run_directory, lay_out_run
+    from dapo_megatron.prepare import check_request
+    from dapo_megatron.run_directory import claim_run_directory, lay_out_run
 
     settings = load_recipe(recipe, overrides or [])
+    if debug_rollout_only and debug_train_only is not None:
+        raise RequestError("--debug-rollout-only and --debug-train-only exclude each other; give one")
     files = tuple(find_batches(debug_train_only)) if debug_train_only is not None else ()
+    if settings.learner.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported, here and in the ranks
     world = world_from_environment()
     if world is not None:
         from dapo_megatron.worker import Mode, run_rank
@@ -51,7 +56,7 @@ def train(
         _leave(run_rank(settings, world, mode))
     _, layout = check_request(settings)
     claim_run_directory(settings, resume=resume, overwrite=overwrite, needed=files)
-    lay_out_run(settings)
+    lay_out_run(settings, overwrite=overwrite)
     command = [sys.executable, "-m", "dapo_megatron.cli", "train", str(Path(settings.run.directory) / "config.yaml")]
     command += ["--resume"] if resume else []
     command += ["--debug-rollout-only"] if debug_rollout_only else []

@@ -5,6 +5,7 @@ hf-to-megatron SRC DST parallel.tensor=2 parallel.pipeline=2     writes with tha
 megatron-to-hf SRC DST                                           reads any layout; parallel.* sets the reading world
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from dapo_megatron.config import Recipe, derive_layout, read_architecture
 from dapo_megatron.config.load import build_recipe
 from dapo_megatron.errors import RequestError
 from dapo_megatron.launch import World, start_ranks, world_from_environment
+from dapo_megatron.learner.manifest import check_manifest, read_state
 from dapo_megatron.resharding.hf_layout import check_checkpoint
 
 TIME_LIMIT_S = 1800.0
@@ -36,8 +38,7 @@ def convert_megatron_to_hf(source: Path, destination: Path, overrides: Sequence[
     Raises:
         RequestError: not a checkpoint or a damaged one, a destination that exists.
     """
-    if not (source / "manifest.json").is_file():
-        raise RequestError(f"{source} is not a checkpoint: it has no manifest.json; RUN/checkpoints/step-NNNNNN is one")
+    check_manifest(source)
     return _start("megatron-to-hf", source, destination, overrides, hugging_face=source / "hf")
 
 
@@ -49,6 +50,7 @@ def _start(direction: str, source: Path, destination: Path, overrides: Sequence[
         raise RequestError(f"{destination} exists; name a new folder")
     recipe = _recipe(destination, hugging_face, overrides)
     layout = derive_layout(recipe, read_architecture(hugging_face))
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # conversion is for the CPU
     command = [sys.executable, "-m", "dapo_megatron.convert", direction, str(source), str(destination), *overrides]
     code = start_ranks(command, layout.world)
     if code == 0:
@@ -65,21 +67,18 @@ def _convert(direction: str, source: Path, destination: Path, overrides: Sequenc
     """One rank's part."""
     import torch
 
-    from dapo_megatron.learner.checkpoint import check_manifest, load_checkpoint, read_state, save_checkpoint
+    from dapo_megatron.learner.checkpoint import load_checkpoint, save_checkpoint
     from dapo_megatron.learner.distributed import choose_device, form_groups, join_world, leave_world
     from dapo_megatron.learner.learner import Learner
-    from dapo_megatron.learner.model import choose_layer_spec
     from dapo_megatron.resharding.hf_files import TORCH_DTYPES, folder_dtype
     from dapo_megatron.weight_sync import export_hugging_face
 
     from_hf = direction == "hf-to-megatron"
     hugging_face = source if from_hf else source / "hf"
-    if not from_hf and world.rank == 0:
-        check_manifest(source)
     recipe = _recipe(destination, hugging_face, overrides)
     architecture = read_architecture(hugging_face)
     layout = derive_layout(recipe, architecture, world.size)
-    device = choose_device("auto", world.local_rank)
+    device = choose_device("cpu", world.local_rank)
     join_world(world, device=device, time_limit_s=TIME_LIMIT_S)
     try:
         form_groups(layout, seed=0, time_limit_s=TIME_LIMIT_S)
@@ -89,7 +88,7 @@ def _convert(direction: str, source: Path, destination: Path, overrides: Sequenc
             layout,
             dtype=dtype,
             device=device,
-            layer_spec=choose_layer_spec("auto", device),
+            layer_spec="local",
             tokens_per_micro_batch=1,
             weights=source if from_hf else None,
         )

@@ -10,23 +10,36 @@ class RequestError(Exception):
     """The request is wrong: bad setting, missing file, sizes that do not divide. Printed as is, exit code 2."""
 
     exit_code = 2
+    on_every_rank = True
 
 
 class RunError(Exception):
-    """The request was sound and something failed while it ran. Printed as is, exit code 1."""
+    """The request was sound and something failed while it ran. Printed as is, exit code 1.
+
+    `on_every_rank`: all ranks of the world raise it alike, so one of them tells it.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, *, on_every_rank: bool = False) -> None:
+        super().__init__(message)
+        self.on_every_rank = on_every_rank
 
 
 @contextmanager
 def exit_with_message() -> Iterator[None]:
-    """Turn both errors into their message on standard error and their exit code, without a traceback.
-
-    In a world a wrong request is the same on every rank, so rank 0 alone tells it.
-    """
+    """Turn both errors, and failing files, into a message on standard error and an exit code, without a traceback."""
     try:
         yield
     except (RequestError, RunError) as error:
-        if isinstance(error, RunError) or os.environ.get("RANK", "0") == "0":
+        if not error.on_every_rank or _rank() == 0:
             print(f"dapo-megatron: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except OSError as error:  # a full disk, a file that went away
+        print(f"dapo-megatron: {error}", file=sys.stderr, flush=True)
+        sys.exit(RunError.exit_code)
+
+
+def _rank() -> int:
+    in_step = "SLURM_STEP_ID" in os.environ
+    return int(os.environ.get("RANK") or (in_step and os.environ.get("SLURM_PROCID")) or 0)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-STOP_GRACE_S = 120.0  # after the first signal ranks finish what they are doing and write a checkpoint
+STOP_GRACE_S = 300.0  # after the first signal ranks finish what they are doing and write a checkpoint
 FAIL_GRACE_S = 10.0  # after one rank failed the others get this long before they are killed
 
 
@@ -32,10 +32,10 @@ def world_from_environment(environment: Mapping[str, str] = os.environ) -> World
         return World(
             int(environment["RANK"]), int(environment.get("WORLD_SIZE", "1")), int(environment.get("LOCAL_RANK", "0"))
         )
-    if "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
-        return World(
-            int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"]), int(environment["SLURM_LOCALID"])
-        )
+    # the step's tasks, not the job's: salloc's interactive step is one task of a job with many
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if "SLURM_STEP_ID" in environment and tasks > 1:
+        return World(int(environment["SLURM_PROCID"]), tasks, int(environment["SLURM_LOCALID"]))
     return None
 
 

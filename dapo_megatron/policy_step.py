@@ -41,12 +41,12 @@ def score_old_policy(learner: Learner, batch: SequenceBatch) -> tuple[Tensor, Te
 
 
 def learn_step(
-    learner: Learner, batch: SequenceBatch, entropy_T: Tensor, recipe: Recipe, *, groups: int, learning_rate: float
+    learner: Learner, batch: SequenceBatch, entropy_T: Tensor, recipe: Recipe, *, samples: int, learning_rate: float
 ) -> PolicyStep:
     """One optimizer step for each mini-batch of `algorithm.mini_batch_prompts` prompts.
 
-    A mini-batch without a trained token is skipped and counted. Weights of `batch` are folded with the aggregation in
-    place.
+    `samples`: responses a group. A mini-batch without a trained token is skipped and counted. The aggregation is folded
+    into the weights of `batch` in place.
     """
     algorithm = recipe.algorithm
     trained = batch.loss_weights_T > 0
@@ -54,7 +54,7 @@ def learn_step(
     norms: list[float] = []
     efficiencies: list[float] = []
     skipped = 0
-    for sequences in mini_batches(groups, recipe.rollout.samples_per_prompt, algorithm.mini_batch_prompts):
+    for sequences in mini_batches(len(batch) // samples, samples, algorithm.mini_batch_prompts):
         denominator = aggregate(batch, sequences, algorithm.loss_aggregation)
         if denominator == 0:
             skipped += 1

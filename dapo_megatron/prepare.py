@@ -5,8 +5,7 @@ RUN/data/           a generated task, likewise   RUN/checkpoints/, metrics.jsonl
 """
 
 import os
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,18 +17,16 @@ from dapo_megatron.config import (
     Recipe,
     check_recipe,
     derive_layout,
-    dump_recipe,
     read_architecture,
 )
 from dapo_megatron.config.architecture import architecture_from_dict
-from dapo_megatron.data.arithmetic import generate_task
-from dapo_megatron.data.prompts import check_prompt_lengths, encode_prompt, read_prompts, read_supervised
+from dapo_megatron.data.arithmetic import check_task, longest_example
+from dapo_megatron.data.prompts import Prompt, check_prompt_lengths, encode_prompt, read_prompts, read_supervised
 from dapo_megatron.data.tokenizer import load_tokenizer, vocabulary_size
 from dapo_megatron.errors import RequestError
-from dapo_megatron.files import write_text_atomically
 from dapo_megatron.monitoring import check_trackers
 from dapo_megatron.resharding.hf_layout import check_checkpoint
-from dapo_megatron.scratch import build_scratch_model, scratch_config
+from dapo_megatron.scratch import scratch_config
 
 GENERATED = ("worked", "mixed")  # supervised sets that `data.generate` writes
 
@@ -79,15 +76,14 @@ def check_request(recipe: Recipe, world: int | None = None) -> tuple[Architectur
     if recipe.model.scratch is None:
         _collect(problems, lambda: check_checkpoint(paths.model, architecture))
         _collect(problems, lambda: _check_vocabulary(paths.model, architecture))
-    if recipe.data.generate is None:
-        _collect(problems, lambda: _check_prompt_files(recipe, paths))
-    for i, stage in enumerate(recipe.supervised.stages):
-        if stage.data in GENERATED and recipe.data.generate is not None:
-            continue
-        if stage.data in GENERATED:
-            problems.append(f"supervised.stages[{i}].data={stage.data} is made by data.generate, which is not set")
-        else:
-            _collect(problems, lambda stage=stage: read_supervised(stage.data))
+    if recipe.data.generate is not None:
+        _collect(problems, lambda: _check_generated(recipe, architecture))
+    elif recipe.model.scratch is not None:
+        problems.append(
+            "model.scratch comes with the tokenizer of the generated task; set data.generate, or model.path"
+        )
+    else:
+        _collect(problems, lambda: _check_files(recipe, paths, architecture))
     if problems:
         raise RequestError("\n".join(problems))
     return architecture, layout
@@ -99,43 +95,6 @@ def planned_architecture(recipe: Recipe) -> Architecture:
     if scratch is None:
         return read_architecture(Path(recipe.model.path))
     return architecture_from_dict(scratch_config(scratch, vocabulary=1, eos_token=0), "model.scratch")
-
-
-def claim_run_directory(recipe: Recipe, *, resume: bool, overwrite: bool, needed: Sequence[Path] = ()) -> None:
-    """Refuse a directory that holds another run, or clear it when told to.
-
-    Raises:
-        RequestError: it holds a run and neither `resume` nor `overwrite` is given, it is not a run's directory at all,
-            or `needed` files (rollouts to learn from) lie in it and would be cleared.
-    """
-    run = Path(recipe.run.directory)
-    if resume or not run.exists() or not any(run.iterdir()):
-        return
-    is_run = (run / "config.yaml").is_file()
-    if not is_run:
-        raise RequestError(f"run.directory={run} exists and is not a run; choose a new or empty directory")
-    if not overwrite:
-        raise RequestError(
-            f"run.directory={run} already holds a run; continue it with --resume, replace it with --overwrite, "
-            "or choose another directory"
-        )
-    inside = [file for file in needed if run.resolve() in file.resolve().parents]
-    if inside:
-        raise RequestError(
-            f"--overwrite would delete {inside[0]}, which is to be learned from; choose another run.directory"
-        )
-    shutil.rmtree(run)
-
-
-def lay_out_run(recipe: Recipe) -> None:
-    """Create the run directory with the resolved recipe, the generated task and the model made from scratch."""
-    paths = run_paths(recipe)
-    generate = recipe.data.generate
-    if generate is not None and not (paths.run / "data" / "mixed.jsonl").is_file():
-        generate_task(paths.run / "data", **generate.model_dump(), seed=recipe.run.seed)
-    if recipe.model.scratch is not None and not (paths.model / "model.safetensors").is_file():
-        build_scratch_model(paths.model, recipe.model.scratch, seed=recipe.run.seed)
-    write_text_atomically(paths.run / "config.yaml", dump_recipe(recipe))
 
 
 def encode_prompts(tokenizer, recipe: Recipe, path: Path) -> tuple[list, list[np.ndarray]]:
@@ -155,17 +114,70 @@ def encode_prompts(tokenizer, recipe: Recipe, path: Path) -> tuple[list, list[np
     return prompts, token_ids
 
 
-def _check_prompt_files(recipe: Recipe, paths: RunPaths) -> None:
-    files = [path for path in (paths.train, paths.validation) if path is not None]
+def encode_examples(tokenizer, recipe: Recipe, path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(prompt, response) token ids int32 of a supervised file; prompts as rollouts see them, the end of sequence behind
+    each response.
+
+    Raises:
+        RequestError: a tokenizer without an end of sequence, a prompt without tokens.
+    """
+    if tokenizer.eos_token_id is None:
+        raise RequestError(f"{path}: the tokenizer has no end-of-sequence token; supervised stages need one")
+    examples = []
+    for row, (prompt, response) in enumerate(read_supervised(path)):
+        prompt_ids = encode_prompt(tokenizer, Prompt(row, prompt, ""), recipe.data.chat_template)
+        if len(prompt_ids) == 0:
+            raise RequestError(f"{path} row {row} (from 0): the prompt has no tokens")
+        response_ids = [*tokenizer.encode(response, add_special_tokens=False), tokenizer.eos_token_id]
+        examples.append((prompt_ids, np.asarray(response_ids, np.int32)))
+    return examples
+
+
+def _check_files(recipe: Recipe, paths: RunPaths, architecture: Architecture) -> None:
+    """Encode every prompt and example once, so that none is refused in the middle of a run."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     tokenizer = load_tokenizer(paths.model)
-    for path in files:
-        encode_prompts(tokenizer, recipe, path)
+    if tokenizer.eos_token_id is None and not architecture.eos_token_ids:
+        raise RequestError(f"{paths.model}: neither config.json nor the tokenizer names an end-of-sequence token")
+    for path in (paths.train, paths.validation):
+        if path is not None:
+            encode_prompts(tokenizer, recipe, path)
+    for i, stage in enumerate(recipe.supervised.stages):
+        if stage.data in GENERATED:
+            raise RequestError(f"supervised.stages[{i}].data={stage.data} is made by data.generate, which is not set")
+        examples = encode_examples(tokenizer, recipe, paths.supervised(stage.data))
+        _check_example_length(max(len(p) + len(r) for p, r in examples), stage.data, recipe, architecture)
+
+
+def _check_generated(recipe: Recipe, architecture: Architecture) -> None:
+    generate = recipe.data.generate
+    check_task(**generate.model_dump())
+    prompt, whole = longest_example(generate.terms, generate.operand_max, generate.total_max)
+    if prompt > recipe.data.max_prompt_length:
+        raise RequestError(
+            f"data.max_prompt_length={recipe.data.max_prompt_length} is less than the {prompt} tokens of the longest "
+            f"generated question; use {prompt} or more"
+        )
+    for stage in recipe.supervised.stages:
+        if stage.data in GENERATED:
+            _check_example_length(whole, stage.data, recipe, architecture)
+
+
+def _check_example_length(longest: int, data: str, recipe: Recipe, architecture: Architecture) -> None:
+    budget = recipe.learner.tokens_per_micro_batch
+    if longest > budget:
+        raise RequestError(
+            f"learner.tokens_per_micro_batch={budget} is less than the {longest} tokens of an example of {data}"
+        )
+    if longest > architecture.max_positions:
+        raise RequestError(
+            f"{data}: an example of {longest} tokens exceeds the model's {architecture.max_positions} positions"
+        )
 
 
 def _check_accelerator(recipe: Recipe) -> None:
     """What the recipe demands of this machine; torch is imported only where the answer is not known without it."""
-    if recipe.learner.device == "auto" and recipe.model.layer_spec != "transformer_engine":
+    if recipe.learner.device != "cuda" and recipe.model.layer_spec != "transformer_engine":
         return
     from dapo_megatron.learner.distributed import choose_device
     from dapo_megatron.learner.model import choose_layer_spec

@@ -4,15 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dapo_megatron.algorithms.mini_batch import batch_of_groups
-from dapo_megatron.assemble import Run, append_samples, supervised_examples
+from dapo_megatron.assemble import Run, append_samples
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.debug_batches import load_batches, save_batch
 from dapo_megatron.evaluation import evaluate
-from dapo_megatron.learner.checkpoint import checkpoint_folder, save_checkpoint
+from dapo_megatron.learner.checkpoint import save_checkpoint
+from dapo_megatron.learner.manifest import checkpoint_folder
 from dapo_megatron.learner.optimizer import scheduled_rate
 from dapo_megatron.monitoring.journal import Journal
 from dapo_megatron.monitoring.step_metrics import Clock, learner_metrics, rollout_metrics
 from dapo_megatron.policy_step import PolicyStep, learn_step, score_old_policy
+from dapo_megatron.prepare import encode_examples
 from dapo_megatron.rollout.dynamic_sampling import SampledStep, sample_step
 from dapo_megatron.stop import StopSignal
 from dapo_megatron.supervised import run_stage
@@ -81,7 +83,7 @@ def warm_start(run: Run, journal: Journal, stop: StopSignal) -> None:
         run_stage(
             run.learner,
             stage,
-            supervised_examples(run, stage.data),
+            encode_examples(run.tokenizer, run.recipe, run.paths.supervised(stage.data)),
             seed=run.recipe.run.seed,
             done=run.supervised_done[i],
             report=report,
@@ -105,11 +107,12 @@ def learn(run: Run, groups: Sequence[PromptGroup]) -> PolicyStep | None:
     if not groups:
         return None
     algorithm = run.recipe.algorithm
+    samples = len(groups[0].completions)
     batch = batch_of_groups(
         groups, overlong_filtering=algorithm.overlong_filtering, advantage_epsilon=algorithm.advantage_epsilon
     )
     _, entropy = score_old_policy(run.learner, batch)
-    result = learn_step(run.learner, batch, entropy, run.recipe, groups=len(groups), learning_rate=learning_rate(run))
+    result = learn_step(run.learner, batch, entropy, run.recipe, samples=samples, learning_rate=learning_rate(run))
     run.updates += result.updates
     return result
 

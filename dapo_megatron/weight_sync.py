@@ -58,13 +58,14 @@ class WeightSync:
         """
         if self.max_gap is not None and not gap <= self.max_gap:
             raise RunError(
-                f"mismatch alarm at step {step}: mean |log π_learner − log π_rollout| = {gap:.4f} exceeds "
+                f"mismatch alarm at step {step}: mean |log π_learner − log π_rollout| = {gap:.3g} exceeds "
                 f"resharding.max_logprob_gap={self.max_gap}. The rollout engine does not hold the learner's weights: "
                 + (
                     "look for a failed sync, a packed copy of the weights, or different temperatures"
                     if self.enabled
                     else "resharding.enabled=false leaves the engine on its first weights; set it to true"
-                )
+                ),
+                on_every_rank=True,
             )
 
 

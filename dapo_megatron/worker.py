@@ -9,15 +9,19 @@ from dapo_megatron.assemble import Run, assemble
 from dapo_megatron.config import Recipe
 from dapo_megatron.errors import RequestError
 from dapo_megatron.launch import World
-from dapo_megatron.learner.checkpoint import load_checkpoint, newest_checkpoint, read_state
+from dapo_megatron.learner.checkpoint import load_checkpoint
 from dapo_megatron.learner.distributed import choose_device, join_world, leave_world
+from dapo_megatron.learner.manifest import newest_checkpoint, read_state
 from dapo_megatron.monitoring import write_report
 from dapo_megatron.monitoring.journal import Journal
 from dapo_megatron.monitoring.metrics import read_metrics
-from dapo_megatron.prepare import check_request, claim_run_directory, lay_out_run
+from dapo_megatron.prepare import check_request
+from dapo_megatron.run_directory import claim_run_directory, lay_out_run
 from dapo_megatron.stop import StopSignal
 from dapo_megatron.train import train, train_from_files
 from dapo_megatron.weight_sync import export_hugging_face
+
+SHOWN_CHARACTERS = 300  # of a sample completion on the console
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def _prepare_on_rank_zero(recipe: Recipe, world: World, mode: Mode) -> None:
         try:
             check_request(recipe, world.size)
             claim_run_directory(recipe, resume=mode.resume, overwrite=mode.overwrite, needed=mode.train_only)
-            lay_out_run(recipe)
+            lay_out_run(recipe, overwrite=mode.overwrite)
         except RequestError as error:
             refusal = [str(error)]
     if world.size > 1:
@@ -101,6 +105,8 @@ def _resume(run: Run) -> list[str]:
     if run.world.size > 1:
         dist.broadcast_object_list(choice, src=0)
     folder, lines = choice[0]
+    if folder is None and lines:
+        raise RequestError("\n".join([*lines, "no sound checkpoint is left; start anew with --overwrite"]))
     if folder is None:
         return [*lines, "no checkpoint to resume from; starting at step 0"]
     load_checkpoint(folder, run.learner)
@@ -117,5 +123,7 @@ def _conclude(run: Run, journal: Journal) -> None:
     for sample in read_metrics(samples) if samples.exists() else []:
         if sample["when"] != "during":
             verdict = "right" if sample["right"] else "wrong"
-            journal.note(f"{sample['when']:>6}: {sample['prompt']} → {sample['response']}   ({verdict})")
+            response = " ".join(sample["response"].split())
+            shown = response if len(response) <= SHOWN_CHARACTERS else response[:SHOWN_CHARACTERS] + " …"
+            journal.note(f"{sample['when']:>6}: {sample['prompt']} → {shown}   ({verdict})")
     journal.note(f"picture: {png}\nreport:  {html}")

@@ -22,6 +22,7 @@ SMALL = (
     "evaluation.samples=1",
     "evaluation.every=2",
     "monitoring.tensorboard=false",
+    "optimizer.schedule=constant",  # a decaying one would depend on run.steps, which some tests change
     "run.steps=4",
 )
 

@@ -85,6 +85,45 @@ def test_a_directory_with_a_run_needs_a_word(tmp_path, recipe):
 
 
 @pytest.fixture
+def old_run(tmp_path):
+    """A directory that looks like a run, and must still look so afterwards."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("days of work")
+    recipe = RECIPE.read_text().replace("runs/tiny-arithmetic", str(tmp_path / "run"))
+    (tmp_path / "run" / "config.yaml").write_text(recipe)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.generate.train_prompts=100000000", ("data.generate.train_prompts",)),
+        ("data.generate.train_prompts=125", ("data.generate.train_prompts", "distinct")),
+        ("data.max_prompt_length=6", ("data.max_prompt_length=6", "12")),
+        ("learner.tokens_per_micro_batch=40", ("learner.tokens_per_micro_batch=40",)),
+    ],
+)
+def test_a_refused_overwrite_leaves_the_old_run(recipe, tmp_path, old_run, override, says):
+    # of 126 questions with two operands, some belong to validation: found out only while generating
+    extra = ("data.generate.terms=[2]", "data.generate.validation_prompts=1") if override.endswith("125") else ()
+    refused(tmp_path, *recipe, override, *extra, "--overwrite", says=says)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "days of work"
+
+
+@pytest.mark.parametrize("override", ["model.scratch.hidden=64", "data.generate.terms=[7]", "run.seed=5"])
+def test_resuming_something_else(recipe, tmp_path, old_run, override):
+    refused(tmp_path, *recipe, override, "--resume", says=(override.split(".")[0], "differs", "config.yaml"))
+
+
+def test_the_two_debug_halves_at_once(recipe, tmp_path):
+    refused(tmp_path, *recipe, "--debug-rollout-only", "--debug-train-only", tmp_path, says=("exclude each other",))
+
+
+def test_a_run_directory_that_is_a_file(recipe, tmp_path):
+    (tmp_path / "run").write_text("not a folder")
+    refused(tmp_path, *recipe, says=("run.directory", "not a directory"))
+
+
+@pytest.fixture
 def own_model(tmp_path):
     """A request with a model folder, a tokenizer and data of the user's own."""
     from dapo_megatron.data.arithmetic import build_tokenizer
@@ -159,6 +198,32 @@ def test_a_row_without_an_answer(tmp_path, own_model):
 def test_a_prompt_longer_than_the_limit(tmp_path, own_model):
     (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "1+" * 20 + "1=", "answer": "21"}) + "\n")
     refused(tmp_path, *own_model, says=("train.jsonl", "data.max_prompt_length=16", "42"))
+
+
+def test_overwriting_what_the_request_reads(tmp_path, own_model):
+    (tmp_path / "config.yaml").write_text("{}")
+    arguments = [f"run.directory={tmp_path}" if "run.directory" in str(a) else a for a in own_model]
+    refused(tmp_path, *arguments, "--overwrite", says=("--overwrite would delete", "which this request reads"))
+
+
+def test_a_supervised_example_longer_than_a_micro_batch(tmp_path, own_model):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "1+1=", "response": "1" * 3000}) + "\n")
+    stage = (
+        f"supervised.stages=[{{data: {tmp_path / 'long.jsonl'}, steps: 1, batch_sequences: 1, learning_rate: 1.0e-3}}]"
+    )
+    refused(tmp_path, *own_model, stage, says=("learner.tokens_per_micro_batch=2048", "3005"))
+
+
+def test_a_model_from_scratch_without_its_task(tmp_path, recipe):
+    refused(
+        tmp_path,
+        *recipe,
+        "data.generate=null",
+        "supervised.stages=[]",
+        f"data.train={tmp_path / 'x.jsonl'}",
+        f"data.validation={tmp_path / 'x.jsonl'}",
+        says=("model.scratch", "data.generate"),
+    )
 
 
 def test_an_uninstalled_tracker(tmp_path, recipe):

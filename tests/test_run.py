@@ -91,6 +91,7 @@ def test_resuming_is_exact(finished, tmp_path):
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path):
     run = tmp_path / "run"
     shared = ("train", RECIPE, f"run.directory={run}", *SMALL, *LEARNABLE, "run.steps=2", "checkpoint.every=1")
@@ -106,6 +107,7 @@ def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path):
     assert "step-000001" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_checkpoint_and_no_process(tmp_path, number):
     run = tmp_path / "run"
@@ -128,6 +130,7 @@ def test_a_signal_leaves_a_checkpoint_and_no_process(tmp_path, number):
     assert list((run / "checkpoints").glob("step-*/manifest.json"))
 
 
+@pytest.mark.slow
 def test_ranks_do_not_outlive_a_killed_launcher(tmp_path):
     run = tmp_path / "run"
     arguments = ("train", RECIPE, f"run.directory={run}", *SMALL, "run.steps=1000")
@@ -145,6 +148,7 @@ def test_ranks_do_not_outlive_a_killed_launcher(tmp_path):
     assert ranks_of(str(run)) == []
 
 
+@pytest.mark.slow
 def test_the_debug_halves_make_the_whole(finished, tmp_path):
     """Rollouts of the first step saved, then learned from: the same update as in the whole run."""
     whole, _ = finished
@@ -177,6 +181,7 @@ def test_weights_that_never_reach_the_engine_are_noticed(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_under_torchrun_it_joins_the_world_it_finds(tmp_path):
     run = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -194,9 +199,10 @@ def test_under_torchrun_it_joins_the_world_it_finds(tmp_path):
 
 
 def test_srun_variables_name_the_place_in_the_world():
-    srun = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "16", "SLURM_PROCID": "11", "SLURM_LOCALID": "3"}
+    srun = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "11", "SLURM_LOCALID": "3"}
     assert world_from_environment(srun) == World(rank=11, size=16, local_rank=3)
-    assert world_from_environment({**srun, "SLURM_NTASKS": "1"}) is None, "salloc's shell is no world"
+    shell = {**srun, "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "16"}
+    assert world_from_environment(shell) is None, "salloc's shell is no world"
     torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
     assert world_from_environment({**srun, **torchrun}) == World(rank=1, size=2, local_rank=1)
     assert world_from_environment({}) is None

@@ -16,6 +16,12 @@ class Learner(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, those of attention, or all of a layer."""
 
+    loss_kernel: Literal["auto", "triton", "torch"] = "auto"
+    """What computes log-probs, entropy and loss: auto = triton on a GPU, torch elsewhere."""
+
+    fused_linear_loss: bool = False
+    """Fuse the output layer's product into the loss, a chunk of rows at a time: the logits are never whole."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = cuda where there is a GPU, else cpu."""
 

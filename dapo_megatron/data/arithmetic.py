@@ -53,8 +53,14 @@ def generate_task(
     Raises:
         RequestError: a value out of range, or more distinct questions asked for than exist.
     """
-    _check_request(
-        terms, operand_max, total_max, train_prompts, validation_prompts, supervised_examples, direct_fraction
+    check_task(
+        terms=terms,
+        operand_max=operand_max,
+        total_max=total_max,
+        train_prompts=train_prompts,
+        validation_prompts=validation_prompts,
+        supervised_examples=supervised_examples,
+        direct_fraction=direct_fraction,
     )
     chains = Chains(max(terms), operand_max, total_max)
     wanted = {"train": train_prompts, "validation": validation_prompts}
@@ -143,6 +149,62 @@ def direct_response(question: str) -> str:
     return f"Answer: {solve(question)}"
 
 
+def check_task(
+    *,
+    terms: Sequence[int],
+    operand_max: int,
+    total_max: int,
+    train_prompts: int,
+    validation_prompts: int,
+    supervised_examples: int,
+    direct_fraction: float,
+) -> None:
+    """Refuse a task that cannot be generated, without generating it.
+
+    Raises:
+        RequestError: values out of range, all problems together; or more questions than exist on both sides.
+    """
+    problems = []
+    if not terms or min(terms) < 2 or len(set(terms)) < len(terms):
+        problems.append(
+            f"data.generate.terms={list(terms)} must be different numbers of at least 2; use for example [4, 5, 6]"
+        )
+    least = {
+        "operand_max": (operand_max, 1),
+        "total_max": (total_max, 1),
+        "train_prompts": (train_prompts, 1),
+        "validation_prompts": (validation_prompts, 1),
+        "supervised_examples": (supervised_examples, 0),
+    }
+    problems += [
+        f"data.generate.{name}={value} is too small; use at least {bound}"
+        for name, (value, bound) in least.items()
+        if value < bound
+    ]
+    if not 0 <= direct_fraction <= 1:
+        nearest = 1.0 if direct_fraction > 1 else 0.0
+        problems.append(f"data.generate.direct_fraction={direct_fraction} must lie in 0..1; use {nearest}")
+    if problems:
+        raise RequestError("\n".join(problems))
+    chains = Chains(max(terms), operand_max, total_max)
+    exist = sum(chains.count(n) for n in terms)
+    for side, count in (("train", train_prompts), ("validation", validation_prompts)):
+        if count > exist:
+            share = exist // VALIDATION_SHARE * (1 if side == "validation" else VALIDATION_SHARE - 1)
+            raise RequestError(
+                f"data.generate.{side}_prompts={count} exceeds the {exist} questions that exist on both sides with "
+                f"terms={list(terms)}, operand_max={operand_max}, total_max={total_max}; use at most {share}"
+            )
+
+
+def longest_example(terms: Sequence[int], operand_max: int, total_max: int) -> tuple[int, int]:
+    """(tokens of the longest question, bound on question, worked response and end of sequence), a token a character."""
+    count, operand, total = max(terms), len(str(operand_max)), len(str(total_max))
+    question = count * operand + (count - 1) + 1
+    step = total + 1 + operand + 1 + total + 1  # "71+9=80;"
+    return question, question + (count - 1) * step + len(" : ") + total + 1
+
+
 def build_tokenizer(folder: Path) -> int:
     """Write the task's tokenizer into `folder` for `transformers.AutoTokenizer`; return its vocabulary size, 20.
 
@@ -182,13 +244,6 @@ def _distinct_questions(
     chains: Chains, terms: Sequence[int], side: str, count: int, rng: random.Random
 ) -> Iterator[str]:
     """`count` different questions of one side, the numbers of terms taking turns until one runs out."""
-    exist = sum(chains.count(n) for n in terms)
-    if count > exist:  # said at once: going through all of them may take minutes
-        raise RequestError(
-            f"data.generate.{side}_prompts={count} exceeds the {exist} questions that exist with terms={list(terms)}, "
-            f"operand_max={chains.operand_max}, total_max={chains.total_max}, training and validation together; "
-            f"use at most {exist // VALIDATION_SHARE * (1 if side == 'validation' else VALIDATION_SHARE - 1)}"
-        )
     sources = [_shuffled(chains, n, side, rng) for n in terms]
     made = 0
     while made < count:
@@ -239,36 +294,3 @@ def _training_question(chains: Chains, terms: Sequence[int], rng: random.Random)
             question = chains.question(n, rng.randrange(size))
             if not is_validation(question):
                 return question
-
-
-def _check_request(
-    terms: Sequence[int],
-    operand_max: int,
-    total_max: int,
-    train_prompts: int,
-    validation_prompts: int,
-    supervised_examples: int,
-    direct_fraction: float,
-) -> None:
-    problems = []
-    if not terms or min(terms) < 2 or len(set(terms)) < len(terms):
-        problems.append(
-            f"data.generate.terms={list(terms)} must be different numbers of at least 2; use for example [4, 5, 6]"
-        )
-    least = {
-        "operand_max": (operand_max, 1),
-        "total_max": (total_max, 1),
-        "train_prompts": (train_prompts, 1),
-        "validation_prompts": (validation_prompts, 1),
-        "supervised_examples": (supervised_examples, 0),
-    }
-    problems += [
-        f"data.generate.{name}={value} is too small; use at least {bound}"
-        for name, (value, bound) in least.items()
-        if value < bound
-    ]
-    if not 0 <= direct_fraction <= 1:
-        nearest = 1.0 if direct_fraction > 1 else 0.0
-        problems.append(f"data.generate.direct_fraction={direct_fraction} must lie in 0..1; use {nearest}")
-    if problems:
-        raise RequestError("\n".join(problems))

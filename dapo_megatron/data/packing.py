@@ -60,13 +60,14 @@ def assign_micro_batches(
             f"use at least {longest}"
         )
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    least = max(1, -(-sum(lengths) // (token_budget * data_parallel)))
+    large = sum(2 * length > token_budget for length in lengths)  # no two of these fit together
+    least = max(1, -(-sum(lengths) // (token_budget * data_parallel)), -(-large // data_parallel))
     micro_batches = -(-least // multiple_of) * multiple_of
     while True:
         bins = _longest_first(order, lengths, micro_batches * data_parallel)
         if max(load for load, _ in bins) <= token_budget:
             break
-        micro_batches += multiple_of
+        micro_batches += -(-micro_batches // (32 * multiple_of)) * multiple_of  # about 3 % more
     # heavy and light bins alternate over ranks, so that each rank's sum is close to the mean
     bins.sort(key=lambda item: (-item[0], item[1]))
     ranks: list[list[list[int]]] = [[] for _ in range(data_parallel)]

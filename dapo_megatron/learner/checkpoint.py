@@ -9,7 +9,6 @@
 A checkpoint is written beside its final name and renamed, so one that is there is whole.
 """
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -23,17 +22,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dapo_megatron.errors import RequestError
-from dapo_megatron.files import write_text_atomically
+from dapo_megatron.files import replace_folder, write_text_atomically
 from dapo_megatron.learner.learner import Learner
+from dapo_megatron.learner.manifest import MANIFEST, file_sums, list_checkpoints, read_state
 from dapo_megatron.learner.optimizer import set_rates
 from dapo_megatron.resharding.hf_files import SIDE_FILES, TORCH_DTYPES
 
-MANIFEST = "manifest.json"
 OPTIMIZER_FORMAT = "fully_reshardable"  # loadable at another TP, PP and DP
-
-
-def checkpoint_folder(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:06d}"
 
 
 def save_checkpoint(folder: Path, learner: Learner, state: dict, *, side_files: Path, keep: int | None = None) -> None:
@@ -53,10 +48,8 @@ def save_checkpoint(folder: Path, learner: Learner, state: dict, *, side_files: 
                 shutil.copyfile(side_files / name, temporary / "hf" / name)
         dtype = next(name for name, dtype in TORCH_DTYPES.items() if dtype is learner.dtype)
         write_text_atomically(temporary / "state.json", json.dumps({**state, "dtype": dtype}, indent=2))
-        write_text_atomically(temporary / MANIFEST, json.dumps(_sums(temporary), indent=2))
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        write_text_atomically(temporary / MANIFEST, json.dumps(file_sums(temporary), indent=2))
+        replace_folder(temporary, folder)
         if keep is not None:
             for old in list_checkpoints(folder.parent)[:-keep]:
                 shutil.rmtree(old)
@@ -84,49 +77,6 @@ def load_checkpoint(folder: Path, learner: Learner) -> None:
                 _tolerate_step(part, loaded["optimizer"], updates)
             optimizer.load_state_dict(loaded["optimizer"])
             _set_steps(optimizer, updates)
-
-
-def read_state(folder: Path) -> dict:
-    """The state.json of a checkpoint."""
-    return json.loads((folder / "state.json").read_text())
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
-
-
-def check_manifest(folder: Path) -> None:
-    """Compare every file with the manifest before any is parsed.
-
-    Raises:
-        RequestError: a file missing, added or changed; names the first.
-    """
-    if not (folder / MANIFEST).is_file():
-        raise RequestError(f"{folder} is not a checkpoint: it has no {MANIFEST}")
-    try:
-        expected = json.loads((folder / MANIFEST).read_text())
-        names = set(expected)
-    except (ValueError, TypeError):
-        raise RequestError(f"{folder / MANIFEST} is damaged") from None
-    found = _sums(folder)
-    for name in sorted(names | set(found)):
-        if expected.get(name) != found.get(name):
-            what = "is missing" if name not in found else "does not belong" if name not in names else "has changed"
-            raise RequestError(f"{folder}: {name} {what} since the checkpoint was written")
-
-
-def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that agrees with its manifest, and one line for each damaged one that was passed over."""
-    skipped = []
-    for folder in reversed(list_checkpoints(run / "checkpoints")):
-        try:
-            check_manifest(folder)
-        except RequestError as error:
-            skipped.append(f"skipped a damaged checkpoint: {error}")
-            continue
-        return folder, skipped
-    return None, skipped
 
 
 def _sharded_state(learner: Learner, *, loading: bool = False) -> dict:
@@ -188,12 +138,3 @@ def _set_steps(optimizer: MegatronOptimizer, updates: int) -> None:
         for group in inner.param_groups:
             if "step" in group:
                 group["step"] = updates
-
-
-def _sums(folder: Path) -> dict[str, str]:
-    sums = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST and path.suffix != ".tmp":
-            with open(path, "rb") as handle:
-                sums[str(path.relative_to(folder))] = hashlib.file_digest(handle, "sha256").hexdigest()
-    return sums

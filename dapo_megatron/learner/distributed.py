@@ -22,9 +22,14 @@ def choose_device(setting: str, local_rank: int) -> torch.device:
     if setting == "cuda" and not torch.cuda.is_available():
         raise RequestError("learner.device=cuda but torch sees no GPU; use auto or cpu")
     if setting == "cpu" and torch.cuda.is_available():
-        raise RequestError("learner.device=cpu on a machine with GPUs: hide them with CUDA_VISIBLE_DEVICES='' instead")
+        raise RequestError("learner.device=cpu but torch sees GPUs; hide them: CUDA_VISIBLE_DEVICES=''")
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise RequestError(
+            f"local rank {local_rank} has no GPU of its own, this machine shows {torch.cuda.device_count()}; "
+            "start fewer ranks on it (parallel.*), or use learner.device=cpu"
+        )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -34,6 +39,11 @@ def join_world(world: World, *, device: torch.device, time_limit_s: float) -> No
     if world.size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise RequestError(
+            f"{' and '.join(missing)} must name the meeting point of {world.size} ranks; export them first"
+        )
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         rank=world.rank,

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from dapo_kernels import device_errors
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -26,6 +27,7 @@ from dapo_megatron.config.optimizer import Optimizer
 from dapo_megatron.data.packing import PackedBatch, assign_micro_batches, pack, packed_length
 from dapo_megatron.data.records import SequenceBatch
 from dapo_megatron.errors import RunError
+from dapo_megatron.learner.loss_kernel import choose_loss_kernel, take_output_layer
 from dapo_megatron.learner.losses import Head, RowLoss, score_rows
 from dapo_megatron.learner.model import build_chunks, transformer_config
 from dapo_megatron.learner.optimizer import build_optimizer, set_rates
@@ -42,6 +44,11 @@ class Learner:
         architecture, layout: the model and how it is cut.
         weights: a Hugging Face folder to start from; None leaves them unset, to be filled from a checkpoint.
         optimizer: None for a model that is only read (conversion, evaluation).
+        loss_kernel: "auto", "triton" or "torch", for everything computed on logits.
+        fused_linear_loss: never make the logits; the output layer's product belongs to the loss.
+
+    Raises:
+        RequestError: the loss kernel cannot run on this device.
     """
 
     def __init__(
@@ -57,13 +64,22 @@ class Learner:
         recompute: str = "none",
         weights: Path | None = None,
         optimizer: Optimizer | None = None,
+        loss_kernel: str = "auto",
+        fused_linear_loss: bool = False,
     ) -> None:
         self.architecture, self.layout, self.dtype, self.device = architecture, layout, dtype, device
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.config = transformer_config(architecture, layout, dtype=dtype, layer_spec=layer_spec, recompute=recompute)
         self.models = build_chunks(self.config, architecture, layout, layer_spec=layer_spec)
         self.weight_layout: WeightLayout = megatron_layout(architecture, layout, layer_spec=layer_spec)
-        self.head = Head(architecture.vocab, temperature, parallel_state.get_tensor_model_parallel_group())
+        self.head = Head(
+            architecture.vocab,
+            temperature,
+            parallel_state.get_tensor_model_parallel_group(),
+            implementation=choose_loss_kernel(loss_kernel, device, dtype),
+            output_weight=take_output_layer(self.models[-1]) if fused_linear_loss else None,
+            sequence_parallel=layout.sequence_parallel,
+        )
         self._check_parameters()
         if weights is not None:
             read_placements(weights, self.weight_layout.placements[torch.distributed.get_rank()], self.weights)
@@ -88,6 +104,7 @@ class Learner:
         """This rank's parameters under the keys of its layout, `chunk{v}.{parameter name}`."""
         return {f"chunk{v}.{name}": p.data for v, m in enumerate(self.models) for name, p in m.named_parameters()}
 
+    @torch.no_grad()
     def score(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
         """(log π(target), entropy), fp32 [T] on the CPU of every rank; 0 on rows without a loss weight. No gradient."""
         flat = torch.zeros(2, int(batch.offsets[-1]), device=self.device)
@@ -120,14 +137,18 @@ class Learner:
         """One optimizer step from the gradient buffers; returns the gradient's global norm before clipping.
 
         Raises:
-            RunError: the norm is not finite.
+            RunError: the norm is not finite, or the loss kernels noticed bad input.
         """
         set_rates(self.optimizer, learning_rate, weight_decay)
         _, norm, _ = self.optimizer.step()
         norm = float(norm or 0.0)
-        if norm != norm or norm in (float("inf"), float("-inf")):
+        # on a GPU the kernels answer bad input with NaN and a flag; this is the one place that waits to read it
+        noticed = device_errors()
+        if norm != norm or norm in (float("inf"), float("-inf")) or noticed:
             raise RunError(
-                f"the gradient norm is {norm}: stopped before the damage spreads; resume from the last checkpoint"
+                f"the gradient norm is {norm}{f' ({noticed})' if noticed else ''}: stopped before the damage spreads; "
+                "resume from the last checkpoint",
+                on_every_rank=not noticed,
             )
         return norm
 
@@ -173,7 +194,10 @@ class Learner:
             return logits, partial(finish, packed)
 
         def finish(packed: PackedBatch, logits_1TV: Tensor):
-            value = on_logits(logits_1TV.squeeze(0), packed)
+            try:
+                value = on_logits(logits_1TV.squeeze(0), packed)
+            except ValueError as error:  # a NaN in the logits, a target outside the vocabulary
+                raise RunError(f"{error}; the run may have diverged: resume from an earlier checkpoint") from None
             # a 3-tuple under calculate_per_token_loss: megatron divides by nothing
             return value, torch.zeros((), dtype=torch.int, device=self.device), {}
 

@@ -1,4 +1,7 @@
-"""What the last pipeline stage does with the logits of a micro-batch: score them, or turn them into a loss.
+"""What the last pipeline stage does with a micro-batch: score it, or turn it into a loss.
+
+Its output is the logits [T, V/TP], or, where the head's product is fused into the loss, the hidden states [T, H] before
+it (T/TP rows a rank under sequence parallelism); `Head` knows which.
 
 Every loss divides by the weight sum of the whole global mini-batch and by nothing else, so that the split into
 micro-batches and ranks does not show.
@@ -9,7 +12,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from dapo_kernels import clipped_policy_loss, logprobs_and_entropy
+from dapo_kernels import (
+    LogprobsAndEntropy,
+    PolicyLoss,
+    clipped_policy_loss,
+    linear_clipped_policy_loss,
+    linear_logprobs_and_entropy,
+    logprobs_and_entropy,
+)
 from torch import Tensor
 
 from dapo_megatron.data.packing import PackedBatch
@@ -20,7 +30,7 @@ SUPERVISED_SUMS = ("loss", "tokens")
 
 @dataclass(frozen=True)
 class RowLoss:
-    """`compute`: (logits_TV, micro-batch) → (scalar loss, fp64 [width] sums to add over micro-batches, ranks)."""
+    """`compute`: (output, micro-batch) → (scalar loss, fp64 [width] sums to add over micro-batches, ranks)."""
 
     compute: Callable[[Tensor, PackedBatch], tuple[Tensor, Tensor]]
     width: int
@@ -28,24 +38,50 @@ class RowLoss:
 
 @dataclass(frozen=True)
 class Head:
-    """What every op on the logits needs to know: true vocabulary, temperature, the group that shares the columns."""
+    """What every op on a micro-batch's output needs to know: true vocabulary, temperature, the group that shares the
+    columns, the kernels (`auto`, `triton` or `torch`).
+
+    With `output_weight` [V/TP, H] the output is the hidden states, and the product with it is part of the op.
+    """
 
     vocab: int
     temperature: float
     tensor_parallel_group: dist.ProcessGroup
+    implementation: str = "auto"
+    output_weight: Tensor | None = None
+    sequence_parallel: bool = False
+
+    def logprobs_and_entropy(self, output: Tensor, targets_T: Tensor, row_mask: Tensor) -> LogprobsAndEntropy:
+        """log π(target) and entropy of the rows asked for."""
+        if self.output_weight is None:
+            return logprobs_and_entropy(output, targets_T, row_mask=row_mask, **self._shared())
+        return linear_logprobs_and_entropy(
+            output, self.output_weight, targets_T, row_mask=row_mask, sequence_parallel=self.sequence_parallel,
+            **self._shared(),
+        )  # fmt: skip
+
+    def clipped_policy_loss(self, output: Tensor, batch: PackedBatch, **settings: float | None) -> PolicyLoss:
+        """The clipped token-level policy loss of the micro-batch."""
+        rows = (batch.targets_T, batch.old_logprobs_T, batch.advantages_T, batch.loss_weights_T)
+        if self.output_weight is None:
+            return clipped_policy_loss(output, *rows, **settings, **self._shared())
+        return linear_clipped_policy_loss(
+            output, self.output_weight, *rows, sequence_parallel=self.sequence_parallel, **settings, **self._shared()
+        )
+
+    def _shared(self) -> dict[str, object]:
+        return {
+            "temperature": self.temperature,
+            "vocab_size": self.vocab,
+            "tensor_parallel_group": self.tensor_parallel_group,
+            "implementation": self.implementation,
+        }
 
 
-def score_rows(head: Head, logits_TV: Tensor, batch: PackedBatch) -> Tensor:
+def score_rows(head: Head, output: Tensor, batch: PackedBatch) -> Tensor:
     """fp32 [2, T]: log π(target) and entropy of each row with a loss weight, 0 elsewhere. No gradient."""
     with torch.no_grad():
-        result = logprobs_and_entropy(
-            logits_TV,
-            batch.targets_T,
-            temperature=head.temperature,
-            vocab_size=head.vocab,
-            tensor_parallel_group=head.tensor_parallel_group,
-            row_mask=batch.loss_weights_T > 0,
-        )
+        result = head.logprobs_and_entropy(output, batch.targets_T, batch.loss_weights_T > 0)
         return torch.stack([result.logprobs.float(), result.entropy.float()])
 
 
@@ -60,21 +96,15 @@ def policy_loss(
 ) -> RowLoss:
     """The clipped token-level policy loss (`dapo_kernels.clipped_policy_loss`); sums are POLICY_SUMS."""
 
-    def loss(logits_TV: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        result = clipped_policy_loss(
-            logits_TV,
-            batch.targets_T,
-            batch.old_logprobs_T,
-            batch.advantages_T,
-            batch.loss_weights_T,
+    def loss(output: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        result = head.clipped_policy_loss(
+            output,
+            batch,
             eps_low=eps_low,
             eps_high=eps_high,
             eps_dual=eps_dual,
             denominator=denominator,
-            temperature=head.temperature,
             entropy_coefficient=entropy_coefficient,
-            vocab_size=head.vocab,
-            tensor_parallel_group=head.tensor_parallel_group,
         )
         sums = (
             result.loss.detach(),
@@ -92,16 +122,9 @@ def policy_loss(
 def supervised_loss(head: Head, *, denominator: float) -> RowLoss:
     """−Σ w·log π(target) / denominator; sums are SUPERVISED_SUMS."""
 
-    def loss(logits_TV: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    def loss(output: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         trained = batch.loss_weights_T > 0
-        logprobs = logprobs_and_entropy(
-            logits_TV,
-            batch.targets_T,
-            temperature=head.temperature,
-            vocab_size=head.vocab,
-            tensor_parallel_group=head.tensor_parallel_group,
-            row_mask=trained,
-        ).logprobs
+        logprobs = head.logprobs_and_entropy(output, batch.targets_T, trained).logprobs
         value = -(batch.loss_weights_T * logprobs).sum() / denominator
         return value, torch.stack([value.detach().double(), trained.sum().double()])
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dapo_megatron.errors import RequestError, RunError
-from dapo_megatron.files import atomic_path, write_text_atomically
+from dapo_megatron.files import atomic_path, replace_folder, write_text_atomically
 from dapo_megatron.resharding.hf_layout import INDEX, ROTARY_BUFFER, SINGLE, read_headers
 from dapo_megatron.resharding.layout import Placement
 
@@ -116,9 +116,7 @@ def write_folder(
         if (side_files / name).is_file():
             shutil.copyfile(side_files / name, temporary / name)
     _set_dtype(temporary / "config.json", dtype)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+    replace_folder(temporary, folder)
 
 
 def _set_dtype(config: Path, dtype: torch.dtype) -> None:

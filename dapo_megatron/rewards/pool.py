@@ -58,6 +58,7 @@ class GraderPool:
         self.time_limit_s = time_limit_s
         self.timed_out = 0
         self.crashed = 0
+        self._closed = False
         self._grade_function = grade_function
         self._pool = self._started_pool()
 
@@ -88,7 +89,11 @@ class GraderPool:
                     )
                 rebuilds += 1
                 _stop(self._pool)
-                self._pool = self._started_pool()
+                if not self._closed:
+                    self._pool = self._started_pool()
+                if self._closed:  # by another thread, perhaps while the new workers started
+                    _stop(self._pool)
+                    raise RunError("the grader pool was closed while it was grading")
         return right_B
 
     def close(self) -> None:
@@ -97,6 +102,7 @@ class GraderPool:
         Raises:
             RunError: a worker did not end in time.
         """
+        self._closed = True
         _stop(self._pool)
 
     def __enter__(self) -> "GraderPool":

@@ -1,7 +1,9 @@
 """Losses on vocab-parallel logits for reinforcement learning of language models. Depends on torch, and on triton where
 its kernels run."""
 
+from dapo_kernels.arguments import choose_implementation
 from dapo_kernels.device_errors import DeviceErrors, device_errors
+from dapo_kernels.linear import linear_clipped_policy_loss, linear_logprobs_and_entropy
 from dapo_kernels.logprobs import LogprobsAndEntropy, logprobs_and_entropy
 from dapo_kernels.policy_loss import PolicyLoss, clipped_policy_loss
 
@@ -9,7 +11,10 @@ __all__ = [
     "DeviceErrors",
     "LogprobsAndEntropy",
     "PolicyLoss",
+    "choose_implementation",
     "clipped_policy_loss",
     "device_errors",
+    "linear_clipped_policy_loss",
+    "linear_logprobs_and_entropy",
     "logprobs_and_entropy",
 ]

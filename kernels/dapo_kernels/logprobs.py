@@ -141,15 +141,19 @@ def write_row_gradient(
     """(1/T)·[g_l·∂l/∂z + g_h·∂H/∂z] → `out` [N, V/TP], which may be the logits; zeros in all other rows and beyond the
     vocabulary. g_l, g_h are [N]."""
     valid = shard.valid
+    entropy_pulls = g_h.device.type != "cpu" or bool(g_h.any())  # a GPU is not asked: it would have to be waited for
     for positions in _row_chunks(torch.arange(rows.numel(), device=rows.device), valid):
         chunk = rows[positions]
         logp = _scaled(logits, chunk, inverse_temperature, shard)
         logp -= statistics.maximum[positions, None]
         logp -= statistics.log_sum[positions, None]
-        p = logp.exp()
         l_N1, h_N1 = g_l[chunk, None], g_h[chunk, None]
-        # p·log p is 0 where p is 0, also where log p is −inf
-        gradient = -p * (l_N1 + h_N1 * (torch.where(p > 0, logp, 0.0) + statistics.entropy[positions, None]))
+        if entropy_pulls:
+            p = logp.exp()
+            # p·log p is 0 where p is 0, also where log p is −inf
+            gradient = -p * (l_N1 + h_N1 * (torch.where(p > 0, logp, 0.0) + statistics.entropy[positions, None]))
+        else:
+            gradient = logp.exp_().mul_(-l_N1)
         local = targets[chunk] - shard.first
         owned = ((local >= 0) & (local < valid)).nonzero().squeeze(1)
         gradient[owned, local[owned]] += l_N1[owned, 0]
@@ -167,6 +171,8 @@ def _row_chunks(rows: Tensor, columns: int) -> tuple[Tensor, ...]:
 def _scaled(logits: Tensor, rows: Tensor, inverse_temperature: Tensor, shard: Shard) -> Tensor:
     """z = logits / T of the given rows and the valid columns, in the compute dtype."""
     z = logits[rows, : shard.valid].to(inverse_temperature.dtype)
+    if z.device.type == "cpu" and inverse_temperature.dim() == 0 and float(inverse_temperature) == 1:
+        return z
     scale = inverse_temperature if inverse_temperature.dim() == 0 else inverse_temperature[rows, None]
     return z.mul_(scale)
 

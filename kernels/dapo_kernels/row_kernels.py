@@ -78,7 +78,7 @@ def row_statistics_kernel(
     row, exists = _row_numbers(rows, ROWS)
     asked = _asked(mask_ptr, row, exists)
     offset = row * columns
-    k = LOG2E * tl.load(inverse_temperature_ptr + row * temperature_stride, mask=exists, other=1.0)
+    k = tl.load(inverse_temperature_ptr + row * temperature_stride, mask=exists, other=1.0) * LOG2E
     k_lane = k[:, None]
 
     maximum = tl.full([ROWS, LANES], float("-inf"), tl.float32)
@@ -134,7 +134,7 @@ def _combine(
     maximum = tl.max(maxima, axis=0)
     # a rank with nothing but −inf has sum 0 and must not turn 0 × −inf into a NaN
     shift = tl.where(sums == 0, 0.0, maxima - maximum[None, :])
-    scale = tl.exp2(shift * (LOG2E * inverse_temperature)[None, :])
+    scale = tl.exp2(shift * (inverse_temperature * LOG2E)[None, :])
     total = tl.sum(sums * scale, axis=0)
     mean = tl.sum((weighted + sums * shift) * scale, axis=0) / total
     sound = (total > 0) & (maximum > float("-inf")) & (maximum < INFINITY)  # a NaN total is not > 0
@@ -169,7 +169,7 @@ def _write_gradient(
     for start in range(0, columns, LANES * VEC):
         column = _tile_columns(start, LANES, VEC)
         d = _load_tile(logits_ptr, offset, live, column, columns, valid, PADDED) - shift
-        p = tl.exp2(d * (LOG2E * per_unit)) * inverse_sum
+        p = tl.exp2(d * (per_unit * LOG2E)) * inverse_sum
         g = a * (tl.where(column == hit_column, 1.0, 0.0) - p)
         if ENTROPY:
             g -= b * p * (tl.maximum(d * per_unit, LOWEST) - log_sum + surprise)

@@ -18,6 +18,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 launches: Counter[str] = Counter()
 """Kernel name → launches in this process."""
 
+FINISH_ROWS = 256 if INTERPRETED else 32  # one row a thread of one warp
+
 if INTERPRETED:
     from dapo_kernels.interpreter_bf16 import mend
 
@@ -80,7 +82,7 @@ def finish(parts: Tensor, targets: Tensor, mask: Tensor | None, inverse_temperat
     ranks, count, _ = parts.shape
     values = torch.empty(4, count, dtype=torch.float32, device=parts.device)
     _launch(
-        row_kernels.finish_rows_kernel, Tile(256, 1, 1, 4), parts[0],
+        row_kernels.finish_rows_kernel, Tile(FINISH_ROWS, 1, 1, 1), parts[0],
         parts, targets, mask, inverse_temperature, values, device_flags(parts.device),
         count, shard.valid, shard.first, shard.vocabulary, _stride(inverse_temperature),
         RANKS=ranks, RANKS_POWER=triton.next_power_of_2(ranks),

@@ -30,7 +30,7 @@ def payload(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("updates", [0, 2])
+@pytest.mark.parametrize("updates", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_continuing_under_any_layout(payload, tmp_path, updates):
     """With 0 updates the optimizer has no moments yet; with 2, a wrong step count would show in the bias correction."""
     case = {"from": "tp2pp2", "to": ["tp2pp2", "tp2pp2vpp2sp", "tp1pp2", "tp4pp1"], "updates": updates}

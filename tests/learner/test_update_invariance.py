@@ -102,6 +102,7 @@ def test_one_update_agrees_with_transformers_for_every_split(models, batches, wo
                 assert gap <= 1e-5 * float(expected.abs().max()), (case, tensor, gap, float(expected.abs().max()))
 
 
+@pytest.mark.slow
 def test_three_updates_agree_for_layouts_and_optimizers(models, batches, tmp_path):
     name = "qwen2 untied"
     payload = {"model": models[name], "batch": batches[name][0], "budget": 150, "out": str(tmp_path)}

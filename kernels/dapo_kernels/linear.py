@@ -1,0 +1,279 @@
+"""The losses of a linear head without its logits: l, H and the clipped policy loss of z = X Wᵀ / T, where neither z nor
+its gradient is ever whole.
+
+Rows are taken in chunks (`linear_chunks`). The clipped loss computes all its gradients in the forward pass, 6·N·H·V
+operations; log-probs and entropy for any other loss recompute the logits in the backward pass, 8·N·H·V; without a
+gradient both cost 2·N·H·V. Sources: Liger-Kernel (arXiv 2410.10989, fused linear cross-entropy), Cut Your Losses
+(2411.09009).
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dapo_kernels.arguments import (
+    check_loss_on_cpu,
+    check_on_cpu,
+    check_rows,
+    check_vectors,
+    compute_dtype,
+    inverse_temperature,
+)
+from dapo_kernels.device_errors import note_on_device
+from dapo_kernels.linear_chunks import (
+    LinearGradients,
+    LinearHead,
+    chunks,
+    gathered,
+    global_rows,
+    linear_head,
+    weight_gradient_for_autograd,
+)
+from dapo_kernels.logprobs import LogprobsAndEntropy, RowStatistics, row_statistics, write_row_gradient
+from dapo_kernels.policy_loss import PolicyLoss, check_clip, clip_settings, device_number, loss_of_rows
+
+
+def linear_clipped_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    *,
+    eps_low: float,
+    eps_high: float,
+    eps_dual: float | None = None,
+    denominator: float | Tensor,
+    temperature: float | Tensor = 1.0,
+    entropy_coefficient: float = 0.0,
+    vocab_size: int | None = None,
+    tensor_parallel_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    chunk_rows: int = 2048,
+    gradient_scale: float = 1.0,
+    implementation: str = "auto",
+) -> PolicyLoss:
+    """`clipped_policy_loss` of logits = hidden · weightᵀ, gradients of hidden and weight computed in the forward pass.
+
+    Where `weight.main_grad` exists, gradient_scale · dW is accumulated into it before this returns; else dW reaches
+    `weight.grad` in the backward pass as usual. Backward runs once.
+
+    Args:
+        hidden: [N, H] bf16, fp16, fp32 or fp64; with `sequence_parallel` this rank's N/TP rows of it.
+        weight: [V/TP, H], same dtype.
+        targets, old_logprobs, advantages, loss_mask: [N], the same on every rank of the group. Rows of weight 0 are
+            dropped before the product; finding them is the one wait for the device.
+        sequence_parallel: gather hidden's rows over the group, and scatter its gradient back.
+        chunk_rows: rows of logits alive at a time; memory is chunk_rows · V/TP elements.
+        gradient_scale: the factor that backward will receive (a loss scale). Only `main_grad` depends on it; another
+            factor then is an error: ValueError on a CPU, a flag and NaN on a GPU.
+        others: as in `clipped_policy_loss`.
+
+    Raises:
+        ValueError: as `clipped_policy_loss`; hidden and weight do not fit each other; chunk_rows < 1.
+    """
+    check_clip(eps_low, eps_high, eps_dual)
+    head = linear_head(
+        hidden, weight, loss_mask > 0, vocab_size=vocab_size, tensor_parallel_group=tensor_parallel_group,
+        sequence_parallel=sequence_parallel, chunk_rows=chunk_rows, implementation=implementation,
+    )  # fmt: skip
+    count = global_rows(hidden, head.group, sequence_parallel)
+    check_rows(count, hidden.device, targets, None)
+    check_vectors(count, hidden.device, old_logprobs=old_logprobs, advantages=advantages, loss_mask=loss_mask)
+    check_loss_on_cpu(loss_mask, denominator)
+    check_on_cpu(targets, temperature, head.shard.vocabulary, loss_mask > 0)
+    loss, values, clips = _LinearClippedLoss.apply(
+        hidden, weight, head, (targets, old_logprobs, advantages, loss_mask),
+        inverse_temperature(temperature, count, hidden), denominator,
+        {"eps_low": eps_low, "eps_high": eps_high, "eps_dual": eps_dual, "entropy_coefficient": entropy_coefficient},
+        _main_grad(weight, head), gradient_scale,
+    )  # fmt: skip
+    return PolicyLoss(loss, *values, *clips)
+
+
+def linear_logprobs_and_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    vocab_size: int | None = None,
+    tensor_parallel_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    chunk_rows: int = 2048,
+    implementation: str = "auto",
+    row_mask: Tensor | None = None,
+) -> LogprobsAndEntropy:
+    """`logprobs_and_entropy` of logits = hidden · weightᵀ, differentiable in hidden and weight.
+
+    The logits are made again in the backward pass, which adds dW to `weight.main_grad` where that exists. Arguments as
+    in `linear_clipped_policy_loss` and `logprobs_and_entropy`.
+
+    Raises:
+        ValueError: as these two.
+    """
+    if row_mask is not None and (row_mask.dim() != 1 or row_mask.dtype != torch.bool):
+        raise ValueError(f"row_mask must be bool [N]; got {row_mask.dtype} {tuple(row_mask.shape)}")
+    head = linear_head(
+        hidden, weight, row_mask, vocab_size=vocab_size, tensor_parallel_group=tensor_parallel_group,
+        sequence_parallel=sequence_parallel, chunk_rows=chunk_rows, implementation=implementation,
+    )  # fmt: skip
+    count = global_rows(hidden, head.group, sequence_parallel)
+    check_rows(count, hidden.device, targets, row_mask)
+    check_on_cpu(targets, temperature, head.shard.vocabulary, row_mask)
+    scale = inverse_temperature(temperature, count, hidden)
+    return LogprobsAndEntropy(*_LinearLogprobs.apply(hidden, weight, head, targets, scale, _main_grad(weight, head)))
+
+
+class _LinearClippedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, head: LinearHead, vectors, scale, denominator, clip, main_grad, gradient_scale):
+        whole = gathered(head, hidden)
+        gradients = LinearGradients(head, whole, weight, main_grad, gradient_scale)
+        count = vectors[0].shape[0]
+        dtype = compute_dtype(hidden.dtype)
+        loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        values = torch.zeros(3, count, dtype=dtype, device=hidden.device)
+        clips = torch.zeros(3, count, dtype=torch.bool, device=hidden.device)
+        chunk_loss = _triton_chunk_loss if head.implementation == "triton" else _torch_chunk_loss
+        want = head.need_hidden or head.need_weight
+        for chunk in chunks(head, whole, weight):
+            own = [vector[chunk.rows] for vector in vectors]
+            chunk_scale = scale[chunk.rows] if scale.dim() else scale
+            part, chunk_values, chunk_clips = chunk_loss(head, chunk.logits, own, chunk_scale, denominator, clip, want)
+            loss += part
+            values.index_copy_(1, chunk.rows, chunk_values)
+            clips.index_copy_(1, chunk.rows, chunk_clips)
+            if want:
+                gradients.add(chunk)
+        gradients.finish()
+        ctx.gradients = (gradients.hidden, None if main_grad is not None else gradients.weight)
+        ctx.main_grad, ctx.gradient_scale, ctx.weight = main_grad, gradient_scale, weight
+        ctx.implementation = head.implementation
+        ctx.mark_non_differentiable(values, clips)
+        if loss.device.type != "cpu":
+            sound = (vectors[3] >= 0).all() & (torch.as_tensor(denominator, device=loss.device) > 0)
+            note_on_device(loss.device, "setting", ~sound)
+            loss = torch.where(sound, loss, float("nan"))
+        return loss.to(dtype), values, clips
+
+    @staticmethod
+    def backward(ctx, g_loss, _values, _clips):
+        if ctx.gradients is None:
+            raise RuntimeError("the gradient of linear_clipped_policy_loss was already handed out: backward runs once")
+        (d_hidden, d_weight), ctx.gradients = ctx.gradients, None
+        if ctx.main_grad is not None:
+            g_loss = _checked_factor(g_loss, ctx.gradient_scale)
+        if d_hidden is not None:
+            _multiply(d_hidden, g_loss, ctx.implementation)
+        if d_weight is not None:
+            _multiply(d_weight, g_loss, ctx.implementation)
+            d_weight = d_weight.to(ctx.weight.dtype)
+        elif ctx.main_grad is not None:
+            d_weight = weight_gradient_for_autograd(ctx.weight)
+        return d_hidden, d_weight, *[None] * 7
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, head: LinearHead, targets, scale, main_grad):
+        whole = gathered(head, hidden)
+        kept = torch.empty(4, head.rows.numel(), dtype=compute_dtype(hidden.dtype), device=hidden.device)
+        for chunk in chunks(head, whole, weight):
+            own, chunk_scale = targets[chunk.rows], scale[chunk.rows] if scale.dim() else scale
+            if head.implementation == "triton":
+                from dapo_kernels import triton_rows
+
+                parts = triton_rows.statistics(chunk.logits, own, None, chunk_scale, head.shard, head.group)
+                kept[:, chunk.positions] = triton_rows.finish(parts, own, None, chunk_scale, head.shard)
+            else:
+                every = torch.arange(own.numel(), device=own.device)
+                found = row_statistics(chunk.logits, own, every, chunk_scale, head.shard, head.group)
+                kept[:, chunk.positions] = torch.stack([found.logprobs, found.entropy, found.maximum, found.log_sum])
+        ctx.save_for_backward(hidden, weight, targets, scale, kept)
+        ctx.head, ctx.main_grad, ctx.weight = head, main_grad, weight
+        result = kept.new_zeros(2, targets.shape[0]).index_copy_(1, head.rows, kept[:2])
+        return result[0].clone(), result[1].clone()
+
+    @staticmethod
+    def backward(ctx, g_l, g_h):
+        hidden, weight, targets, scale, kept = ctx.saved_tensors
+        head = ctx.head
+        whole = gathered(head, hidden)
+        gradients = LinearGradients(head, whole, weight, ctx.main_grad)
+        for chunk in chunks(head, whole, weight):
+            own, chunk_scale = targets[chunk.rows], scale[chunk.rows] if scale.dim() else scale
+            own_l, own_h, values = g_l[chunk.rows], g_h[chunk.rows], kept[:, chunk.positions].contiguous()
+            if head.implementation == "triton":
+                from dapo_kernels import triton_rows
+
+                triton_rows.gradient(
+                    chunk.logits, chunk.logits, values, own, None, own_l, own_h, chunk_scale, head.shard
+                )
+            else:
+                every = torch.arange(own.numel(), device=own.device)
+                statistics = RowStatistics(values[2], values[3], values[0], values[1])
+                write_row_gradient(
+                    chunk.logits, chunk.logits, own, every, chunk_scale, statistics, own_l, own_h, head.shard
+                )
+            gradients.add(chunk)
+        gradients.finish()
+        if ctx.main_grad is not None:
+            d_weight = weight_gradient_for_autograd(ctx.weight)
+        else:
+            d_weight = None if gradients.weight is None else gradients.weight.to(weight.dtype)
+        return gradients.hidden, d_weight, *[None] * 4
+
+
+def _torch_chunk_loss(head, logits, vectors, scale, denominator, clip, want):
+    """(Σ terms, (l, ratio, H), clips) of a chunk; `logits` become their gradient where that is wanted."""
+    targets, old, advantages, weights = vectors
+    rows = torch.arange(targets.numel(), device=targets.device)
+    found = row_statistics(logits, targets, rows, scale, head.shard, head.group)
+    with torch.enable_grad():
+        leaves = [found.logprobs.detach().requires_grad_(), found.entropy.detach().requires_grad_()]
+        result = loss_of_rows(*leaves, old, advantages, weights, denominator=denominator, **clip)
+        if want:
+            g_l, g_h = torch.autograd.grad(result.loss, leaves, allow_unused=True, materialize_grads=True)
+            write_row_gradient(logits, logits, targets, rows, scale, found, g_l, g_h, head.shard)
+    values = torch.stack([result.logprobs, result.ratio, result.entropy])
+    return result.loss.detach(), values, torch.stack([result.clipped_low, result.clipped_high, result.clipped_dual])
+
+
+def _triton_chunk_loss(head, logits, vectors, scale, denominator, clip, want):
+    from dapo_kernels import triton_rows
+
+    targets, old, advantages, weights = vectors
+    found = triton_rows.clipped_loss(
+        logits, logits if want else None, targets, old, advantages, weights,
+        device_number(denominator, logits.device), scale, head.shard, head.group, clip_settings(**clip),
+    )  # fmt: skip
+    return found.terms.sum(dtype=torch.float64), found.values, found.clips
+
+
+def _main_grad(weight: Tensor, head: LinearHead) -> Tensor | None:
+    return getattr(weight, "main_grad", None) if head.need_weight else None
+
+
+def _checked_factor(g_loss: Tensor, expected: float) -> Tensor:
+    """The incoming factor, if main_grad was scaled by it; else it is too late to scale."""
+    if g_loss.device.type == "cpu":
+        if float(g_loss) != expected:
+            raise ValueError(
+                f"the loss is differentiated under the factor {float(g_loss)}, but gradient_scale={expected} is "
+                "already in main_grad; pass the factor as gradient_scale"
+            )
+        return g_loss
+    right = g_loss == expected
+    note_on_device(g_loss.device, "gradient_scale", ~right)
+    return torch.where(right, g_loss, float("nan"))
+
+
+def _multiply(gradient: Tensor, factor: Tensor, implementation: str) -> None:
+    if implementation == "triton" and gradient.dtype != torch.float64:
+        from dapo_kernels import triton_rows
+
+        triton_rows.scale(gradient, factor)
+    elif gradient.device.type != "cpu" or float(factor) != 1:
+        gradient.mul_(factor)

@@ -1,0 +1,176 @@
+"""Compile the row kernels for a card that is not there, as a launch would specialise them, and read what came out.
+
+Run as a module (TRITON_INTERPRET unset): prints one JSON object, name of the case → what came out.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+import triton
+from dapo_kernels import row_kernels
+from dapo_kernels.triton_rows import FINISH_ROWS
+from dapo_kernels.tuned import tile_for
+from triton.backends.compiler import GPUTarget
+
+CAPABILITY = {"sm_90": (9, 0), "sm_80": (8, 0), "gfx942": (9, 0)}
+ROWS_OF = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def _card(target: GPUTarget) -> str:
+    return target.arch if target.backend == "hip" else f"sm_{target.arch}"
+
+
+class StubDriver:
+    """An active driver that only knows its target: enough for JITFunction.warmup()."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return sorted(CAPABILITY).index(_card(self.target))  # a launcher's cache is by device
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def get_device_interface(self):
+        return None
+
+    def map_python_to_cpp_type(self, name):
+        return name
+
+
+def activate(card: str) -> None:
+    target = GPUTarget("hip", card, 64) if card.startswith("gfx") else GPUTarget("cuda", int(card[3:]), 32)
+    triton.runtime.driver.set_active(StubDriver(target))
+
+
+def compiled(kernel: str, card: str, dtype: torch.dtype, columns: int, rows: int = 8192, valid: int | None = None):
+    """The kernel as `triton_rows` would launch it on logits [rows, columns] of that dtype."""
+    logits = torch.empty(1, dtype=dtype)
+    tile = tile_for(CAPABILITY[card], columns, logits.element_size())
+    unit = tile.vector if columns % tile.vector == 0 else 1
+    # per-row vectors may start anywhere: those of an odd N do not start on 16 bytes
+    f32, i64, i32, u8 = (
+        torch.empty(4, dtype=t)[rows % 2 :] for t in (torch.float32, torch.int64, torch.int32, torch.uint8)
+    )
+    units, valid = columns // unit, columns if valid is None else valid
+    shape = {"LANES": tile.lanes, "VEC": tile.vector, "UNIT": unit}
+    padded = {"PADDED": valid != columns}
+    arguments, constants = {
+        "row_statistics_kernel": ((logits, i64, f32, f32, f32, rows, units, valid, 0, 0), shape | padded),
+        "clipped_loss_kernel": (
+            (logits, logits, f32, i64, f32, f32, f32, f32, f32, f32, f32, u8, i32, rows, units, valid, 0, valid, 0,
+             0.8, 1.28, 10.0, 0.01),
+            shape | padded | {"RANKS": 8, "RANKS_POWER": 8, "GRADIENT": True, "ENTROPY": True},
+        ),
+        "row_gradient_kernel": (
+            (logits, logits, f32, i64, u8, f32, f32, f32, rows, units, valid, 0, valid, 0), shape | padded,
+        ),
+        "scale_rows_kernel": ((logits, f32, rows, units), shape),
+        "finish_rows_kernel": ((f32, i64, u8, f32, f32, i32, rows, valid, 0, valid, 0), {"RANKS": 8, "RANKS_POWER": 8}),
+    }[kernel]  # fmt: skip
+    per_program, warps = (FINISH_ROWS, 1) if kernel == "finish_rows_kernel" else (tile.rows, tile.warps)
+    grid = (triton.cdiv(rows, per_program),)
+    result = getattr(row_kernels, kernel).warmup(*arguments, grid=grid, ROWS=per_program, **constants, num_warps=warps)
+    return result if hasattr(result, "asm") else result.result()
+
+
+def resources(kernel, architecture: str) -> dict[str, int]:
+    """Registers, stack, shared memory, spilled bytes and widths of global loads and stores of an NVIDIA kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = os.path.join(folder, "k.cubin"), os.path.join(folder, "k.ptx")
+        with open(cubin, "wb") as file:
+            file.write(kernel.asm["cubin"])
+        with open(ptx, "w") as file:
+            file.write(kernel.asm["ptx"])
+        usage = _output([_tool("cuobjdump"), "-res-usage", cubin])
+        sass = _output([_tool("nvdisasm"), "-c", cubin])
+        verbose = _output([_tool("ptxas"), "-v", f"--gpu-name={architecture}", ptx, "-o", cubin + ".o"])
+    registers, stack, shared = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage).groups())
+    spills = re.findall(r"(\d+) bytes spill", verbose)
+    if len(spills) < 2 or "LDG" not in sass:
+        raise SystemExit(f"the tools of this triton say nothing that can be read: {verbose[:500]}")
+    return {
+        "registers": registers,
+        "stack": stack,
+        "shared": max(shared, kernel.metadata.shared),
+        "spilled": sum(map(int, spills)),
+        "wide_loads": len(re.findall(r"LDG[.A-Z0-9]*\.128", sass)),
+        "wide_stores": len(re.findall(r"STG[.A-Z0-9]*\.128", sass)),
+        "local": len(re.findall(r"\b(?:LDL|STL)", sass)),
+        "atomics": len(re.findall(r"\b(?:ATOM|RED)[.A-Z0-9]*\b", sass)),
+        "wide_multiplies": len(re.findall(r"IMAD\.WIDE|mul\.(?:lo|wide)\.[su](?:64|32)", sass + kernel.asm["ptx"])),
+        "exponentials": len(re.findall(r"MUFU\.EX2", sass)),
+        "barriers_in_loops": _barriers_in_loops(kernel.asm["ptx"]),
+    }
+
+
+def _barriers_in_loops(ptx: str) -> int:
+    """Barriers between a label and a later branch back to it."""
+    lines = ptx.splitlines()
+    labels = {m.group(1): i for i, line in enumerate(lines) if (m := re.match(r"(\$\w+):", line.strip()))}
+    loops = [
+        (labels[m.group(1)], i)
+        for i, line in enumerate(lines)
+        if (m := re.search(r"bra(?:\.uni)?\s+(\$\w+)", line)) and labels.get(m.group(1), i) < i
+    ]
+    return sum(any(a < i < b for a, b in loops) for i, line in enumerate(lines) if "bar.sync" in line)
+
+
+def _tool(name: str) -> str:
+    return os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
+
+
+def _output(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return done.stdout + done.stderr
+
+
+def main() -> None:
+    cases = json.loads(sys.argv[1])
+    report = {}
+    for case in cases:
+        activate(case["card"])
+        dtype = ROWS_OF[case["dtype"]]
+        if case.get("rows_list"):
+            kernel = getattr(row_kernels, case["kernel"])
+            before = sum(len(cache[0]) for cache in kernel.device_caches.values())
+            for rows in case["rows_list"]:
+                compiled(case["kernel"], case["card"], dtype, case["columns"], rows)
+            for columns in case.get("columns_list", []):
+                compiled(case["kernel"], case["card"], dtype, columns)
+            after = sum(len(cache[0]) for cache in kernel.device_caches.values())
+            report[case["name"]] = {"compilations": after - before}
+            continue
+        kernel = compiled(case["kernel"], case["card"], dtype, case["columns"], valid=case.get("valid"))
+        if case["card"].startswith("gfx"):
+            code = kernel.asm["amdgcn"]
+            numbers = {
+                key: int(m.group(1)) if (m := re.search(rf"\.{key}:\s*(\d+)", code)) else -1
+                for key in ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size", "vgpr_count")
+            }
+            report[case["name"]] = numbers | {"wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", code))}
+        else:
+            report[case["name"]] = resources(kernel, "sm_90a" if case["card"] == "sm_90" else case["card"])
+        matrix = re.findall(r"tt\.addptr %(?:logits|gradient)_ptr, .*?, (?:tensor<\S+x)?(i\d+)", kernel.asm["ttir"])
+        tile = tile_for(CAPABILITY[case["card"]], case["columns"], torch.empty(1, dtype=dtype).element_size())
+        report[case["name"]] |= {
+            "matrix_offsets": sorted(set(matrix)),
+            "vectors_a_thread": tile.lanes // (tile.warps * (64 if case["card"].startswith("gfx") else 32)),
+        }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The fused linear ops by Triton against the materialised torch op in fp64."""
+
+import pytest
+import torch
+from dapo_kernels import linear_clipped_policy_loss
+from dapo_kernels.triton_rows import launches
+
+from tests.kernels.linear_cases import (
+    OPTIONS,
+    assert_same,
+    by_chunks,
+    by_logits,
+    head_and_batch,
+    leaves,
+    logprobs_by_chunks,
+    logprobs_by_logits,
+)
+
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+
+
+@pytest.mark.parametrize("chunk_rows", [4, 7, 2048])
+@pytest.mark.parametrize(("columns", "vocab"), [(64, 64), (50, 47)])
+@pytest.mark.parametrize("masked", [0.0, 0.4, 1.0])
+def test_loss_and_gradients(chunk_rows, columns, vocab, masked):
+    arguments = head_and_batch(19, 16, columns, 3, vocab=vocab, dtype=torch.float32, masked=masked)
+    temperature = torch.linspace(0.5, 2.0, 19)
+    options = {"temperature": temperature, "vocab_size": vocab, "factor": 2.0}
+    before = launches["clipped_loss_kernel"]
+    found = by_chunks(*arguments, chunk_rows=chunk_rows, implementation="triton", **options)
+    rows = int((arguments[5] > 0).sum())
+    assert launches["clipped_loss_kernel"] - before == -(-rows // chunk_rows)
+    assert_same(found, by_logits(*arguments, **options), **CLOSE)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_logprobs_and_entropy(masked):
+    hidden, weight, targets, *_ = head_and_batch(19, 16, 50, 3, vocab=47, dtype=torch.float32)
+    g_l, g_h = torch.randn(2, 19, generator=torch.Generator().manual_seed(0))
+    options = {"temperature": 0.8, "vocab_size": 47, "row_mask": g_l > -0.3 if masked else None}
+    found = logprobs_by_chunks(hidden, weight, targets, g_l, g_h, chunk_rows=8, implementation="triton", **options)
+    for left, right in zip(found, logprobs_by_logits(hidden, weight, targets, g_l, g_h, **options), strict=True):
+        torch.testing.assert_close(left.double(), right, **CLOSE)
+
+
+def test_bf16_with_a_main_gradient():
+    arguments = head_and_batch(40, 32, 64, 5, dtype=torch.bfloat16)
+    _, d_hidden, d_weight = by_logits(*arguments)
+    x, w = leaves(*arguments[:2])
+    w.main_grad = torch.zeros(w.shape)
+    result = linear_clipped_policy_loss(x, w, *arguments[2:], chunk_rows=16, implementation="triton", **OPTIONS)
+    result.loss.backward()
+    for found, wanted in ((w.main_grad, d_weight), (x.grad, d_hidden)):
+        assert (found.double() - wanted).abs().max() <= 0.01 * wanted.abs().max()

@@ -1,0 +1,116 @@
+"""The kernels compiled for cards that are not there, in a process of its own: the interpreter's compiles nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+ROW_KERNELS = ("row_statistics_kernel", "clipped_loss_kernel", "row_gradient_kernel", "scale_rows_kernel")
+WRITERS = ROW_KERNELS[1:]
+# 65,536 registers over 2,048 threads: at most this many a thread keep 5 programs of 128 threads on a multiprocessor
+MOST_REGISTERS = {
+    "row_statistics_kernel": 64,
+    "clipped_loss_kernel": 100,
+    "row_gradient_kernel": 100,
+    "scale_rows_kernel": 48,
+    "finish_rows_kernel": 100,
+}
+
+
+def _cases() -> list[dict]:
+    cases = [
+        {"name": "finish_rows_kernel", "kernel": "finish_rows_kernel", "card": "sm_90", "dtype": "bf16", "columns": 8}
+    ]
+    for kernel in ROW_KERNELS:
+        for name, more in {
+            "whole": {"columns": 152064},
+            "shard of 8": {"columns": 19008},
+            "padded": {"columns": 19008, "valid": 18633},
+            "odd": {"columns": 19001},
+            "fp32": {"columns": 19008, "dtype": "fp32"},
+            "sm_80": {"columns": 19008, "card": "sm_80"},
+            "gfx942": {"columns": 19008, "card": "gfx942"},
+            "of any N": {
+                "columns": 19008, "dtype": "fp16", "rows_list": [1, 2, 16, 17, 8191, 65535, 65536, 70001],
+                "columns_list": [19016, 20000, 32000],
+            },
+        }.items():  # fmt: skip
+            cases.append({"name": f"{kernel}, {name}", "kernel": kernel, "card": "sm_90", "dtype": "bf16"} | more)
+    return cases
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> dict[str, dict[str, int]]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.ahead_of_time", json.dumps(_cases())],
+        cwd=ROOT,
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+@pytest.mark.parametrize("shape", ["whole", "shard of 8", "padded", "fp32", "sm_80"])
+def test_wide_loads_and_nothing_spilled(report, kernel, shape):
+    found = report[f"{kernel}, {shape}"]
+    assert found["spilled"] == found["local"] == found["stack"] == found["atomics"] == 0, found
+    assert found["wide_loads"] == found["vectors_a_thread"] >= 2, found
+    if kernel in WRITERS:
+        assert found["wide_stores"] == found["wide_loads"], found
+    if shape != "sm_80":
+        assert found["registers"] <= MOST_REGISTERS[kernel], found
+
+
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+def test_rows_that_do_not_divide_into_16_bytes_are_not_read_16_bytes_at_a_time(report, kernel):
+    found = report[f"{kernel}, odd"]
+    assert found["wide_loads"] == found["wide_stores"] == 0, found
+    assert found["spilled"] == found["local"] == 0, found
+
+
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+def test_no_barrier_within_the_loop_over_columns(report, kernel):
+    assert report[f"{kernel}, shard of 8"]["barriers_in_loops"] == 0
+
+
+def test_one_exponential_an_element(report):
+    """Exponentials run at an eighth of the rate of additions: two an element would cost more time than the memory."""
+    found = report["row_statistics_kernel, shard of 8"]
+    elements = found["wide_loads"] * 8
+    assert elements <= found["exponentials"] <= elements * 1.3, found
+    found = report["row_gradient_kernel, shard of 8"]
+    assert found["exponentials"] <= found["wide_loads"] * 8 + 2, found
+
+
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+def test_row_offsets_are_64_bit(report, kernel):
+    """N × V passes 2³¹ at 14,123 rows of 152,064."""
+    for shape in ("whole", "odd"):
+        assert report[f"{kernel}, {shape}"]["matrix_offsets"] == ["i64"]
+
+
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+def test_one_compilation_serves_every_number_of_rows_and_columns(report, kernel):
+    assert report[f"{kernel}, of any N"]["compilations"] == 1
+
+
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+def test_gfx942(report, kernel):
+    found = report[f"{kernel}, gfx942"]
+    assert found["vgpr_spill_count"] == found["sgpr_spill_count"] == found["private_segment_fixed_size"] == 0, found
+    assert found["wide_loads"] == found["vectors_a_thread"], found
+
+
+def test_the_kernel_without_a_row_loop(report):
+    found = report["finish_rows_kernel"]
+    assert found["spilled"] == found["stack"] == 0 and found["registers"] <= MOST_REGISTERS["finish_rows_kernel"]
