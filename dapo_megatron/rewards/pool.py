@@ -59,6 +59,7 @@ class GraderPool:
         self.timed_out = 0
         self.crashed = 0
         self._closed = False
+        self._replacing = threading.Lock()  # closing and rebuilding exclude each other
         self._grade_function = grade_function
         self._pool = self._started_pool()
 
@@ -88,12 +89,11 @@ class GraderPool:
                         f"reward workers died {REBUILDS + 1} times between items; is the machine out of memory?"
                     )
                 rebuilds += 1
-                _stop(self._pool)
-                if not self._closed:
-                    self._pool = self._started_pool()
-                if self._closed:  # by another thread, perhaps while the new workers started
+                with self._replacing:
+                    if self._closed:  # by another thread
+                        raise RunError("the grader pool was closed while it was grading")
                     _stop(self._pool)
-                    raise RunError("the grader pool was closed while it was grading")
+                    self._pool = self._started_pool()
         return right_B
 
     def close(self) -> None:
@@ -103,7 +103,8 @@ class GraderPool:
             RunError: a worker did not end in time.
         """
         self._closed = True
-        _stop(self._pool)
+        with self._replacing:
+            _stop(self._pool)
 
     def __enter__(self) -> "GraderPool":
         return self
