@@ -14,6 +14,7 @@ from dapo_megatron.errors import RequestError, RunError
 from dapo_megatron.files import atomic_path, replace_folder, write_text_atomically
 from dapo_megatron.resharding.hf_layout import INDEX, ROTARY_BUFFER, SINGLE, read_headers
 from dapo_megatron.resharding.layout import Placement
+from dapo_megatron.resharding.transport import local_view
 
 SIDE_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -42,10 +43,7 @@ def read_placements(folder: Path, placements: Sequence[Placement], tensors: Mapp
         with safe_open(path, framework="pt", device="cpu") as file:
             for placement in wanted:
                 part = file.get_slice(placement.name)[tuple(slice(a, b) for a, b in placement.box)]
-                view = tensors[placement.key]
-                for dimension, (start, size) in enumerate(zip(placement.offset, placement.shape, strict=True)):
-                    view = view.narrow(dimension, start, size)
-                view.copy_(part)
+                local_view(tensors, placement.key, placement.offset, placement.shape).copy_(part)
 
 
 def folder_dtype(folder: Path) -> torch.dtype:

@@ -56,8 +56,8 @@ class Transport:
         """
         started = time.perf_counter()
         for move in self.copies:
-            _view(target, move.target_key, move.target_offset, move.shape).copy_(
-                _view(source, move.source_key, move.source_offset, move.shape)
+            local_view(target, move.target_key, move.target_offset, move.shape).copy_(
+                local_view(source, move.source_key, move.source_offset, move.shape)
             )
         sent = messages = 0
         for pairs in self.windows:
@@ -66,7 +66,7 @@ class Transport:
             keep_alive = []
             for (giver, taker), moves in pairs.items():
                 if giver == self.rank:
-                    parts = [_view(source, m.source_key, m.source_offset, m.shape).reshape(-1) for m in moves]
+                    parts = [local_view(source, m.source_key, m.source_offset, m.shape).reshape(-1) for m in moves]
                     buffer = torch.cat(parts).to(self.dtype)
                     keep_alive.append(buffer)
                     waiting.append((dist.isend(buffer, taker, group=self.group), f"rank {taker} to receive"))
@@ -78,7 +78,7 @@ class Transport:
             self._wait(waiting)
             for moves, buffer in arriving:
                 for move, part in zip(moves, buffer.split([m.elements for m in moves]), strict=True):
-                    view = _view(target, move.target_key, move.target_offset, move.shape)
+                    view = local_view(target, move.target_key, move.target_offset, move.shape)
                     view.copy_(part.view(move.shape))
         copied = sum(m.elements for m in self.copies) * self.dtype.itemsize
         return Transfer(sent, messages, copied, time.perf_counter() - started)
@@ -126,7 +126,8 @@ def _by_pair(moves: list[Move], rank: int) -> dict[tuple[int, int], list[Move]]:
     return pairs
 
 
-def _view(tensors: Mapping[str, Tensor], key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+def local_view(tensors: Mapping[str, Tensor], key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    """The box of `shape` at `offset` of the local tensor `key`, no copy."""
     view = tensors[key]
     for dimension, (start, size) in enumerate(zip(offset, shape, strict=True)):
         view = view.narrow(dimension, start, size)
