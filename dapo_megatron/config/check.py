@@ -1,10 +1,13 @@
 """Rules between settings of different sections, and between settings and the model."""
 
+import re
 from collections.abc import Iterator
 
 from dapo_megatron.config.architecture import Architecture
 from dapo_megatron.config.recipe import Recipe
 from dapo_megatron.errors import RequestError
+
+CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # of vLLM 0.32's CPU attention
 
 
 def check_recipe(recipe: Recipe, architecture: Architecture) -> None:
@@ -13,7 +16,7 @@ def check_recipe(recipe: Recipe, architecture: Architecture) -> None:
     Raises RequestError with every broken rule, one a line: setting, value, rule, nearest value that works.
     """
     problems = [
-        *_engine(recipe),
+        *_engine(recipe, architecture),
         *_sampling(recipe),
         *_lengths(recipe, architecture),
         *_overlong(recipe),
@@ -24,10 +27,10 @@ def check_recipe(recipe: Recipe, architecture: Architecture) -> None:
         raise RequestError("\n".join(problems))
 
 
-def _engine(recipe: Recipe) -> Iterator[str]:
+def _engine(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
     rollout = recipe.rollout
     if rollout.engine == "vllm":
-        yield "rollout.engine=vllm is not available in this version; use hf"
+        yield from _vllm(recipe, architecture)
         return
     if rollout.placement == "disaggregated":
         yield "rollout.placement=disaggregated needs rollout.engine=vllm; use colocated"
@@ -35,6 +38,32 @@ def _engine(recipe: Recipe) -> Iterator[str]:
         yield f"rollout.tensor={rollout.tensor} is a setting of rollout.engine=vllm; with hf use 1"
     if rollout.engines is not None:
         yield f"rollout.engines={rollout.engines} is a setting of rollout.engine=vllm; with hf use null"
+    if rollout.servers:
+        yield f"rollout.servers={rollout.servers} is a setting of rollout.engine=vllm; with hf use []"
+
+
+def _vllm(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
+    rollout, transport = recipe.rollout, recipe.resharding.transport
+    for address in rollout.servers:
+        if not re.fullmatch(r"https?://[^/\s]+:\d+/?", address):
+            yield f"rollout.servers: {address!r} is not an address like http://host:8000"
+    if rollout.servers and rollout.engines not in (None, len(rollout.servers)):
+        yield (
+            f"rollout.engines={rollout.engines} differs from the {len(rollout.servers)} rollout.servers; "
+            f"use {len(rollout.servers)} or null"
+        )
+    if rollout.servers and transport == "shared":
+        yield (
+            "resharding.transport=shared needs engines that the run starts on its own machine, and rollout.servers "
+            "names others; use group or auto"
+        )
+    if rollout.placement == "disaggregated" and transport == "shared":
+        yield "resharding.transport=shared needs rollout.placement=colocated; use transport=group or auto"
+    if recipe.learner.device == "cpu" and architecture.head_dim not in CPU_HEAD_DIMS:
+        yield (
+            f"rollout.engine=vllm on a CPU has no attention for head_dim={architecture.head_dim}; it has "
+            f"{', '.join(map(str, CPU_HEAD_DIMS))}; use rollout.engine=hf"
+        )
 
 
 def _sampling(recipe: Recipe) -> Iterator[str]:

@@ -50,6 +50,7 @@ def derive_layout(recipe: Recipe, architecture: Architecture, world: int | None 
         *_pipeline_problems(parallel, architecture),
         *_unsupported(parallel),
         *_world_problems(parallel, size, "world" if world is not None else "parallel.world"),
+        *(vllm_tensor_problems(rollout.tensor, architecture) if rollout.engine == "vllm" else ()),
     ]
     if rollout.prompts_per_step % algorithm.mini_batch_prompts:
         works = _nearest_divisors(rollout.prompts_per_step, algorithm.mini_batch_prompts)
@@ -75,23 +76,72 @@ def derive_layout(recipe: Recipe, architecture: Architecture, world: int | None 
     )
 
 
+def derive_engines(recipe: Recipe, layout: Layout, *, cpu: bool) -> int:
+    """Number of vllm engines: rollout.engines, or one for each of rollout.servers, or as many as the learner's devices
+    hold, world // rollout.tensor; on a CPU one.
+
+    Raises RequestError: they hold none.
+    """
+    rollout = recipe.rollout
+    if rollout.engines is not None:
+        return rollout.engines
+    if rollout.servers:
+        return len(rollout.servers)
+    if cpu:
+        return 1
+    if rollout.tensor > layout.world:
+        raise RequestError(
+            f"rollout.tensor={rollout.tensor} exceeds the learner's {layout.world} ranks, whose devices hold no such "
+            f"engine; use {layout.world} or less, or set rollout.engines"
+        )
+    return layout.world // rollout.tensor
+
+
+def vllm_tensor_problems(tensor: int, architecture: Architecture) -> list[str]:
+    """What keeps vLLM from building `architecture` with rollout.tensor = `tensor`, one problem a line; empty if none.
+
+    It replicates key/value heads where there are fewer of them than workers, and pads the vocabulary to 64 rows.
+    """
+    rows = _round_up(architecture.vocab, 64)
+    rules: list[tuple[str, Callable[[int], bool]]] = [
+        *_head_rules(architecture),
+        (f"does not divide the {rows} rows of the padded vocabulary", lambda n: rows % n == 0),
+    ]
+    problems = _broken("rollout.tensor", tensor, rules, architecture.heads)
+    own = architecture.hidden // architecture.heads
+    if architecture.family == "qwen2" and architecture.head_dim != own:
+        problems.append(
+            f"rollout.engine=vllm builds qwen2 with head_dim={own} (hidden size / heads) and the model has "
+            f"{architecture.head_dim}; use rollout.engine=hf"
+        )
+    return problems
+
+
 def _tensor_problems(parallel: Parallel, architecture: Architecture) -> list[str]:
     qkv_rows = (architecture.heads + 2 * architecture.kv_heads) * architecture.head_dim
     rules: list[tuple[str, Callable[[int], bool]]] = [
+        *_head_rules(architecture),
+        (f"does not divide {qkv_rows} query, key and value rows", lambda n: qkv_rows % n == 0),
+    ]
+    return _broken("parallel.tensor", parallel.tensor, rules, architecture.heads)
+
+
+def _head_rules(architecture: Architecture) -> list[tuple[str, Callable[[int], bool]]]:
+    return [
         (f"does not divide {architecture.heads} attention heads", lambda n: architecture.heads % n == 0),
         (
             f"neither divides {architecture.kv_heads} key/value heads nor is a multiple of them",
             lambda n: architecture.kv_heads % n == 0 or n % architecture.kv_heads == 0,
         ),
         (f"does not divide ffn size {architecture.ffn}", lambda n: architecture.ffn % n == 0),
-        (f"does not divide {qkv_rows} query, key and value rows", lambda n: qkv_rows % n == 0),
     ]
+
+
+def _broken(name: str, value: int, rules: list[tuple[str, Callable[[int], bool]]], most: int) -> list[str]:
     # the sizes proposed satisfy all rules, not only the one that is broken
-    works = [n for n in range(1, architecture.heads + 1) if all(holds(n) for _, holds in rules)]
+    works = [n for n in range(1, most + 1) if all(holds(n) for _, holds in rules)]
     return [
-        f"parallel.tensor={parallel.tensor} {what}; use {join_or([str(n) for n in works])}"
-        for what, holds in rules
-        if not holds(parallel.tensor)
+        f"{name}={value} {what}; use {join_or([str(n) for n in works])}" for what, holds in rules if not holds(value)
     ]
 
 

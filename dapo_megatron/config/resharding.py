@@ -1,5 +1,7 @@
 """Section `resharding`: moving new weights from the learner into the rollout engines."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from dapo_megatron.config.section import Section
@@ -13,6 +15,13 @@ class Resharding(Section):
 
     max_logprob_gap: float | None = Field(0.5, gt=0)
     """Mean |log pi_learner - log pi_rollout| over sampled tokens that stops the run (nats); null = only logged."""
+
+    transport: Literal["auto", "shared", "group"] = "auto"
+    """How weights reach vllm engines: shared = engines on the learner's machine copy out of its memory; group =
+    messages; auto = shared where all is on one machine, else group."""
+
+    verify: Literal["first", "always", "never"] = "first"
+    """After which syncs the checksums of all slices are compared on both sides (vllm engines)."""
 
     window: int = Field(256, ge=1)
     """Send and receive operations in flight on a rank."""

@@ -20,7 +20,23 @@ class Rollout(Section):
     """Tensor-parallel size of one vllm engine (devices)."""
 
     engines: int | None = Field(None, ge=1)
-    """Number of vllm engines; null = as many as the devices hold."""
+    """Number of vllm engines; null = as many as the learner's devices hold, on a CPU one, with servers all of them."""
+
+    servers: list[str] = Field(default_factory=list)
+    """Addresses of vllm engines that run already (http://host:port), started by `dapo-megatron serve`; empty = the run
+    starts its own."""
+
+    restarts: int = Field(3, ge=0)
+    """How often vllm engines that die may be restarted in a run before it stops."""
+
+    start_limit_s: float = Field(600.0, gt=0)
+    """Longest time for a vllm engine to start (seconds)."""
+
+    gpu_memory_share: float = Field(0.85, gt=0, lt=1)
+    """Share of each GPU's memory that a vllm engine takes for weights and KV cache."""
+
+    cpu_kv_cache_gib: int = Field(1, ge=1)
+    """KV cache of a vllm engine on a CPU (GiB)."""
 
     samples_per_prompt: int = Field(16, ge=1)
     """Responses a prompt: the group over which advantages are computed."""
@@ -38,7 +54,7 @@ class Rollout(Section):
     """Nucleus mass to sample from; training needs 1."""
 
     max_batch_sequences: int = Field(256, ge=1)
-    """Sequences the hf engine decodes at once on a rank."""
+    """Sequences an engine decodes at once (hf: on a rank)."""
 
     time_limit_s: float = Field(3600.0, gt=0)
     """Longest wait for the responses of a step (seconds)."""

@@ -26,6 +26,7 @@ class PackedBatch:
     cu_seqlens: int32 [sequences + 1]; padding is cut into sequences of its own at the end.
     loss_weights_T, advantages_T, old_logprobs_T, rollout_logprobs_T: fp32.
     rows_T: int64 row of the flat batch, −1 for padding.
+    trained: int64 [n] rows with a loss weight, in order: known here without asking the device.
     longest: tokens of the longest sequence.
     """
 
@@ -38,6 +39,7 @@ class PackedBatch:
     old_logprobs_T: Tensor
     rollout_logprobs_T: Tensor
     rows_T: Tensor
+    trained: Tensor
     longest: int
 
 
@@ -135,4 +137,5 @@ def pack(
         "rollout_logprobs_T": padded(batch.rollout_logprobs_T[rows], 0.0, torch.float32),
         "rows_T": padded(rows, -1, torch.int64),
     }
+    host["trained"] = (host["loss_weights_T"] > 0).nonzero().squeeze(1)
     return PackedBatch(longest=max(lengths), **{name: value.to(device) for name, value in host.items()})

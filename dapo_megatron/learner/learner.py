@@ -68,6 +68,7 @@ class Learner:
         fused_linear_loss: bool = False,
     ) -> None:
         self.architecture, self.layout, self.dtype, self.device = architecture, layout, dtype, device
+        self.layer_spec = layer_spec
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.config = transformer_config(architecture, layout, dtype=dtype, layer_spec=layer_spec, recompute=recompute)
         self.models = build_chunks(self.config, architecture, layout, layer_spec=layer_spec)

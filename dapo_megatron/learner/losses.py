@@ -51,12 +51,12 @@ class Head:
     output_weight: Tensor | None = None
     sequence_parallel: bool = False
 
-    def logprobs_and_entropy(self, output: Tensor, targets_T: Tensor, row_mask: Tensor) -> LogprobsAndEntropy:
-        """log π(target) and entropy of the rows asked for."""
+    def logprobs_and_entropy(self, output: Tensor, batch: PackedBatch) -> LogprobsAndEntropy:
+        """log π(target) and entropy of the rows with a loss weight, 0 elsewhere."""
         if self.output_weight is None:
-            return logprobs_and_entropy(output, targets_T, row_mask=row_mask, **self._shared())
+            return logprobs_and_entropy(output, batch.targets_T, row_mask=batch.loss_weights_T > 0, **self._shared())
         return linear_logprobs_and_entropy(
-            output, self.output_weight, targets_T, row_mask=row_mask, sequence_parallel=self.sequence_parallel,
+            output, self.output_weight, batch.targets_T, rows=batch.trained, sequence_parallel=self.sequence_parallel,
             **self._shared(),
         )  # fmt: skip
 
@@ -66,8 +66,9 @@ class Head:
         if self.output_weight is None:
             return clipped_policy_loss(output, *rows, **settings, **self._shared())
         return linear_clipped_policy_loss(
-            output, self.output_weight, *rows, sequence_parallel=self.sequence_parallel, **settings, **self._shared()
-        )
+            output, self.output_weight, *rows, rows=batch.trained, sequence_parallel=self.sequence_parallel, **settings,
+            **self._shared(),
+        )  # fmt: skip
 
     def _shared(self) -> dict[str, object]:
         return {
@@ -81,7 +82,7 @@ class Head:
 def score_rows(head: Head, output: Tensor, batch: PackedBatch) -> Tensor:
     """fp32 [2, T]: log π(target) and entropy of each row with a loss weight, 0 elsewhere. No gradient."""
     with torch.no_grad():
-        result = head.logprobs_and_entropy(output, batch.targets_T, batch.loss_weights_T > 0)
+        result = head.logprobs_and_entropy(output, batch)
         return torch.stack([result.logprobs.float(), result.entropy.float()])
 
 
@@ -124,7 +125,7 @@ def supervised_loss(head: Head, *, denominator: float) -> RowLoss:
 
     def loss(output: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         trained = batch.loss_weights_T > 0
-        logprobs = head.logprobs_and_entropy(output, batch.targets_T, trained).logprobs
+        logprobs = head.logprobs_and_entropy(output, batch).logprobs
         value = -(batch.loss_weights_T * logprobs).sum() / denominator
         return value, torch.stack([value.detach().double(), trained.sum().double()])
 

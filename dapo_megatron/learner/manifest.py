@@ -6,6 +6,7 @@ pickle, so use only checkpoints that you or yours have written.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from dapo_megatron.errors import RequestError
@@ -60,11 +61,12 @@ def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def file_sums(folder: Path) -> dict[str, str]:
-    """Relative name → SHA-256 of every file of a checkpoint but the manifest."""
-    sums = {}
+def file_sums(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Relative name → SHA-256 of every file of a checkpoint but the manifest; those in `known` are not read again."""
+    sums = dict(known or {})
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST and path.suffix != ".tmp":
+        name = str(path.relative_to(folder))
+        if path.is_file() and path.name != MANIFEST and path.suffix != ".tmp" and name not in sums:
             with open(path, "rb") as handle:
-                sums[str(path.relative_to(folder))] = hashlib.file_digest(handle, "sha256").hexdigest()
+                sums[name] = hashlib.file_digest(handle, "sha256").hexdigest()
     return sums

@@ -1,20 +1,29 @@
 """The moves that turn one layout into another: every destination element from exactly one source.
 
-The nearest source is taken, then the least busy.
+Ranks with equal placements form a group (data-parallel replicas, engines). Boxes are intersected once for each group of
+targets; neighbouring boxes that are neighbours at both ends become one run; after that only senders are chosen.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import combinations
 
 from dapo_megatron.errors import RunError
 from dapo_megatron.resharding.layout import Box, Placement, WeightLayout, intersect, volume
 
+SHARED_CHOICE = 1 << 18  # elements of small runs for one target that share a sender, so that they can share messages
+
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """`shape` elements of tensor `name` from (source rank, key, offset) to (target rank, key, offset)."""
+    """One run: `shape` elements from (source rank, key, offset) to (target rank, key, offset).
+
+    `name`: the canonical tensor; of a merged run all its tensors, joined by " + ".
+    `contiguous`: the run is one piece of memory in both local tensors (which are contiguous themselves).
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -24,13 +33,11 @@ class Move:
     target_rank: int
     target_key: str
     target_offset: tuple[int, ...]
+    contiguous: bool
 
     @property
     def elements(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -45,48 +52,83 @@ class Plan:
         return sum(move.elements for move in self.moves if move.source_rank != move.target_rank)
 
 
+# (placements, the ranks that hold exactly these), by first rank
+Groups = tuple[tuple[tuple[Placement, ...], tuple[int, ...]], ...]
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(slots=True)
+class _Run:
+    """A run into one group of targets: `sources` has, by group of sources, key, offset and contiguity at both ends."""
+
+    names: list[str]
+    shape: tuple[int, ...]
+    key: str
+    offset: tuple[int, ...]
+    sources: dict[int, tuple[str, tuple[int, ...], bool]]
+    holders: tuple[int, ...] = ()  # the groups of `sources`
+    elements: int = 0
+
+
 def make_plan(source: WeightLayout, target: WeightLayout) -> Plan:
     """Intersect two layouts over the same ranks of one world (rank i of both is one process).
 
-    A slice that lies in the destination's own process is taken from there; other slices come from the replica that has
-    sent least so far.
+    A run that lies in the destination's own process is taken from there; other runs come from the replica that has sent
+    least so far.
 
     Raises:
         RunError: a tensor of one side unknown to the other, shapes that differ, a destination element with no source or
-            two.
+            two, two slices that want the same place of a local tensor.
     """
     _check_same_tensors(source, target)
+    return _plan(_groups(source), _groups(target))
+
+
+def cached_plan(source: WeightLayout, target: WeightLayout) -> Plan:
+    """`make_plan`, remembered for the last few pairs of layouts.
+
+    The key is the whole content of both layouts: shapes, boxes, local keys, offsets and rank numbers.
+
+    Raises:
+        RunError: as `make_plan`; a plan that fails is not remembered.
+    """
+    return _remembered(_shapes(source), _groups(source), _shapes(target), _groups(target))
+
+
+@lru_cache(maxsize=8)
+def _remembered(source_shapes: Shapes, source: Groups, target_shapes: Shapes, target: Groups) -> Plan:
+    _check_same_tensors(WeightLayout(dict(source_shapes), {}), WeightLayout(dict(target_shapes), {}))
+    return _plan(source, target)
+
+
+def _shapes(layout: WeightLayout) -> Shapes:
+    return tuple((name, tuple(shape)) for name, shape in layout.shapes.items())
+
+
+def _groups(layout: WeightLayout) -> Groups:
+    """Ranks with equal placements, together."""
+    by_identity: dict[int, tuple[tuple[Placement, ...], list[int]]] = {}  # hashing a tuple for each rank would be slow
+    for rank in sorted(layout.placements):
+        placements = layout.placements[rank]
+        by_identity.setdefault(id(placements), (placements, []))[1].append(rank)
+    found: dict[tuple[Placement, ...], list[int]] = {}
+    for placements, ranks in by_identity.values():
+        found.setdefault(placements, []).extend(ranks)
+    return tuple((placements, tuple(sorted(ranks))) for placements, ranks in found.items())
+
+
+def _plan(source: Groups, target: Groups) -> Plan:
     boxes = _boxes_by_name(source)
-    sent: dict[int, int] = defaultdict(int)
-    moves: list[Move] = []
-    for rank in sorted(target.placements):
-        for wanted in target.placements[rank]:
-            parts: list[Box] = []
-            for box, holders in boxes[wanted.name].items():
-                common = intersect(box, wanted.box)
-                if common is None:
-                    continue
-                # counted elements alone would let an overlap make up for a hole
-                if any(intersect(common, other) is not None for other in parts):
-                    raise RunError(
-                        f"resharding: {wanted.name} {common} of rank {rank} ({wanted.key}) has two "
-                        "different sources: slices of "
-                        "the source layout overlap"
-                    )
-                parts.append(common)
-                giver = rank if rank in holders else min(holders, key=lambda r: (sent[r], r))
-                move = _move(wanted, common, giver, holders[giver], rank)
-                if giver != rank:
-                    sent[giver] += move.elements
-                moves.append(move)
-            covered = sum(map(volume, parts))
-            if covered != volume(wanted.box):
-                raise RunError(
-                    f"resharding: {wanted.name} {wanted.box} of rank {rank} ({wanted.key}) needs "
-                    f"{volume(wanted.box)} elements "
-                    f"and the source layout supplies {covered}"
-                )
-    return Plan(tuple(moves))
+    extents = [local_extents(placements) for placements, _ in source]
+    runs_of: dict[int, list[_Run]] = {}
+    for placements, ranks in target:
+        _check_no_overlap(placements, ranks[0])
+        into = local_extents(placements)
+        runs = list(_merged(_pieces(placements, ranks[0], boxes)))
+        for run in runs:
+            _complete(run, extents, into)
+        runs_of.update(dict.fromkeys(ranks, runs))
+    return Plan(tuple(_choose_senders(runs_of, [ranks for _, ranks in source])))
 
 
 def _check_same_tensors(source: WeightLayout, target: WeightLayout) -> None:
@@ -100,26 +142,63 @@ def _check_same_tensors(source: WeightLayout, target: WeightLayout) -> None:
             )
 
 
-def _boxes_by_name(layout: WeightLayout) -> Mapping[str, dict[Box, dict[int, Placement]]]:
-    """name → box → rank → placement. A rank that holds a box twice (tied embeddings) gives its first."""
+def _check_no_overlap(placements: Sequence[Placement], rank: int) -> None:
+    by_key: dict[str, list[Placement]] = defaultdict(list)
+    for placement in placements:
+        by_key[placement.key].append(placement)
+    for key, inside in by_key.items():
+        for one, other in combinations(inside, 2):
+            if intersect(_local_box(one), _local_box(other)) is not None:
+                raise RunError(
+                    f"resharding: {one.name} {one.box} and {other.name} {other.box} want the same place of {key} on "
+                    f"rank {rank}"
+                )
+
+
+def _local_box(placement: Placement) -> Box:
+    return tuple((start, start + size) for start, size in zip(placement.offset, placement.shape, strict=True))
+
+
+def _boxes_by_name(source: Groups) -> dict[str, dict[Box, dict[int, Placement]]]:
+    """name → box → group → placement. A rank that holds a box twice (tied embeddings) gives its first."""
     boxes: dict[str, dict[Box, dict[int, Placement]]] = defaultdict(dict)
-    for rank in sorted(layout.placements):
-        for placement in layout.placements[rank]:
-            boxes[placement.name].setdefault(placement.box, {}).setdefault(rank, placement)
+    for group, (placements, _) in enumerate(source):
+        for placement in placements:
+            if volume(placement.box):
+                boxes[placement.name].setdefault(placement.box, {}).setdefault(group, placement)
     return boxes
 
 
-def _move(wanted: Placement, common: Box, giver: int, given: Placement, rank: int) -> Move:
-    return Move(
-        name=wanted.name,
-        shape=tuple(stop - start for start, stop in common),
-        source_rank=giver,
-        source_key=given.key,
-        source_offset=_local_offset(given, common),
-        target_rank=rank,
-        target_key=wanted.key,
-        target_offset=_local_offset(wanted, common),
-    )
+def _pieces(
+    placements: Sequence[Placement], rank: int, boxes: dict[str, dict[Box, dict[int, Placement]]]
+) -> Iterator[_Run]:
+    """The intersections that fill one group's placements, checked to cover each of them exactly once."""
+    for wanted in placements:
+        parts: list[Box] = []
+        for box, holders in boxes[wanted.name].items():
+            common = intersect(box, wanted.box)
+            if common is None:
+                continue
+            # counted elements alone would let an overlap make up for a hole
+            if any(intersect(common, other) is not None for other in parts):
+                raise RunError(
+                    f"resharding: {wanted.name} {common} of rank {rank} ({wanted.key}) has two different sources: "
+                    "slices of the source layout overlap"
+                )
+            parts.append(common)
+            yield _Run(
+                [wanted.name],
+                tuple(stop - start for start, stop in common),
+                wanted.key,
+                _local_offset(wanted, common),
+                {group: (given.key, _local_offset(given, common), False) for group, given in holders.items()},
+            )
+        covered = sum(map(volume, parts))
+        if covered != volume(wanted.box):
+            raise RunError(
+                f"resharding: {wanted.name} {wanted.box} of rank {rank} ({wanted.key}) needs "
+                f"{volume(wanted.box)} elements and the source layout supplies {covered}"
+            )
 
 
 def _local_offset(placement: Placement, box: Box) -> tuple[int, ...]:
@@ -127,3 +206,106 @@ def _local_offset(placement: Placement, box: Box) -> tuple[int, ...]:
         local + start - first
         for local, (start, _), (first, _) in zip(placement.offset, box, placement.box, strict=True)
     )
+
+
+def _merged(pieces: Iterable[_Run]) -> Iterator[_Run]:
+    """Pieces that follow each other along dimension 0 in the target and in all their sources become one run."""
+    by_key: dict[str, list[_Run]] = {}
+    for piece in pieces:
+        by_key.setdefault(piece.key, []).append(piece)
+    for inside in by_key.values():
+        run = None
+        # by column block first, so that row neighbours are list neighbours
+        for piece in sorted(inside, key=lambda p: (p.offset[1:], p.offset[0])):
+            if run is not None and _continues(run, piece):
+                if piece.names[0] not in run.names:
+                    run.names += piece.names
+                run.shape = (run.shape[0] + piece.shape[0], *run.shape[1:])
+                continue
+            if run is not None:
+                yield run
+            run = piece
+        if run is not None:
+            yield run
+
+
+def _continues(run: _Run, piece: _Run) -> bool:
+    rows = run.shape[0]
+    return (
+        run.shape[1:] == piece.shape[1:]
+        and _follows(run.offset, piece.offset, rows)
+        and run.sources.keys() == piece.sources.keys()
+        and all(
+            key == piece.sources[group][0] and _follows(offset, piece.sources[group][1], rows)
+            for group, (key, offset, _) in run.sources.items()
+        )
+    )
+
+
+def _follows(offset: tuple[int, ...], after: tuple[int, ...], rows: int) -> bool:
+    return offset[0] + rows == after[0] and offset[1:] == after[1:]
+
+
+def local_extents(placements: Iterable[Placement]) -> dict[str, tuple[int, ...]]:
+    """Key → the extent of the local tensor that placements reach. Padding adds rows alone, so all dimensions but the
+    first are the tensor's own."""
+    extents: dict[str, tuple[int, ...]] = {}
+    for placement in placements:
+        ends = tuple(start + size for start, size in zip(placement.offset, placement.shape, strict=True))
+        known = extents.get(placement.key)
+        extents[placement.key] = ends if known is None else tuple(map(max, known, ends))
+    return extents
+
+
+def _complete(run: _Run, source: Sequence[dict[str, tuple[int, ...]]], target: dict[str, tuple[int, ...]]) -> None:
+    """What follows from a run that is merged, once for all its moves."""
+    run.names = [" + ".join(run.names)]
+    run.holders, run.elements = tuple(run.sources), math.prod(run.shape)
+    into = is_contiguous(run.shape, target[run.key])
+    for group, (key, offset, _) in run.sources.items():
+        run.sources[group] = (key, offset, into and is_contiguous(run.shape, source[group][key]))
+
+
+def is_contiguous(shape: tuple[int, ...], extents: tuple[int, ...]) -> bool:
+    """Whether a box of `shape` is one piece of a contiguous tensor of `extents`: behind the first dimension in which it
+    is longer than 1 it spans the tensor."""
+    leading = next((d for d, size in enumerate(shape) if size > 1), len(shape))
+    return shape[leading + 1 :] == extents[leading + 1 :]
+
+
+def _choose_senders(runs_of: dict[int, list[_Run]], source_ranks: list[tuple[int, ...]]) -> Iterator[Move]:
+    """Balanced by elements: runs that many ranks hold (norms) come last and even out what the others leave.
+
+    Small runs for one target that have the same holders are chosen for together.
+    """
+    sent: dict[int, int] = defaultdict(int)
+    group_with = {rank: group for group, ranks in enumerate(source_ranks) for rank in ranks}
+    givers = {
+        run.holders: [(rank, group) for group in run.holders for rank in source_ranks[group]]
+        for runs in {id(runs): runs for runs in runs_of.values()}.values()
+        for run in runs
+    }
+    for choice in sorted(set(map(len, givers.values()))):
+        for rank in sorted(runs_of):
+            own = group_with.get(rank)
+            shared: dict[tuple[int, ...], tuple[int, int, int]] = {}  # holders → giver, its group, elements so far
+            for run in runs_of[rank]:
+                holders, elements = run.holders, run.elements
+                if len(givers[holders]) != choice:
+                    continue
+                if own is not None and own in run.sources:
+                    yield _move(run, rank, own, rank)
+                    continue
+                giver, group, load = shared.get(holders, (-1, -1, SHARED_CHOICE))
+                if load + elements > SHARED_CHOICE:
+                    _, giver, group = min((sent[r], r, g) for r, g in givers[holders])
+                    load = 0
+                if elements <= SHARED_CHOICE:
+                    shared[holders] = (giver, group, load + elements)
+                sent[giver] += elements
+                yield _move(run, giver, group, rank)
+
+
+def _move(run: _Run, giver: int, group: int, rank: int) -> Move:
+    key, offset, contiguous = run.sources[group]
+    return Move(run.names[0], run.shape, giver, key, offset, rank, run.key, run.offset, contiguous)

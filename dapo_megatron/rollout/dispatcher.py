@@ -15,10 +15,10 @@ from dapo_megatron.rollout.engine import RolloutEngine, RolloutRequest
 
 
 class Dispatcher:
-    """Hands requests to `engines` engines, one a rank; `engine` is this rank's own."""
+    """Hands requests to `world` engines, one a rank; `engine` is this rank's own."""
 
-    def __init__(self, engine: RolloutEngine, *, rank: int, engines: int, time_limit_s: float) -> None:
-        self.engine, self.rank, self.engines, self.time_limit_s = engine, rank, engines, time_limit_s
+    def __init__(self, engine: RolloutEngine, *, rank: int, world: int, time_limit_s: float) -> None:
+        self.engine, self.rank, self.world, self.time_limit_s = engine, rank, world, time_limit_s
 
     def generate(self, requests: Sequence[RolloutRequest], *, group: int = 1) -> list[Completion]:
         """Submit all, collect all, in the order of `requests`; `group` consecutive requests stay on one engine.
@@ -37,34 +37,39 @@ class Dispatcher:
         return [by_ticket[request.ticket] for request in requests]
 
     def _assign(self, requests: Sequence[RolloutRequest], group: int) -> list[list[RolloutRequest]]:
-        loads = [0] * self.engines
-        shares: list[list[RolloutRequest]] = [[] for _ in range(self.engines)]
+        loads = [0] * self.world
+        shares: list[list[RolloutRequest]] = [[] for _ in range(self.world)]
         for start in range(0, len(requests), group):
             together = requests[start : start + group]
-            least = min(range(self.engines), key=lambda e: (loads[e], e))
+            least = min(range(self.world), key=lambda e: (loads[e], e))
             loads[least] += sum(len(r.prompt_tokens) + r.max_new_tokens for r in together)
             shares[least].extend(together)
         return shares
 
     def _share(self, mine: list[Completion]) -> list[Completion]:
-        if self.engines == 1:
+        if self.world == 1:
             return mine
-        flat = (
-            np.array([c.ticket for c in mine], np.int64),
-            np.array([len(c.tokens) for c in mine], np.int64),
-            [c.finish_reason for c in mine],
-            *(_joined([getattr(c, name) for c in mine]) for name in ("tokens", "logprobs", "policy_versions")),
-        )
-        everyone: list = [None] * self.engines
-        dist.all_gather_object(everyone, flat)
-        return [completion for part in everyone for completion in _unflatten(*part)]
+        everyone: list = [None] * self.world
+        dist.all_gather_object(everyone, flatten(mine))
+        return [completion for part in everyone for completion in unflatten(*part)]
+
+
+def flatten(completions: Sequence[Completion]) -> tuple:
+    """Completions as a few long arrays, quick to send to other ranks."""
+    return (
+        np.array([c.ticket for c in completions], np.int64),
+        np.array([len(c.tokens) for c in completions], np.int64),
+        [c.finish_reason for c in completions],
+        *(_joined([getattr(c, name) for c in completions]) for name in ("tokens", "logprobs", "policy_versions")),
+    )
 
 
 def _joined(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.zeros(0)
 
 
-def _unflatten(tickets, lengths, reasons, tokens, logprobs, versions) -> list[Completion]:
+def unflatten(tickets, lengths, reasons, tokens, logprobs, versions) -> list[Completion]:
+    """The inverse of `flatten`."""
     stops = np.cumsum(lengths)
     return [
         Completion(int(ticket), tokens[stop - n : stop], logprobs[stop - n : stop], reason, versions[stop - n : stop])

@@ -12,6 +12,7 @@ from dapo_megatron.rewards.overlong import overlong_penalties
 from dapo_megatron.rewards.pool import GraderPool
 from dapo_megatron.rollout.dispatcher import Dispatcher
 from dapo_megatron.rollout.engine import RolloutRequest, sample_seed
+from dapo_megatron.rollout.server_dispatcher import ServerDispatcher
 
 
 class GroupSampler:
@@ -28,7 +29,7 @@ class GroupSampler:
         tokenizer,
         prompts: Sequence[Prompt],
         token_ids: Sequence[np.ndarray],
-        dispatcher: Dispatcher,
+        dispatcher: Dispatcher | ServerDispatcher,
         grader: GraderPool | None,
     ) -> None:
         self.recipe, self.tokenizer = recipe, tokenizer
@@ -104,7 +105,7 @@ class GroupSampler:
 
     def _grade(self, responses: list[str], answers: list[str]) -> np.ndarray:
         verdict = [None if self.grader is None else self.grader.grade(responses, answers)]
-        if self.dispatcher.engines > 1:
+        if self.dispatcher.world > 1:
             dist.broadcast_object_list(verdict, src=0)
         return verdict[0]
 

@@ -1,13 +1,21 @@
 """Time, memory and the ceilings of the device at hand."""
 
+import csv
+import os
 import platform
 import subprocess
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+GPU_SECONDS_A_CASE = 1.5  # a GPU's repeats are cut to take about this long, but not below FEWEST
+FEWEST, MOST = 3, 30
+QUEUE_CYCLES = 2_000_000  # about 1 ms of GPU time
 
 
 class Timing(NamedTuple):
@@ -29,33 +37,56 @@ class Ceilings(NamedTuple):
 def timed(prepare: Callable[[int], tuple], operation: Callable[..., object], *, repeats: int, warm_up: int) -> Timing:
     """`operation(*prepare(i))` for i = 0, 1, …; only the operation is timed, and its result is dropped before the next.
 
-    `prepare` refills what the operation overwrites and so also evicts it from the caches.
+    On a GPU: with at most `repeats` repeats, fewer where one takes long; with cold caches, whatever `prepare` left in
+    them; and with the operation queued behind a pause, so that what counts is the device's time and not Python's,
+    unless the operation itself waits for the device.
     """
     on_gpu = torch.cuda.is_available()
     seconds, peak = [], float("nan")
-    for i in range(warm_up + repeats):
+    i = 0
+    while i < warm_up + repeats:
         arguments = prepare(i)
         if on_gpu:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            result = operation(*arguments)
-            end.record()
-            torch.cuda.synchronize()
-            elapsed = start.elapsed_time(end) / 1e3
-            peak = torch.cuda.max_memory_allocated() - held
+            elapsed, peak = _on_gpu(operation, arguments)
+            if 1 <= i < warm_up and elapsed > GPU_SECONDS_A_CASE / MOST:  # the first call may have compiled
+                warm_up = i + 1
+            if i == warm_up - 1:
+                repeats = min(repeats, max(FEWEST, int(GPU_SECONDS_A_CASE / elapsed)))
         else:
             begin = time.perf_counter()
-            result = operation(*arguments)
+            operation(*arguments)
             elapsed = time.perf_counter() - begin
-        del result
+        del arguments
         if i >= warm_up:
             seconds.append(elapsed)
+        i += 1
     seconds.sort()
     at = [seconds[min(len(seconds) - 1, int(len(seconds) * q))] for q in (0.5, 0.2, 0.8)]
     return Timing(*at, peak)
+
+
+def _on_gpu(operation: Callable[..., object], arguments: tuple) -> tuple[float, float]:
+    """(seconds, peak extra bytes) of one call."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    _eviction_buffer(torch.cuda.current_device()).max()  # reads alone: nothing is left to be written back later
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    torch.cuda._sleep(QUEUE_CYCLES)
+    start.record()
+    result = operation(*arguments)
+    end.record()
+    torch.cuda.synchronize()
+    del result
+    return start.elapsed_time(end) / 1e3, torch.cuda.max_memory_allocated() - held
+
+
+@lru_cache(maxsize=1)
+def _eviction_buffer(device: int) -> Tensor:
+    """Four times the L2: reading it leaves nothing else there."""
+    properties = torch.cuda.get_device_properties(device)
+    l2_bytes = getattr(properties, "L2_cache_size", 0) or 128 << 20
+    return torch.rand(l2_bytes, device=device)  # 4 bytes each
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
@@ -81,7 +112,8 @@ def conditions(device: torch.device) -> dict[str, str]:
     card, driver = platform.processor() or platform.machine(), "none"
     if device.type == "cuda":
         card = torch.cuda.get_device_name(device)
-        driver = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).splitlines()[0]
+        lines = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).splitlines()
+        driver = lines[0] if lines else "unknown"
     return {
         "device": device.type,
         "card": card,
@@ -93,8 +125,23 @@ def conditions(device: torch.device) -> dict[str, str]:
     }
 
 
+def file_name(facts: dict[str, str]) -> str:
+    """What the files of a machine are called: "cpu", or its card, as in "nvidia-h200"."""
+    return facts["card"].lower().replace(" ", "-") if facts["device"] == "cuda" else "cpu"
+
+
+def write_table(rows: list[dict[str, object]], path: Path) -> None:
+    """A CSV, written beside its final name and renamed."""
+    beside = path.with_suffix(".csv.part")
+    with open(beside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(beside, path)
+
+
 def _output(command: list[str]) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip() or ""
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -1,4 +1,4 @@
-"""The operations to measure: each op of dapo_kernels and the same formula in plain torch, with its floor."""
+"""The operations to measure: each op of dapo_kernels and its peers on the same inputs, with its floor."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -11,13 +11,16 @@ from dapo_kernels import (
     logprobs_and_entropy,
 )
 from measure import Ceilings
+from peers import CLIP, has_liger, liger_linear_loss, liger_loss, torch_losses
 from torch import Tensor
 
-CLIP = {"eps_low": 0.2, "eps_high": 0.28, "eps_dual": 10.0}
+SEQUENCE_ROWS = 1024  # rows of a sequence, where there are as many
+LOSS_GAP = 2e-2  # a peer in bf16 whose loss differs by more computes something else; losses here are means of ±1
 
 
 class Case(NamedTuple):
-    """`operation(*prepare(i))` is one call; `floor_s` is the least time it can take on this device."""
+    """`operation(*prepare(i))` is one call; `floor_s` is the least time it can take on this device. `value`, where the
+    operation has a loss, computes it once, to be compared with ours."""
 
     op: str
     implementation: str
@@ -29,116 +32,144 @@ class Case(NamedTuple):
     operation: Callable[..., object]
     floor_s: float
     floor: str
+    value: Callable[[], float] | None = None
 
 
-def row_vectors(rows: int, columns: int, mix: str, device: torch.device) -> list[Tensor]:
-    """targets, old log-probs, advantages, weights. "plain": every row trained, nothing clipped; "real": 30 % of the
-    rows masked and 1 % of ratios beyond the clip range. Old log-probs are set by `settle_old`."""
+class Rows(NamedTuple):
+    """Row vectors [N] of `sequences` sequences of one length: targets, old log-probs, advantages, weights; how many
+    rows are trained, and in how many a gradient flows."""
+
+    sequences: int
+    targets: Tensor
+    old: Tensor
+    advantages: Tensor
+    weights: Tensor
+    trained: int
+    live: int
+
+    @property
+    def vectors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.targets, self.old, self.advantages, self.weights
+
+
+def build_rows(rows: int, columns: int, mix: str, device: torch.device, score: Callable[[Tensor], Tensor]) -> Rows:
+    """ "plain": every row trained, ratios 1, nothing clipped; "real": 30 % of the rows masked and 1 % of the ratios
+    beyond the clip range. Advantages are 1 or −1 a sequence. `score`: targets → log-probs."""
+    sequences = max(1, rows // SEQUENCE_ROWS)
     targets = torch.randint(0, columns, (rows,), device=device)
-    advantages = torch.where(torch.rand(rows, device=device) > 0.5, 1.0, -1.0)
-    weights = torch.ones(rows, device=device)
-    if mix == "real":
-        weights[torch.rand(rows, device=device) < 0.3] = 0.0
-    return [targets, torch.zeros(rows, device=device), advantages, weights]
+    signs = torch.arange(sequences, device=device) % 2 * -2.0 + 1.0
+    advantages = signs.repeat_interleave(rows // sequences)
+    real = mix == "real"
+    weights = (torch.rand(rows, device=device) >= (0.3 if real else 0.0)).float()
+    far = torch.rand(rows, device=device) < (0.01 if real else 0.0)
+    # e^±1 on the side that is clipped
+    old = score(targets).float() - torch.where(far, advantages, 0.0)
+    trained = int(weights.sum())
+    return Rows(sequences, targets, old, advantages, weights, trained, int((weights * ~far).sum()))
 
 
-def settle_old(vectors: list[Tensor], logprobs: Tensor, mix: str) -> None:
-    """Ratios of 1, or in the "real" mix e^±1 for one row in a hundred."""
-    far = (torch.rand_like(logprobs) < 0.01) & (mix == "real")
-    vectors[1] = logprobs - torch.where(far, vectors[2], torch.zeros_like(logprobs))
+def own_implementation(device: torch.device) -> str:
+    """Triton on a GPU and in the interpreter, torch elsewhere."""
+    if device.type == "cuda":
+        return "triton"
+    try:
+        from dapo_kernels.triton_rows import INTERPRETED
+    except ImportError:
+        return "torch"
+    return "triton" if INTERPRETED else "torch"
 
 
-def materialised(rows: int, columns: int, mix: str, dtype: torch.dtype, device: torch.device, limits: Ceilings):
+def materialised(
+    rows: int, columns: int, mix: str, dtype: torch.dtype, device: torch.device, limits: Ceilings
+) -> Iterator[Case]:
     """Cases on logits [rows, columns]."""
-    matrix_bytes = rows * columns * torch.empty((), dtype=dtype).element_size()
-    vectors = row_vectors(rows, columns, mix, device)
-    # two sets in turn: neither is in the caches when its turn comes
-    sources = [torch.randn(rows, columns, device=device, dtype=dtype) * 2 for _ in range(2)]
-    logprobs = logprobs_and_entropy(sources[0], vectors[0]).logprobs
-    settle_old(vectors, logprobs, mix)
-    sources[1] = sources[0].clone()
-    logits = torch.empty_like(sources[0])
-    options = CLIP | {"denominator": float(vectors[3].sum())}
+    own = own_implementation(device)
+    source = torch.randn(rows, columns, device=device, dtype=dtype).mul_(2)
+    batch = build_rows(
+        rows, columns, mix, device, lambda y: logprobs_and_entropy(source, y, implementation=own).logprobs
+    )
+    # the work space, with room for the unused last row of each of Liger's sequences
+    liger = has_liger() and own == "triton"
+    space = source.new_empty((rows + batch.sequences) if liger else rows, columns)
+    logits = space[:rows]
+    denominator = float(batch.trained)
+    row_s = columns * source.element_size() / limits.copy_bytes_per_s
+    loss_floor, read_floor = (batch.trained + batch.live + rows) * row_s, batch.trained * row_s
 
-    def prepare(i: int) -> tuple:
-        return (logits.detach().copy_(sources[i % 2]).requires_grad_(),)
+    def prepare(_: int) -> tuple:
+        return (logits.detach().copy_(source).requires_grad_(),)
 
-    def ours(implementation: str):
-        def step(z: Tensor) -> None:
-            clipped_policy_loss(z, *vectors, implementation=implementation, **options).loss.backward()
+    def prepare_liger(_: int) -> tuple:
+        whole = space.view(batch.sequences, -1, columns)
+        whole[:, :-1].copy_(source.view(batch.sequences, -1, columns))
+        whole[:, -1] = source[0]
+        return (whole.detach().requires_grad_(),)
 
-        return step
+    def loss_case(name: str, loss: Callable[[Tensor], Tensor], ready: Callable[[int], tuple] = prepare) -> Case:
+        return Case(
+            "clipped loss + gradient", name, rows, columns, 0, mix, ready,
+            lambda z: torch.autograd.grad(loss(z), z), loss_floor, "2 reads + 1 write",
+            lambda: float(loss(*ready(0)).detach()),
+        )  # fmt: skip
 
-    def forward(implementation: str):
-        def step(z: Tensor) -> None:
-            with torch.no_grad():
-                logprobs_and_entropy(z, vectors[0], row_mask=vectors[3] > 0, implementation=implementation)
+    def forward(z: Tensor) -> None:
+        with torch.no_grad():
+            logprobs_and_entropy(z, batch.targets, row_mask=batch.weights > 0, implementation=own)
 
-        return step
+    def ours(z: Tensor) -> Tensor:
+        return clipped_policy_loss(z, *batch.vectors, implementation=own, denominator=denominator, **CLIP).loss
 
-    peers = {name: step for name, step in _eager_steps(device).items()}
-    own = ["triton"] if device.type == "cuda" else ["torch"]
-    for name in own:
-        yield Case("clipped loss + gradient", name, rows, columns, 0, mix, prepare, ours(name),
-                   3 * matrix_bytes / limits.copy_bytes_per_s, "2 reads + 1 write")  # fmt: skip
-        yield Case("log-probs", name, rows, columns, 0, mix, prepare, forward(name),
-                   matrix_bytes / limits.copy_bytes_per_s, "1 read")  # fmt: skip
-    for name, step in peers.items():
-        yield Case("clipped loss + gradient", name, rows, columns, 0, mix, prepare,
-                   lambda z, step=step: step(z, *vectors, options["denominator"]).backward(),
-                   3 * matrix_bytes / limits.copy_bytes_per_s, "2 reads + 1 write")  # fmt: skip
+    yield loss_case(own, ours)
+    yield Case("log-probs", own, rows, columns, 0, mix, prepare, forward, read_floor, "1 read")
+    for name, step in torch_losses(device, columns).items():
+        yield loss_case(name, lambda z, step=step: step(z, *batch.vectors, denominator))
+    if liger:
+        yield loss_case("liger", lambda z: liger_loss(z, *batch.vectors), prepare_liger)
 
 
 def fused_linear(
     rows: int, columns: int, width: int, mix: str, dtype: torch.dtype, device: torch.device, limits: Ceilings
 ) -> Iterator[Case]:
     """Cases on hidden states [rows, width] and a weight [columns, width]."""
-    vectors = row_vectors(rows, columns, mix, device)
+    own = own_implementation(device)
     hidden = torch.randn(rows, width, device=device, dtype=dtype)
     weight = torch.nn.Parameter(torch.randn(columns, width, device=device, dtype=dtype) / width**0.5)
-    weight.main_grad = torch.zeros(columns, width, device=device)
-    settle_old(vectors, linear_logprobs_and_entropy(hidden, weight.detach(), vectors[0]).logprobs.float(), mix)
-    options = CLIP | {"denominator": float(vectors[3].sum())}
-    work = rows * width * columns / limits.matmul_flop_per_s
+    batch = build_rows(
+        rows, columns, mix, device,
+        lambda y: linear_logprobs_and_entropy(hidden, weight.detach(), y, implementation=own).logprobs,
+    )  # fmt: skip
+    denominator = float(batch.trained)
+    work = batch.trained * width * columns / limits.matmul_flop_per_s
 
     def prepare(_: int) -> tuple:
         return (hidden.detach().requires_grad_(),)
 
-    def ours(x: Tensor) -> None:
-        linear_clipped_policy_loss(x, weight, *vectors, **options).loss.backward()
+    def loss_case(name: str, loss: Callable[[Tensor], Tensor], leaves: Callable[[Tensor], list[Tensor]]) -> Case:
+        return Case(
+            "linear loss + gradients", name, rows, columns, width, mix, prepare,
+            lambda x: torch.autograd.grad(loss(x), leaves(x)), 6 * work, "6NHV",
+            lambda: float(loss(*prepare(0)).detach()),
+        )  # fmt: skip
 
     def forward(x: Tensor) -> None:
         with torch.no_grad():
-            linear_logprobs_and_entropy(x, weight, vectors[0], row_mask=vectors[3] > 0)
+            linear_logprobs_and_entropy(x, weight, batch.targets, row_mask=batch.weights > 0, implementation=own)
 
-    name = "triton" if device.type == "cuda" else "torch"
-    yield Case("linear loss + gradients", name, rows, columns, width, mix, prepare, ours, 6 * work, "6NHV")
-    yield Case("linear log-probs", name, rows, columns, width, mix, prepare, forward, 2 * work, "2NHV")
-    for peer, step in _eager_steps(device).items():
+    def ours(x: Tensor) -> Tensor:
+        return linear_clipped_policy_loss(
+            x, weight, *batch.vectors, implementation=own, denominator=denominator, **CLIP
+        ).loss
 
-        def whole(x: Tensor, step=step) -> None:
-            step(x @ weight.t(), *vectors, options["denominator"]).backward()
-            weight.grad = None
-
-        yield Case("linear loss + gradients", peer, rows, columns, width, mix, prepare, whole, 6 * work, "6NHV")
-
-
-def plain_loss(
-    logits: Tensor, targets: Tensor, old: Tensor, advantages: Tensor, weights: Tensor, denominator: float
-) -> Tensor:
-    """The clipped loss with entropy beside it as a page of plain torch has it: fp32 log-softmax of everything."""
-    logp = torch.log_softmax(logits.float(), dim=1)
-    entropy = -(logp.detach().exp() * logp.detach()).sum(1)
-    ratio = (logp.gather(1, targets[:, None]).squeeze(1) - old).clamp(-20, 20).exp()
-    clipped = ratio.clamp(1 - CLIP["eps_low"], 1 + CLIP["eps_high"])
-    token_loss = torch.maximum(-ratio * advantages, -clipped * advantages)
-    token_loss = torch.where(advantages < 0, token_loss.minimum(-CLIP["eps_dual"] * advantages), token_loss)
-    return (weights * token_loss).sum() / denominator + 0.0 * entropy.sum()
-
-
-def _eager_steps(device: torch.device) -> dict[str, Callable]:
-    """torch eager everywhere; torch.compile on a GPU alone, where it needs no C++ compiler."""
-    steps: dict[str, Callable] = {"torch eager": plain_loss}
-    if device.type == "cuda":
-        steps["torch.compile"] = torch.compile(plain_loss, dynamic=True)
-    return steps
+    weight.main_grad = torch.zeros(columns, width, device=device)  # where Megatron's learner collects dW
+    yield loss_case(own, ours, lambda x: [x])
+    yield Case("linear log-probs", own, rows, columns, width, mix, prepare, forward, 2 * work, "2NHV")
+    del weight.main_grad
+    both = lambda x: [x, weight]  # noqa: E731
+    for name, step in torch_losses(device, columns).items():
+        yield loss_case(name, lambda x, step=step: step(x @ weight.t(), *batch.vectors, denominator), both)
+    if has_liger():
+        for chunk in (1, 8) if batch.sequences >= 8 else (1,):
+            peer = liger_linear_loss(chunk, compiled=device.type == "cuda")
+            yield loss_case(
+                f"liger, chunk {chunk}", lambda x, peer=peer: peer(x, weight, *batch.vectors, batch.sequences), both
+            )

@@ -97,11 +97,11 @@ def check_on_cpu(targets: Tensor, temperature: float | Tensor, vocabulary: int, 
 
 def check_loss_on_cpu(loss_mask: Tensor, denominator: float | Tensor) -> None:
     """ValueError for a denominator ≤ 0 or a negative or NaN weight; a tensor on a GPU is left to the kernels' flags."""
+    if isinstance(denominator, Tensor) and denominator.numel() != 1:
+        raise ValueError(f"denominator must be one number; got shape {tuple(denominator.shape)}")
     on_cpu = loss_mask.device.type == "cpu"
     if (on_cpu or not isinstance(denominator, Tensor)) and not float(denominator) > 0:
         raise ValueError(f"denominator={float(denominator)} must be > 0: the weight sum of the whole mini-batch")
-    if isinstance(denominator, Tensor) and denominator.numel() != 1:
-        raise ValueError(f"denominator must be one number; got shape {tuple(denominator.shape)}")
     if on_cpu and loss_mask.numel() and not float(loss_mask.min()) >= 0:  # a NaN as well
         raise ValueError(f"loss_mask holds {float(loss_mask.min())}; weights must be >= 0")
 

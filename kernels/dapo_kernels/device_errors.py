@@ -15,7 +15,7 @@ class DeviceErrors(NamedTuple):
     logits: bool
     """a row with a NaN, a +inf or nothing but −inf"""
     setting: bool
-    """a negative or NaN weight, a denominator or temperature that is not above 0"""
+    """a negative or NaN weight, a denominator or temperature that is not above 0, `rows` without a row of weight"""
     gradient_scale: bool
     """a backward pass of a fused linear loss under another factor than the `gradient_scale` it was told"""
 
@@ -26,7 +26,7 @@ class DeviceErrors(NamedTuple):
         sentences = (
             "a target lies outside the vocabulary",
             "a row of logits holds a NaN, a +inf or nothing but -inf",
-            "a weight is negative or NaN, or a denominator or temperature is not above 0",
+            "a weight is negative or NaN, a denominator or temperature is not above 0, or rows of weight were left out",
             "a fused linear loss was differentiated under another factor than its gradient_scale",
         )
         return "; ".join(s for s, seen in zip(sentences, tuple(self), strict=True) if seen) or "none"

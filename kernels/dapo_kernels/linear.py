@@ -53,6 +53,7 @@ def linear_clipped_policy_loss(
     chunk_rows: int = 2048,
     gradient_scale: float = 1.0,
     implementation: str = "auto",
+    rows: Tensor | None = None,
 ) -> PolicyLoss:
     """`clipped_policy_loss` of logits = hidden · weightᵀ, gradients of hidden and weight computed in the forward pass.
 
@@ -63,11 +64,13 @@ def linear_clipped_policy_loss(
         hidden: [N, H] bf16, fp16, fp32 or fp64; with `sequence_parallel` this rank's N/TP rows of it.
         weight: [V/TP, H], same dtype.
         targets, old_logprobs, advantages, loss_mask: [N], the same on every rank of the group. Rows of weight 0 are
-            dropped before the product; finding them is the one wait for the device.
+            dropped before the product; without `rows`, finding them is the one wait for the device.
         sequence_parallel: gather hidden's rows over the group, and scatter its gradient back.
         chunk_rows: rows of logits alive at a time; memory is chunk_rows · V/TP elements.
         gradient_scale: the factor that backward will receive (a loss scale). Only `main_grad` depends on it; another
             factor then is an error: ValueError on a CPU, a flag and NaN on a GPU.
+        rows: [n] int64, the rows of weight > 0 in order, from a caller who knows them without the device. Others are an
+            error: ValueError on a CPU, a flag and NaN on a GPU.
         others: as in `clipped_policy_loss`.
 
     Raises:
@@ -75,7 +78,7 @@ def linear_clipped_policy_loss(
     """
     check_clip(eps_low, eps_high, eps_dual)
     head = linear_head(
-        hidden, weight, loss_mask > 0, vocab_size=vocab_size, tensor_parallel_group=tensor_parallel_group,
+        hidden, weight, loss_mask > 0, rows, vocab_size=vocab_size, tensor_parallel_group=tensor_parallel_group,
         sequence_parallel=sequence_parallel, chunk_rows=chunk_rows, implementation=implementation,
     )  # fmt: skip
     count = global_rows(hidden, head.group, sequence_parallel)
@@ -104,11 +107,13 @@ def linear_logprobs_and_entropy(
     chunk_rows: int = 2048,
     implementation: str = "auto",
     row_mask: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> LogprobsAndEntropy:
     """`logprobs_and_entropy` of logits = hidden · weightᵀ, differentiable in hidden and weight.
 
     The logits are made again in the backward pass, which adds dW to `weight.main_grad` where that exists. Arguments as
-    in `linear_clipped_policy_loss` and `logprobs_and_entropy`.
+    in `linear_clipped_policy_loss` and `logprobs_and_entropy`; `rows` names the same rows as `row_mask`, or stands
+    alone.
 
     Raises:
         ValueError: as these two.
@@ -116,13 +121,14 @@ def linear_logprobs_and_entropy(
     if row_mask is not None and (row_mask.dim() != 1 or row_mask.dtype != torch.bool):
         raise ValueError(f"row_mask must be bool [N]; got {row_mask.dtype} {tuple(row_mask.shape)}")
     head = linear_head(
-        hidden, weight, row_mask, vocab_size=vocab_size, tensor_parallel_group=tensor_parallel_group,
+        hidden, weight, row_mask, rows, vocab_size=vocab_size, tensor_parallel_group=tensor_parallel_group,
         sequence_parallel=sequence_parallel, chunk_rows=chunk_rows, implementation=implementation,
     )  # fmt: skip
     count = global_rows(hidden, head.group, sequence_parallel)
     check_rows(count, hidden.device, targets, row_mask)
-    check_on_cpu(targets, temperature, head.shard.vocabulary, row_mask)
     scale = inverse_temperature(temperature, count, hidden)
+    if hidden.device.type == "cpu":
+        check_on_cpu(targets[head.rows], _of_rows(temperature, head), head.shard.vocabulary, None)
     return LogprobsAndEntropy(*_LinearLogprobs.apply(hidden, weight, head, targets, scale, _main_grad(weight, head)))
 
 
@@ -153,7 +159,9 @@ class _LinearClippedLoss(torch.autograd.Function):
         ctx.implementation = head.implementation
         ctx.mark_non_differentiable(values, clips)
         if loss.device.type != "cpu":
-            sound = (vectors[3] >= 0).all() & (torch.as_tensor(denominator, device=loss.device) > 0)
+            weights = vectors[3]
+            sound = (weights >= 0).all() & (torch.as_tensor(denominator, device=loss.device) > 0)
+            sound &= (weights[head.rows] > 0).all() & ((weights > 0).sum() == head.rows.numel())
             note_on_device(loss.device, "setting", ~sound)
             loss = torch.where(sound, loss, float("nan"))
         return loss.to(dtype), values, clips
@@ -250,6 +258,11 @@ def _triton_chunk_loss(head, logits, vectors, scale, denominator, clip, want):
         device_number(denominator, logits.device), scale, head.shard, head.group, clip_settings(**clip),
     )  # fmt: skip
     return found.terms.sum(dtype=torch.float64), found.values, found.clips
+
+
+def _of_rows(temperature: float | Tensor, head: LinearHead) -> float | Tensor:
+    """The temperatures of the rows that count."""
+    return temperature[head.rows] if isinstance(temperature, Tensor) and temperature.dim() == 1 else temperature
 
 
 def _main_grad(weight: Tensor, head: LinearHead) -> Tensor | None:

@@ -39,6 +39,7 @@ def linear_head(
     hidden: Tensor,
     weight: Tensor,
     counts: Tensor | None,
+    given_rows: Tensor | None,
     *,
     vocab_size: int | None,
     tensor_parallel_group: dist.ProcessGroup | None,
@@ -46,10 +47,12 @@ def linear_head(
     chunk_rows: int,
     implementation: str,
 ) -> LinearHead:
-    """Check the shapes and choose the rows: those where `counts` [N] bool is true, or all.
+    """Check the shapes and choose the rows: `given_rows` if the caller knows them, else those where `counts` [N] bool
+    is true (to count them is to wait for the device), or all.
 
     Raises:
-        ValueError: hidden or weight are not contiguous matrices of one dtype and width, or chunk_rows < 1.
+        ValueError: hidden or weight are not contiguous matrices of one dtype and width, chunk_rows < 1, or given_rows
+            is no int64 vector on their device; on a CPU also if these are not the rows of `counts`.
     """
     for name, value in (("hidden", hidden), ("weight", weight)):
         if value.dim() != 2 or not value.is_contiguous():
@@ -66,7 +69,10 @@ def linear_head(
         raise ValueError(f"chunk_rows={chunk_rows} must be >= 1")
     group = group_of_many(tensor_parallel_group)
     count = global_rows(hidden, group, sequence_parallel)
-    rows = torch.arange(count, device=hidden.device) if counts is None else counts.nonzero().squeeze(1)
+    if given_rows is not None:
+        rows = _checked_rows(given_rows, counts, count, hidden.device)
+    else:
+        rows = torch.arange(count, device=hidden.device) if counts is None else counts.nonzero().squeeze(1)
     grad = torch.is_grad_enabled()
     return LinearHead(
         rows,
@@ -79,6 +85,19 @@ def linear_head(
         grad and hidden.requires_grad,
         grad and weight.requires_grad,
     )
+
+
+def _checked_rows(rows: Tensor, counts: Tensor | None, count: int, device: torch.device) -> Tensor:
+    if rows.dim() != 1 or rows.dtype != torch.int64 or rows.numel() > count:
+        raise ValueError(f"rows must be int64 [n], n <= {count}; got {rows.dtype} {tuple(rows.shape)}")
+    if rows.device != device:
+        raise ValueError(f"rows is on {rows.device}, hidden is on {device}")
+    if device.type == "cpu" and rows.numel():
+        if int(rows.min()) < 0 or int(rows.max()) >= count or bool((rows.diff() <= 0).any()):
+            raise ValueError(f"rows must increase within 0..{count - 1}")
+        if counts is not None and not (int(counts.sum()) == rows.numel() and bool(counts[rows].all())):
+            raise ValueError(f"rows names {rows.numel()} rows, not the {int(counts.sum())} with a weight above 0")
+    return rows
 
 
 def global_rows(hidden: Tensor, group: dist.ProcessGroup | None, sequence_parallel: bool) -> int:
@@ -97,7 +116,8 @@ def gathered(head: LinearHead, hidden: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Chunk:
-    """`logits` [m, V/TP] of the rows `rows` [m] of the batch, `positions` among the rows that count; `last` of all."""
+    """`logits` [m, V/TP] and `hidden` [m, H] of the rows `rows` [m] of the batch; `positions` among the rows that
+    count; `last` of all."""
 
     logits: Tensor
     hidden: Tensor
@@ -107,15 +127,21 @@ class Chunk:
 
 
 def chunks(head: LinearHead, hidden_NH: Tensor, weight: Tensor) -> Iterator[Chunk]:
-    """Each chunk's logits, all in the same buffer: use one before asking for the next."""
+    """Each chunk's logits and gathered rows, all in the same buffers: use one before asking for the next."""
     count = head.rows.numel()
-    buffer = hidden_NH.new_empty(min(head.chunk_rows, count), weight.shape[0])
+    most = min(head.chunk_rows, count)
+    logits = hidden_NH.new_empty(most, weight.shape[0])
+    gathered_rows = None if head.everything else hidden_NH.new_empty(most, hidden_NH.shape[1])
     for start in range(0, count, head.chunk_rows):
         positions = slice(start, min(start + head.chunk_rows, count))
         rows = head.rows[positions]
-        hidden = hidden_NH[positions] if head.everything else hidden_NH.index_select(0, rows)
-        logits = torch.mm(hidden, weight.t(), out=buffer[: rows.numel()])
-        yield Chunk(logits, hidden, rows, positions, positions.stop == count)
+        size = rows.numel()
+        if gathered_rows is None:
+            hidden = hidden_NH[positions]
+        else:
+            hidden = torch.index_select(hidden_NH, 0, rows, out=gathered_rows[:size])
+        torch.mm(hidden, weight.t(), out=logits[:size])
+        yield Chunk(logits[:size], hidden, rows, positions, positions.stop == count)
 
 
 class LinearGradients:
@@ -128,7 +154,7 @@ class LinearGradients:
     def __init__(
         self, head: LinearHead, hidden_NH: Tensor, weight: Tensor, main_grad: Tensor | None, factor: float = 1.0
     ) -> None:
-        self._head, self._weight, self._factor = head, weight, factor
+        self._head, self._states, self._weight, self._factor = head, hidden_NH, weight, factor
         self.hidden: Tensor | None = None
         if head.need_hidden:
             self.hidden = torch.empty_like(hidden_NH) if head.everything else torch.zeros_like(hidden_NH)
@@ -140,15 +166,19 @@ class LinearGradients:
             self._start_reduction()
 
     def add(self, chunk: Chunk) -> None:
-        """chunk.logits must hold dZ. The reduction of dX over the ranks runs beside the last product for dW."""
+        """chunk.logits must hold dZ; chunk.hidden is overwritten where rows were dropped. The reduction of dX over the
+        ranks runs beside the last product for dW."""
         if self.hidden is not None:
             if self._head.everything:
                 torch.mm(chunk.logits, self._weight, out=self.hidden[chunk.positions])
             else:
-                self.hidden.index_copy_(0, chunk.rows, torch.mm(chunk.logits, self._weight))
+                # dX takes the place of the gathered rows, which are gathered again for dW: memory for a little traffic
+                self.hidden.index_copy_(0, chunk.rows, torch.mm(chunk.logits, self._weight, out=chunk.hidden))
             if chunk.last:
                 self._start_reduction()
         if self._head.need_weight:
+            if self.hidden is not None and not self._head.everything:
+                torch.index_select(self._states, 0, chunk.rows, out=chunk.hidden)
             accumulate_product(self.weight, chunk.logits, chunk.hidden, self._factor)
 
     def finish(self) -> None:

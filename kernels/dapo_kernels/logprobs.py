@@ -10,6 +10,7 @@ a row (max, Σ exp, target logit, Σ exp·(z − max)) makes the row statistics 
 nothing.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,8 @@ from dapo_kernels.arguments import (
 from dapo_kernels.device_errors import note_on_device
 
 CHUNK_ELEMENTS = 1 << 22  # elements upcast at a time: bounds the extra memory to a few tens of MiB whatever N
+CPU_CHUNK_ELEMENTS = 1 << 18  # small enough for a core's cache
+LOWEST = -3.0e38  # stands in for −inf where a product with 0 must be 0
 
 
 class LogprobsAndEntropy(NamedTuple):
@@ -109,7 +112,7 @@ def row_statistics(
     statistics = torch.cat(
         [
             _local_statistics(_scaled(logits, chunk, inverse_temperature, shard), targets[chunk] - shard.first)
-            for chunk in _row_chunks(rows, shard.valid)
+            for _, chunk in _row_chunks(rows, logits.shape[0], shard.valid)
         ]
         or [torch.empty(0, 4, dtype=inverse_temperature.dtype, device=logits.device)]
     )
@@ -142,39 +145,42 @@ def write_row_gradient(
     vocabulary. g_l, g_h are [N]."""
     valid = shard.valid
     entropy_pulls = g_h.device.type != "cpu" or bool(g_h.any())  # a GPU is not asked: it would have to be waited for
-    for positions in _row_chunks(torch.arange(rows.numel(), device=rows.device), valid):
-        chunk = rows[positions]
-        logp = _scaled(logits, chunk, inverse_temperature, shard)
-        logp -= statistics.maximum[positions, None]
+    for positions, chunk in _row_chunks(rows, logits.shape[0], valid):
+        logp = _scaled(logits, chunk, inverse_temperature, shard) - statistics.maximum[positions, None]
         logp -= statistics.log_sum[positions, None]
-        l_N1, h_N1 = g_l[chunk, None], g_h[chunk, None]
+        scale_N = inverse_temperature if inverse_temperature.dim() == 0 else inverse_temperature[chunk]
+        l_N1, h_N1 = (g_l[chunk] * scale_N)[:, None], (g_h[chunk] * scale_N)[:, None]
         if entropy_pulls:
             p = logp.exp()
             # p·log p is 0 where p is 0, also where log p is −inf
-            gradient = -p * (l_N1 + h_N1 * (torch.where(p > 0, logp, 0.0) + statistics.entropy[positions, None]))
+            logp.clamp_(min=LOWEST).add_(statistics.entropy[positions, None])
+            gradient = logp.mul_(p).mul_(-h_N1).addcmul_(p, l_N1, value=-1)
         else:
             gradient = logp.exp_().mul_(-l_N1)
         local = targets[chunk] - shard.first
         owned = ((local >= 0) & (local < valid)).nonzero().squeeze(1)
         gradient[owned, local[owned]] += l_N1[owned, 0]
-        gradient *= inverse_temperature if inverse_temperature.dim() == 0 else inverse_temperature[chunk, None]
         out[chunk, :valid] = gradient.to(out.dtype)
-    skipped = torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device).index_fill_(0, rows, False)
-    out[skipped] = 0
+    if rows.numel() < logits.shape[0]:
+        skipped = torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device).index_fill_(0, rows, False)
+        out[skipped] = 0
     out[:, valid:] = 0
 
 
-def _row_chunks(rows: Tensor, columns: int) -> tuple[Tensor, ...]:
-    return rows.split(max(1, CHUNK_ELEMENTS // max(1, columns)))
+def _row_chunks(rows: Tensor, count: int, columns: int) -> Iterator[tuple[slice, slice | Tensor]]:
+    """(positions among the rows asked for, row numbers): slices, which copy nothing, where these are all `count`."""
+    size = max(1, (CHUNK_ELEMENTS if rows.device.type != "cpu" else CPU_CHUNK_ELEMENTS) // max(1, columns))
+    for start in range(0, rows.numel(), size):
+        positions = slice(start, min(start + size, rows.numel()))
+        yield positions, positions if rows.numel() == count else rows[positions]
 
 
-def _scaled(logits: Tensor, rows: Tensor, inverse_temperature: Tensor, shard: Shard) -> Tensor:
-    """z = logits / T of the given rows and the valid columns, in the compute dtype."""
+def _scaled(logits: Tensor, rows: slice | Tensor, inverse_temperature: Tensor, shard: Shard) -> Tensor:
+    """z = logits / T of the given rows and the valid columns, in the compute dtype; maybe a view of the logits."""
     z = logits[rows, : shard.valid].to(inverse_temperature.dtype)
     if z.device.type == "cpu" and inverse_temperature.dim() == 0 and float(inverse_temperature) == 1:
         return z
-    scale = inverse_temperature if inverse_temperature.dim() == 0 else inverse_temperature[rows, None]
-    return z.mul_(scale)
+    return z * (inverse_temperature if inverse_temperature.dim() == 0 else inverse_temperature[rows, None])
 
 
 class _RowLogprobs(torch.autograd.Function):
@@ -206,9 +212,9 @@ def _local_statistics(z_NV: Tensor, local_targets_N: Tensor) -> Tensor:
     target = z_NV.gather(1, local_targets_N.clamp(0, columns - 1)[:, None]).squeeze(1)
     target = torch.where(owned, target, float("-inf"))
     maximum = z_NV.amax(dim=1)
-    shifted = z_NV.sub_(torch.where(maximum == float("-inf"), 0.0, maximum)[:, None])
+    shifted = z_NV - torch.where(maximum == float("-inf"), 0.0, maximum)[:, None]
     exponential = shifted.exp()
-    weighted = torch.where(exponential > 0, shifted, 0.0).mul_(exponential).sum(dim=1)
+    weighted = shifted.clamp_(min=LOWEST).mul_(exponential).sum(dim=1)  # 0 · −inf must be 0
     return torch.stack([maximum, exponential.sum(dim=1), target, weighted], dim=1)
 
 

@@ -52,10 +52,20 @@ def test_what_is_allowed(sections):
         ({"rollout": {"samples_per_prompt": 1}}, ["rollout.samples_per_prompt=1", "use 2 or more"]),
         ({"algorithm": {"eps_dual": 1.0}}, ["algorithm.eps_dual=1.0", "more than 1", "or null"]),
         ({"algorithm": {"eps_dual": -3.0}}, ["algorithm.eps_dual=-3.0"]),
+        ({"rollout": {"engine": "vllm", "servers": ["gpu-7:8000"]}}, ["'gpu-7:8000'", "http://host:8000"]),
         (
-            {"rollout": {"engine": "vllm", "placement": "disaggregated", "tensor": 4, "engines": 2}},
-            ["rollout.engine=vllm is not available in this version; use hf"],
+            {"rollout": {"engine": "vllm", "servers": ["http://a:1", "http://b:1"], "engines": 3}},
+            ["rollout.engines=3", "2 rollout.servers", "use 2 or null"],
         ),
+        (
+            {"rollout": {"engine": "vllm", "servers": ["http://a:1"]}, "resharding": {"transport": "shared"}},
+            ["resharding.transport=shared", "rollout.servers", "use group or auto"],
+        ),
+        (
+            {"rollout": {"engine": "vllm", "placement": "disaggregated"}, "resharding": {"transport": "shared"}},
+            ["resharding.transport=shared", "rollout.placement=colocated", "use transport=group or auto"],
+        ),
+        ({"rollout": {"servers": ["http://a:1"]}}, ["rollout.servers", "rollout.engine=vllm", "with hf use []"]),
         ({"rollout": {"placement": "disaggregated"}}, ["rollout.placement=disaggregated", "vllm", "use colocated"]),
         ({"rollout": {"tensor": 4}}, ["rollout.tensor=4", "vllm", "with hf use 1"]),
         ({"rollout": {"engines": 1}}, ["rollout.engines=1", "vllm", "with hf use null"]),

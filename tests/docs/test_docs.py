@@ -89,7 +89,8 @@ def test_values_listed_as_refused_are_refused():
 def test_commands_in_the_readme_exist_with_their_options():
     commands = _commands(README)
     assert {" ".join(names) for names, _ in commands} == {
-        "train", "report", "convert hf-to-megatron", "convert megatron-to-hf",
+        "train", "plan", "serve", "report", "convert hf-to-megatron", "convert megatron-to-hf",
+        "convert hf-to-hf", "convert megatron-to-megatron",
     }  # fmt: skip
     for names, words in commands:
         unknown = _options(" ".join(words)) - _options(_help(names))
@@ -105,7 +106,10 @@ def test_every_command_and_option_is_in_the_readme():
         commands += [command.name for command in group.registered_commands]
     assert set(commands) <= documented
     assert _options(_help(["train"])) <= _options(README)
+    assert _options(_help(["plan"])) <= _options(README)
     assert _options(_help(["report"])) <= _options(README)
+    for command in groups["convert"].registered_commands:
+        assert _options(_help(["convert", command.name])) <= _options(README)
 
 
 def test_commands_listed_as_missing_are_missing():

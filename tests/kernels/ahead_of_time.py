@@ -17,7 +17,7 @@ from dapo_kernels.triton_rows import FINISH_ROWS
 from dapo_kernels.tuned import tile_for
 from triton.backends.compiler import GPUTarget
 
-CAPABILITY = {"sm_90": (9, 0), "sm_80": (8, 0), "gfx942": (9, 0)}
+CAPABILITY = {"sm_90": (9, 0), "sm_80": (8, 0), "sm_100": (10, 0), "gfx942": (9, 0)}
 ROWS_OF = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -96,7 +96,8 @@ def resources(kernel, architecture: str) -> dict[str, int]:
             file.write(kernel.asm["ptx"])
         usage = _output([_tool("cuobjdump"), "-res-usage", cubin])
         sass = _output([_tool("nvdisasm"), "-c", cubin])
-        verbose = _output([_tool("ptxas"), "-v", f"--gpu-name={architecture}", ptx, "-o", cubin + ".o"])
+        assembler = "ptxas-blackwell" if architecture.startswith("sm_1") else "ptxas"  # triton ships two
+        verbose = _output([_tool(assembler), "-v", f"--gpu-name={architecture}", ptx, "-o", cubin + ".o"])
     registers, stack, shared = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage).groups())
     spills = re.findall(r"(\d+) bytes spill", verbose)
     if len(spills) < 2 or "LDG" not in sass:
@@ -162,7 +163,7 @@ def main() -> None:
             }
             report[case["name"]] = numbers | {"wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", code))}
         else:
-            report[case["name"]] = resources(kernel, "sm_90a" if case["card"] == "sm_90" else case["card"])
+            report[case["name"]] = resources(kernel, case["card"] + ("a" if case["card"] != "sm_80" else ""))
         matrix = re.findall(r"tt\.addptr %(?:logits|gradient)_ptr, .*?, (?:tensor<\S+x)?(i\d+)", kernel.asm["ttir"])
         tile = tile_for(CAPABILITY[case["card"]], case["columns"], torch.empty(1, dtype=dtype).element_size())
         report[case["name"]] |= {

@@ -12,6 +12,8 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 ROW_KERNELS = ("row_statistics_kernel", "clipped_loss_kernel", "row_gradient_kernel", "scale_rows_kernel")
 WRITERS = ROW_KERNELS[1:]
+OTHER_CARDS = ("sm_80", "sm_80, whole", "sm_100", "sm_100, whole")
+ANY_ROWS = [1, 2, 16, 17, 8191, 65535, 65536, 70001]
 # 65,536 registers over 2,048 threads: at most this many a thread keep 5 programs of 128 threads on a multiprocessor
 MOST_REGISTERS = {
     "row_statistics_kernel": 64,
@@ -23,8 +25,10 @@ MOST_REGISTERS = {
 
 
 def _cases() -> list[dict]:
+    finish = {"kernel": "finish_rows_kernel", "card": "sm_90", "dtype": "bf16", "columns": 8}
     cases = [
-        {"name": "finish_rows_kernel", "kernel": "finish_rows_kernel", "card": "sm_90", "dtype": "bf16", "columns": 8}
+        finish | {"name": "finish_rows_kernel, of any N", "rows_list": ANY_ROWS, "columns_list": [16, 19008]},
+        finish | {"name": "finish_rows_kernel"},
     ]
     for kernel in ROW_KERNELS:
         for name, more in {
@@ -34,10 +38,12 @@ def _cases() -> list[dict]:
             "odd": {"columns": 19001},
             "fp32": {"columns": 19008, "dtype": "fp32"},
             "sm_80": {"columns": 19008, "card": "sm_80"},
+            "sm_80, whole": {"columns": 152064, "card": "sm_80"},
+            "sm_100": {"columns": 19008, "card": "sm_100"},
+            "sm_100, whole": {"columns": 152064, "card": "sm_100"},
             "gfx942": {"columns": 19008, "card": "gfx942"},
             "of any N": {
-                "columns": 19008, "dtype": "fp16", "rows_list": [1, 2, 16, 17, 8191, 65535, 65536, 70001],
-                "columns_list": [19016, 20000, 32000],
+                "columns": 19008, "dtype": "fp16", "rows_list": ANY_ROWS, "columns_list": [19016, 20000, 32000],
             },
         }.items():  # fmt: skip
             cases.append({"name": f"{kernel}, {name}", "kernel": kernel, "card": "sm_90", "dtype": "bf16"} | more)
@@ -60,14 +66,14 @@ def report(tmp_path_factory) -> dict[str, dict[str, int]]:
 
 
 @pytest.mark.parametrize("kernel", ROW_KERNELS)
-@pytest.mark.parametrize("shape", ["whole", "shard of 8", "padded", "fp32", "sm_80"])
+@pytest.mark.parametrize("shape", ["whole", "shard of 8", "padded", "fp32", *OTHER_CARDS])
 def test_wide_loads_and_nothing_spilled(report, kernel, shape):
     found = report[f"{kernel}, {shape}"]
     assert found["spilled"] == found["local"] == found["stack"] == found["atomics"] == 0, found
     assert found["wide_loads"] == found["vectors_a_thread"] >= 2, found
     if kernel in WRITERS:
         assert found["wide_stores"] == found["wide_loads"], found
-    if shape != "sm_80":
+    if shape not in OTHER_CARDS:
         assert found["registers"] <= MOST_REGISTERS[kernel], found
 
 
@@ -99,7 +105,7 @@ def test_row_offsets_are_64_bit(report, kernel):
         assert report[f"{kernel}, {shape}"]["matrix_offsets"] == ["i64"]
 
 
-@pytest.mark.parametrize("kernel", ROW_KERNELS)
+@pytest.mark.parametrize("kernel", [*ROW_KERNELS, "finish_rows_kernel"])
 def test_one_compilation_serves_every_number_of_rows_and_columns(report, kernel):
     assert report[f"{kernel}, of any N"]["compilations"] == 1
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dapo_kernels import linear_chunks, linear_clipped_policy_loss, linear_logprobs_and_entropy
+from dapo_kernels import linear, linear_chunks, linear_clipped_policy_loss, linear_logprobs_and_entropy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -163,6 +163,48 @@ def test_rows_without_weight_never_reach_a_product():
     found = by_chunks(*arguments)
     assert_same(found, (wanted[0], wanted[1], wanted[2]), **CLOSE)
     assert not found[1][masked].any()
+
+
+@pytest.mark.parametrize("masked", [0.0, 0.4, 1.0])
+def test_rows_that_the_caller_knows_need_not_be_looked_for(masked, monkeypatch):
+    arguments = head_and_batch(11, 8, 24, 1, masked=masked)
+    mask = arguments[5] > 0
+    rows = mask.nonzero().squeeze(1)
+    g_l, g_h = torch.randn(2, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    wanted = by_logits(*arguments)
+    wanted_logprobs = logprobs_by_logits(*arguments[:3], g_l, g_h, row_mask=mask)
+    monkeypatch.setattr(linear, "linear_head", _without_nonzero(linear.linear_head))
+    assert_same(by_chunks(*arguments, rows=rows, chunk_rows=3), wanted, **CLOSE)
+    found = logprobs_by_chunks(*arguments[:3], g_l, g_h, rows=rows, chunk_rows=3)
+    for left, right in zip(found, wanted_logprobs, strict=True):
+        torch.testing.assert_close(left, right, **CLOSE)
+
+
+def _without_nonzero(function):
+    def wrapped(*arguments, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "nonzero", lambda *_: pytest.fail("the device would be waited for"))
+            return function(*arguments, **options)
+
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([0, 1, 2, 3], "names 4 rows, not the 5"),
+        ([0, 1, 2, 3, 5], "increase within 0..4"),
+        ([1, 0, 2, 3, 4], "increase within 0..4"),
+        ([-1, 1, 2, 3, 4], "increase within 0..4"),
+        ([0, 1, 2, 3, 4, 5], "rows must be int64"),
+    ],
+)
+def test_rows_that_are_not_those_of_weight_are_refused(rows, message):
+    arguments = head_and_batch(5, 8, 24, 1, masked=0.0)
+    with pytest.raises(ValueError, match=message):
+        linear_clipped_policy_loss(*arguments, rows=torch.tensor(rows), **OPTIONS)
+    with pytest.raises(ValueError, match="rows must be int64"):
+        linear_clipped_policy_loss(*arguments, rows=torch.tensor(rows).float(), **OPTIONS)
 
 
 def test_backward_runs_once():

@@ -51,7 +51,7 @@ def test_values_and_gradient_in_fp64(rows, columns, padding, seed, temperature, 
     mask = torch.rand(rows, generator=generator) >= skipped
     g_l, g_h = torch.randn(2, rows, generator=generator, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logprobs, "CHUNK_ELEMENTS", chunk)
+        patch.setattr(logprobs, "CPU_CHUNK_ELEMENTS", chunk)
         l_N, h_N, gradient = pull(
             logits, targets, g_l, g_h,
             temperature=temperature, vocab_size=columns, row_mask=mask, in_place=in_place,

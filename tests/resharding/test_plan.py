@@ -1,3 +1,4 @@
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -6,10 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapo_megatron.errors import RunError
+from dapo_megatron.resharding import plan as plan_module
 from dapo_megatron.resharding.hf_layout import canonical_tensors, whole_layout
 from dapo_megatron.resharding.layout import Placement, WeightLayout
 from dapo_megatron.resharding.megatron_layout import megatron_layout
-from dapo_megatron.resharding.plan import make_plan
+from dapo_megatron.resharding.minimum import minimum_elements
+from dapo_megatron.resharding.plan import cached_plan, make_plan
+from dapo_megatron.resharding.vllm_layout import vllm_layout
 from tests.resharding.worlds import (
     PADDING,
     architecture,
@@ -43,7 +47,11 @@ def test_to_whole_models_with_the_fewest_elements_moved(model, data):
     for rank in takers:
         held = torch.cat([t.flatten() for t in source[rank].values()]).unique()
         minimum += sum(t.numel() for t in whole.values()) - int((held != PADDING).sum())
-    assert plan.elements_moved == minimum
+    assert (
+        plan.elements_moved
+        == minimum
+        == sum(minimum_elements(megatron_layout(a, layout), whole_layout(a, takers)).values())
+    )
     assert sum(m.elements for m in plan.moves) == len(takers) * sum(t.numel() for t in whole.values())
 
 
@@ -59,11 +67,16 @@ def test_between_two_megatron_layouts(pair):
         rank: {key: torch.full_like(tensor, sentinel) for key, tensor in local.items()}
         for rank, local in wanted.items()
     }
-    carry_out(plan, shards(a, first, whole), target)
+    held = shards(a, first, whole)
+    carry_out(plan, held, target)
+    fewest = 0
     for rank, local in wanted.items():
+        mine = torch.cat([t.flatten() for t in held[rank].values()])
         for key, tensor in local.items():
+            fewest += int(((tensor != PADDING) & ~torch.isin(tensor, mine)).sum())
             expected = torch.where(tensor == PADDING, sentinel, tensor)
             assert torch.equal(target[rank][key], expected), (rank, key)
+    assert plan.elements_moved == fewest
 
 
 @given(MODELS)
@@ -94,6 +107,120 @@ def test_replicas_share_the_sending():
     sent = [sum(m.elements for m in plan.moves if m.source_rank == rank) for rank in range(4)]
     largest = max(m.elements for m in plan.moves)
     assert sum(sent) == plan.elements_moved and max(sent) - min(sent) <= largest
+
+
+def test_each_move_goes_to_the_replica_that_has_sent_least(monkeypatch):
+    # also tiny runs are chosen for one by one
+    monkeypatch.setattr(plan_module, "SHARED_CHOICE", 1)
+    a = architecture("llama", layers=2)
+    plan = make_plan(megatron_layout(a, layout_for(a, data=4)), whole_layout(a, [4, 5, 6]))
+    sent = [sum(m.elements for m in plan.moves if m.source_rank == rank) for rank in range(4)]
+    assert max(sent) - min(sent) <= max(m.elements for m in plan.moves)
+
+
+def test_small_runs_of_a_target_share_a_sender_and_targets_do_not():
+    a = architecture(layers=4, heads=8, kv_heads=8, ffn=8, vocab=128)
+    source = megatron_layout(a, layout_for(a, tensor=4, data=4))
+    plan = make_plan(source, vllm_layout(a, engines=4, tensor=4, first_rank=16))
+    norms = [m for m in plan.moves if "norm" in m.name]  # on all 16 ranks
+    assert len({(m.target_rank, m.source_rank) for m in norms}) == 16
+    assert max(Counter(m.source_rank for m in norms).values()) <= 2 * (2 * a.layers + 1)
+    sent = Counter({rank: 0 for rank in range(16)})
+    for m in plan.moves:
+        sent[m.source_rank] += m.elements
+    assert max(sent.values()) - min(sent.values()) <= sum(m.elements for m in norms) / 16
+
+
+def test_what_all_ranks_hold_comes_from_those_that_send_little():
+    # of 128 padded vocabulary rows the last quarter's ranks have 4 to send, the others 32
+    a = architecture(layers=4, heads=8, kv_heads=8, ffn=8, vocab=100)
+    source = megatron_layout(a, layout_for(a, tensor=4, data=4))
+    plan = make_plan(source, vllm_layout(a, engines=4, tensor=4, first_rank=16))
+    assert {m.source_rank for m in plan.moves if "norm" in m.name} == {3, 7, 11, 15}
+
+
+QWEN25_32B_SHAPE = {"layers": 1, "hidden": 8, "heads": 40, "kv_heads": 8, "head_dim": 4, "ffn": 16, "vocab": 512}
+
+
+@pytest.mark.parametrize(
+    ("source_tensor", "target_tensor", "runs", "contiguous"),
+    [
+        # qkv, o, gate_up, down, embedding, norm; o and down are strided where the sizes differ
+        (8, 8, (1, 1, 1, 1, 1, 1), True),
+        (4, 4, (6, 1, 1, 1, 1, 1), True),
+        (1, 4, (6, 1, 2, 1, 1, 1), False),
+        (2, 4, (6, 1, 2, 1, 1, 1), False),
+        (8, 4, (6, 2, 4, 2, 2, 1), False),
+        (4, 1, (24, 4, 8, 4, 4, 1), False),
+        (8, 1, (24, 8, 16, 8, 8, 1), False),
+        (1, 1, (24, 1, 1, 1, 1, 1), True),
+    ],
+)
+def test_runs_of_a_worker(source_tensor, target_tensor, runs, contiguous):
+    a = architecture(**QWEN25_32B_SHAPE)
+    source = megatron_layout(a, layout_for(a, tensor=source_tensor, data=2))
+    first_rank = 2 * source_tensor
+    plan = make_plan(source, vllm_layout(a, engines=2, tensor=target_tensor, first_rank=first_rank))
+    layer = "model.layers.0."
+    for worker in range(2 * target_tensor):
+        mine = [m for m in plan.moves if m.target_rank == first_rank + worker]
+        found = Counter(m.target_key for m in mine)
+        qkv, o, gate_up, down, embedding, norm = runs
+        assert found[layer + "self_attn.qkv_proj.weight"] == found[layer + "self_attn.qkv_proj.bias"] == qkv
+        assert found[layer + "self_attn.o_proj.weight"] == o and found[layer + "mlp.down_proj.weight"] == down
+        assert found[layer + "mlp.gate_up_proj.weight"] == gate_up
+        assert found["model.embed_tokens.weight"] == found["lm_head.weight"] == embedding
+        assert found[layer + "input_layernorm.weight"] == found["model.norm.weight"] == norm
+        for m in mine:
+            split_by_columns = m.target_key.endswith(("o_proj.weight", "down_proj.weight"))
+            assert m.contiguous == (contiguous or not split_by_columns), m
+
+
+def test_neighbours_at_one_end_alone_are_not_merged():
+    rows = lambda *offsets: tuple(  # noqa: E731
+        Placement("w", ((2 * i, 2 * i + 2),), "w", (offset,)) for i, offset in enumerate(offsets)
+    )
+    close, apart = (0, 2, 4), (0, 3, 5)
+    for giver, taker, runs in ((close, close, 1), (close, apart, 2), (apart, close, 2), (apart, apart, 2)):
+        plan = make_plan(WeightLayout({"w": (6,)}, {0: rows(*giver)}), WeightLayout({"w": (6,)}, {1: rows(*taker)}))
+        assert [m.shape for m in plan.moves] == ([(6,)] if runs == 1 else [(2,), (4,)]), (giver, taker)
+
+
+def test_a_merged_run_names_all_its_tensors():
+    a = architecture(**QWEN25_32B_SHAPE)
+    plan = make_plan(megatron_layout(a, layout_for(a, tensor=8)), vllm_layout(a, engines=1, tensor=8, first_rank=8))
+    names = {m.name for m in plan.moves if m.target_key.endswith("qkv_proj.bias")}
+    layer = "model.layers.0.self_attn."
+    assert names == {f"{layer}q_proj.bias + {layer}k_proj.bias + {layer}v_proj.bias"}
+
+
+def _pair(a=None, layer_spec="local", engines=2, tensor=2, first_rank=4, **sizes) -> tuple[WeightLayout, WeightLayout]:
+    a = a or architecture()
+    source = megatron_layout(a, layout_for(a, **{"tensor": 2, "pipeline": 2, **sizes}), layer_spec=layer_spec)
+    return source, vllm_layout(a, engines=engines, tensor=tensor, first_rank=first_rank)
+
+
+def test_a_cached_plan_is_made_once_and_known_by_all_it_depends_on():
+    plan = cached_plan(*_pair())
+    assert plan == make_plan(*_pair())
+    assert cached_plan(*_pair()) is plan  # layouts of equal content, made anew
+    others = [
+        {"a": architecture(vocab=65)},
+        {"a": architecture("qwen3")},
+        {"layer_spec": "transformer_engine"},
+        {"engines": 1},
+        {"tensor": 1},
+        {"first_rank": 0},
+        {"first_rank": 5},
+        {"pipeline": 1},
+        {"data": 2},
+    ]
+    for changes in others:
+        assert cached_plan(*_pair(**changes)) == make_plan(*_pair(**changes)) != plan, changes
+    source, target = _pair()
+    wider = replace(target, shapes={**target.shapes, "model.norm.weight": (7,)})
+    with pytest.raises(RunError, match=r"model\.norm\.weight"):
+        cached_plan(source, wider)
 
 
 def _without(layout: WeightLayout, name: str, ranks: set[int]) -> WeightLayout:
@@ -132,6 +259,14 @@ def _rows(*boxes: tuple[int, int]) -> WeightLayout:
 def test_overlapping_source_slices_are_refused_even_when_the_count_is_right(boxes):
     with pytest.raises(RunError, match="w "):
         make_plan(_rows(*boxes), _rows((0, 6)))
+
+
+def test_two_slices_for_one_place_are_refused():
+    target = WeightLayout(
+        {"w": (6,)}, {3: (Placement("w", ((0, 4),), "local", (0,)), Placement("w", ((4, 6),), "local", (3,)))}
+    )
+    with pytest.raises(RunError, match=r"w \(\(0, 4\),\) and w \(\(4, 6\),\).*local on rank 3"):
+        make_plan(_rows((0, 6)), target)
 
 
 def test_a_different_model_is_refused_by_name():

@@ -1,16 +1,15 @@
 from dataclasses import dataclass
-from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import torch
 
+from dapo_megatron.errors import RunError
 from dapo_megatron.resharding.hf_layout import whole_layout
-from dapo_megatron.resharding.megatron_layout import megatron_layout
+from dapo_megatron.resharding.links import Link
 from dapo_megatron.resharding.plan import make_plan
-from dapo_megatron.resharding.transport import _cut
+from dapo_megatron.resharding.transport import Transport
 from tests.ranks import run_ranks
-from tests.resharding.worlds import architectures, layouts
+from tests.resharding.worlds import architecture, numbered
 
 
 @dataclass
@@ -66,30 +65,50 @@ def test_every_element_arrives_and_no_byte_too_many_travels(world):
 def test_a_silent_peer_is_named_when_its_time_is_up():
     # far below the time limit of the group itself, which must not be the one that fires
     told = run_ranks(2, "tests.resharding.transport_cases:silence", {"time_limit_s": 2}, time_limit_s=60)
-    assert "rank 0 waited 2 s for rank 1 to send" in told[0]
-    assert "rank 0 waited 2 s for rank 1 to receive" in told[1]
+    assert "place 0 waited 2 s for place 1 to send" in told[0]
+    assert "place 0 waited 2 s for place 1 to receive" in told[1]
 
 
-@given(architectures().flatmap(lambda a: st.tuples(st.just(a), layouts(a))), st.integers(1, 500), st.integers(1, 6))
-@settings(deadline=None, max_examples=60)
-def test_windows_are_bounded_and_keep_the_plans_order(model, most_elements, most_pairs):
-    a, layout = model
-    plan = make_plan(megatron_layout(a, layout), whole_layout(a, range(min(layout.world, 3))))
-    windows = list(_cut(plan, most_elements, most_pairs))
-    between = [m for m in plan.moves if m.source_rank != m.target_rank]
-    assert [m for window in windows for m in window] == between
+class NoLink:
+    """Nothing may be posted on it."""
 
-    def loads(window):
-        found: dict[tuple[int, int], list[int]] = {}
-        for m in window:
-            found.setdefault((m.source_rank, m.target_rank), []).append(m.elements)
-        return found
+    def post(self, operations):
+        raise AssertionError("posted")
 
-    for window in windows:
-        by_pair = loads(window)
-        assert window and len(by_pair) <= most_pairs
-        assert all(sum(sizes) <= most_elements or len(sizes) == 1 for sizes in by_pair.values())
-    for window, after in pairwise(windows):
-        grown = loads([*window, after[0]])
-        fits = all(sum(sizes) <= most_elements for sizes in grown.values()) and len(grown) <= most_pairs
-        assert not fits  # a window ends only when the next move does not fit
+    def close(self):
+        pass
+
+
+def lone_transport(place: int, dtype: torch.dtype, link: Link) -> Transport:
+    """Place 0 gives whole tensors to place 1."""
+    a = architecture()
+    return Transport(
+        make_plan(whole_layout(a, [0]), whole_layout(a, [1])), place, dtype=dtype, device=torch.device("cpu"),
+        bucket_bytes=1 << 20, window=8, time_limit_s=1, link=link,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "place, lies_as, wire",
+    [
+        (0, torch.float32, torch.float16),
+        (0, torch.bfloat16, torch.float16),
+        (0, torch.float64, torch.bfloat16),
+        (1, torch.float16, torch.float32),
+        (1, torch.float16, torch.bfloat16),
+    ],
+)
+def test_a_dtype_that_would_lose_range_is_refused_by_the_tensors_name_before_anything_is_sent(place, lies_as, wire):
+    tensors = {name: tensor.to(lies_as) for name, tensor in numbered(architecture()).items()}
+    with pytest.raises(RunError, match=r"model\.embed_tokens\.weight is \w+ and would lose range as (b?float16)"):
+        lone_transport(place, wire, NoLink()).run(*((tensors, {}) if place == 0 else ({}, tensors)))
+
+
+def test_tensors_that_are_missing_or_misshapen_are_named_before_anything_is_sent():
+    tensors = {name: t.float() for name, t in numbered(architecture()).items()}
+    with pytest.raises(RunError, match=r"place 0 has no source tensor model\.norm\.weight"):
+        lone_transport(0, torch.float32, NoLink()).run({n: t for n, t in tensors.items() if "model.norm" not in n}, {})
+    with pytest.raises(RunError, match=r"place 1 has no target tensor"):
+        lone_transport(1, torch.float32, NoLink()).run({}, {})
+    with pytest.raises(RunError, match=r"place 1: model\.norm\.weight has shape \(2,\)"):
+        lone_transport(1, torch.float32, NoLink()).run({}, {**tensors, "model.norm.weight": torch.zeros(2)})

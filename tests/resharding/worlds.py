@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dapo_megatron.config import Architecture, Layout
 from dapo_megatron.resharding.hf_layout import canonical_tensors
+from dapo_megatron.resharding.messages import Message
 from dapo_megatron.resharding.plan import Plan
 
 PADDING = -1
@@ -156,9 +157,63 @@ def _padded(a: Architecture, layout: Layout, rows: Tensor) -> Tensor:
     return torch.cat([rows, torch.full((layout.padded_vocab - a.vocab, a.hidden), PADDING)])
 
 
+def vllm_sizes(a: Architecture, most: int = 8) -> list[int]:
+    """Tensor-parallel sizes that vLLM accepts."""
+    rows = -(-a.vocab // 64) * 64
+    return [
+        n
+        for n in range(1, most + 1)
+        if not (a.heads % n or a.ffn % n or rows % n) and (a.kv_heads % n == 0 or n % a.kv_heads == 0)
+    ]
+
+
+def vllm_worker(a: Architecture, whole: dict[str, Tensor], tensor: int, worker: int) -> dict[str, Tensor]:
+    """A vLLM worker's tensors by name, cut from whole tensors as vLLM's loaders cut them."""
+    cut = lambda x, dim=0: x.chunk(tensor, dim)[worker]  # noqa: E731
+    padding = torch.full((-a.vocab % 64, a.hidden), PADDING)
+    local: dict[str, Tensor] = {}
+    for name, t in whole.items():
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            local[name] = cut(torch.cat([t, padding]))
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            local[name] = cut(t, 1)
+        elif "norm" in name:
+            local[name] = t
+        elif "q_proj" in name:
+            k, v = (whole[name.replace("q_proj", f"{letter}_proj")] for letter in "kv")
+            times = max(1, tensor // a.kv_heads)
+            of_heads = [cut(x.unflatten(0, (a.kv_heads, -1)).repeat_interleave(times, 0)).flatten(0, 1) for x in (k, v)]
+            local[name.replace("q_proj", "qkv_proj")] = torch.cat([cut(t), *of_heads])
+        elif "gate_proj" in name:
+            up = whole[name.replace("gate_proj", "up_proj")]
+            local[name.replace("gate_proj", "gate_up_proj")] = torch.cat([cut(t), cut(up)])
+    return {name: t.clone() for name, t in local.items()}
+
+
+def carry_out_messages(
+    plan: Plan,
+    messages: tuple[Message, ...],
+    source: dict[int, dict[str, Tensor]],
+    target: dict[int, dict[str, Tensor]],
+) -> None:
+    """The copies inside a process, then every message as one flat buffer."""
+    carry_out(Plan(tuple(m for m in plan.moves if m.source_rank == m.target_rank)), source, target)
+    for message in messages:
+        parts = [box(source[message.source_rank][m.source_key], m.source_offset, m.shape) for m in message.moves]
+        buffer = torch.cat([part.reshape(-1) for part in parts])
+        assert buffer.numel() == message.elements
+        for m, part in zip(message.moves, buffer.split([m.elements for m in message.moves]), strict=True):
+            assert (m.source_rank, m.target_rank) == (message.source_rank, message.target_rank)
+            box(target[m.target_rank][m.target_key], m.target_offset, m.shape).copy_(part.view(m.shape))
+
+
+def box(tensor: Tensor, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    """The view of `shape` at `offset`."""
+    return tensor[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+
+
 def carry_out(plan: Plan, source: dict[int, dict[str, Tensor]], target: dict[int, dict[str, Tensor]]) -> None:
     """All moves of a plan, between ranks that are dictionaries of one process."""
     for m in plan.moves:
-        into = tuple(slice(o, o + n) for o, n in zip(m.target_offset, m.shape, strict=True))
-        out_of = tuple(slice(o, o + n) for o, n in zip(m.source_offset, m.shape, strict=True))
-        target[m.target_rank][m.target_key][into] = source[m.source_rank][m.source_key][out_of]
+        part = box(source[m.source_rank][m.source_key], m.source_offset, m.shape)
+        box(target[m.target_rank][m.target_key], m.target_offset, m.shape).copy_(part)

@@ -59,7 +59,7 @@ def in_threads(requests: list[RolloutRequest], engines: int, group: int, rounds:
 
     def work(rank: int) -> None:
         rank_of.value = rank
-        queue = Dispatcher(everyone[rank], rank=rank, engines=engines, time_limit_s=17.0)
+        queue = Dispatcher(everyone[rank], rank=rank, world=engines, time_limit_s=17.0)
         for _ in range(rounds):
             answers[rank] = queue.generate(requests, group=group)
 

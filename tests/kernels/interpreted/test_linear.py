@@ -1,9 +1,14 @@
 """The fused linear ops by Triton against the materialised torch op in fp64."""
 
+import weakref
+from weakref import WeakSet
+
 import pytest
 import torch
 from dapo_kernels import linear_clipped_policy_loss
 from dapo_kernels.triton_rows import launches
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.kernels.linear_cases import (
     OPTIONS,
@@ -52,3 +57,45 @@ def test_bf16_with_a_main_gradient():
     result.loss.backward()
     for found, wanted in ((w.main_grad, d_weight), (x.grad, d_hidden)):
         assert (found.double() - wanted).abs().max() <= 0.01 * wanted.abs().max()
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside have held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.peak, self.known = 0, 0, WeakSet()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        for tensor in tree_leaves((arguments, options)):
+            if isinstance(tensor, torch.Tensor):
+                self.known.add(tensor.untyped_storage())  # another's, or counted when it was made
+        result = function(*arguments, **(options or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.known:
+                storage, size = tensor.untyped_storage(), tensor.untyped_storage().nbytes()
+                self.known.add(storage)
+                self.held += size
+                self.peak = max(self.peak, self.held)
+                weakref.finalize(storage, self._release, size)
+        return result
+
+    def _release(self, size):
+        self.held -= size
+
+
+@pytest.mark.parametrize("masked", [0.0, 0.3])
+def test_no_more_memory_than_a_chunk_of_logits_and_the_gradient_of_the_states(masked):
+    """16,384 rows of 19,008 columns and 5,120 wide, each divided by 16, so memory by 256: at most 0.25 GiB / 256 beside
+    the row vectors, with dropped rows too."""
+    rows, columns, width = 16384 // 16, 19008 // 16, 5120 // 16
+    arguments = head_and_batch(rows, width, columns, 3, dtype=torch.bfloat16, masked=masked)
+    x, w = leaves(*arguments[:2])
+    w.main_grad = torch.zeros_like(w.data)  # of the weight's dtype: a CPU would make fp32 copies of the factors first
+    with LiveBytes() as memory:
+        result = linear_clipped_policy_loss(
+            x, w, *arguments[2:], chunk_rows=2048 // 16, implementation="triton", **OPTIONS
+        )
+    assert result.loss.requires_grad
+    row_vectors = 40 * rows
+    assert 2 * rows * width < memory.peak <= 2**30 // 4 // 256 + row_vectors, memory.peak

@@ -242,6 +242,33 @@ def test_bad_input_raises_on_a_cpu(change, message):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits": torch.zeros(16, 3).t()}, "logits must be contiguous"),
+        ({"logits": torch.zeros(3, 4, 4)}, "logits must be contiguous"),
+        ({"logits": torch.zeros(3, 16, dtype=torch.int32)}, "bf16, fp16, fp32 or fp64"),
+        ({"targets": torch.zeros(4, dtype=torch.int64)}, "targets must be int64"),
+        ({"targets": torch.zeros(3, dtype=torch.int32)}, "targets must be int64"),
+        ({"old_logprobs": torch.zeros(2)}, "old_logprobs must be float"),
+        ({"advantages": torch.zeros(3, dtype=torch.int64)}, "advantages must be float"),
+        ({"loss_mask": torch.ones(3, dtype=torch.bool)}, "loss_mask must be float"),
+        ({"denominator": torch.ones(2)}, "denominator must be one number"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_before_a_launch(change, message):
+    good = {
+        "logits": torch.zeros(3, 16), "targets": torch.zeros(3, dtype=torch.int64), "old_logprobs": torch.zeros(3),
+        "advantages": torch.ones(3), "loss_mask": torch.ones(3), "denominator": 1.0,
+    }  # fmt: skip
+    before = launches.total()
+    clipped_policy_loss(**good, eps_low=0.2, eps_high=0.28, implementation="triton")
+    assert (launched := launches.total()) > before
+    with pytest.raises(ValueError, match=message):
+        clipped_policy_loss(**good | change, eps_low=0.2, eps_high=0.28, implementation="triton")
+    assert launches.total() == launched
+
+
 def test_a_row_of_nothing_but_minus_infinity_raises():
     logits = torch.randn(3, 16)
     logits[2] = -INFINITY

@@ -1,0 +1,335 @@
+"""Learner weights into vLLM engines: all learner ranks and all workers carry out one plan, each its own part.
+
+    meet      once an epoch (and again after an engine was restarted): store, plan, link or shared memory
+    push      pause → move → every worker's word that it has all → checksums → new version, empty caches → resume
+
+An engine that fails is restarted, and the push begins anew. Until a push has succeeded the engines stay paused, so no
+token is ever drawn from half-written weights.
+"""
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dapo_megatron.config import Recipe
+from dapo_megatron.errors import RunError
+from dapo_megatron.learner.learner import Learner
+from dapo_megatron.resharding.bridge import Bridge
+from dapo_megatron.resharding.checksum import checksum
+from dapo_megatron.resharding.links import Link, open_link
+from dapo_megatron.resharding.shared_memory import Export, export_tensors
+from dapo_megatron.resharding.transport import Transfer, Transport, local_view
+from dapo_megatron.rollout.fleet import EnginesLost
+from dapo_megatron.rollout.vllm_engines import VLLMEngines
+
+POLL_S = 0.002
+SLACK_S = 10.0  # routes answer this much after the workers' own time limit at the latest
+
+
+class EngineSync:
+    """Carries the learner's weights into the engines of a run; every method is collective over the learner's ranks."""
+
+    def __init__(self, recipe: Recipe, learner: Learner, engines: VLLMEngines, bridge: Bridge) -> None:
+        settings = recipe.resharding
+        self.learner, self.engines, self.bridge = learner, engines, bridge
+        self.enabled, self.verify, self.time_limit_s = settings.enabled, settings.verify, settings.time_limit_s
+        self.rank, self.world = engines.rank, engines.world
+        self.version = -1
+        self._verified = self._asleep = False
+        self._epoch: str | None = None  # None: engines and learner have not met
+        self._epochs = self._updates = 0
+        self._export: Export | None = None
+        self._link: Link | None = None
+        self._transport: Transport | None = None
+        self._store = self._open_store()
+
+    def push(self, version: int) -> Transfer | None:
+        """Move the present weights into all engines as policy `version`; None when `resharding.enabled` is false.
+
+        The first push always happens: an engine starts without weights.
+
+        Raises:
+            EnginesLost: engines failed and may not be restarted.
+            RunError: the transfer failed for another reason, on every rank alike.
+        """
+        if self.version >= 0 and not self.enabled:
+            return None
+        self.engines.ready()
+        while True:
+            failed = self._meet() if self._epoch is None or not self._still_exported() else None
+            if failed is None:
+                verify = self.verify == "always" or (self.verify == "first" and not self._verified)
+                transfer, failed = self._move(version, verify=verify)
+            if failed is None:
+                self.version, self._verified = version, self._verified or verify
+                return transfer
+            self._epoch = None
+            self.engines.restart(*failed)
+
+    def give_way(self) -> None:
+        """Let engines on the learner's own GPUs drop weights and KV cache until the next push; collective."""
+        if not self.engines.sleep:
+            return
+        self._asleep = True
+        failed = self._on_rank_zero(self.engines.fleet.sleep if self.rank == 0 else None)
+        if failed is not None:
+            self._epoch = None
+            self.engines.restart(*failed)
+
+    def refill(self) -> None:
+        """Give restarted engines the present weights: the same policy version again."""
+        self._epoch = None
+        self.push(self.version)
+
+    def close(self) -> None:
+        """Let go of links and shared memory."""
+        if self._link is not None:
+            self._link.close()
+        self._link = self._transport = self._export = self._store = None
+
+    # meeting
+
+    def _open_store(self) -> dist.TCPStore:
+        """A store that learner ranks and workers reach, served by rank 0."""
+        limit = timedelta(seconds=self.time_limit_s)
+        store, address = None, [None]
+        if self.rank == 0:
+            host = self.engines.host if self.engines.host != "0.0.0.0" else socket.gethostname()
+            store = dist.TCPStore(host, 0, is_master=True, timeout=limit, wait_for_workers=False)
+            address = [(host, store.port)]
+        if self.world > 1:
+            dist.broadcast_object_list(address, src=0)
+        self._address = address[0]
+        if store is None:
+            store = dist.TCPStore(*self._address, is_master=False, timeout=limit, wait_for_workers=False)
+        return store
+
+    def _still_exported(self) -> bool:
+        """Whether the memory shown to the workers is still that of the weights, on all ranks."""
+        if self.bridge.transport != "shared":
+            return True
+        return all(self._gather(self._export.still_valid(self.learner.weights)))
+
+    def _meet(self) -> tuple[list[int], list[str]] | None:
+        """Begin an epoch; returns None, or (engines that failed, reasons)."""
+        self._epochs += 1
+        self._epoch = f"epoch{self._epochs}"
+        bridge, pending = self.bridge, None
+        if bridge.transport == "shared":
+            self._export = export_tensors(self.learner.weights)
+            self._store.set(f"{self._epoch}/export/{self.rank}", json.dumps(self._export.describe()))
+        dist.barrier()
+        if self.rank == 0:
+            host, port = self._address
+            bodies = [
+                {
+                    "init_info": {
+                        "bridge": bridge.to_json(),
+                        "engine": e,
+                        "host": host,
+                        "port": port,
+                        "epoch": self._epoch,
+                    }
+                }
+                for e in range(bridge.engines)
+            ]
+            pending = self.engines.fleet.start(self._post_each("/init_weight_transfer_engine", bodies))
+        problem = None
+        if bridge.transport == "group":
+            if self._link is not None:
+                self._link.close()
+            try:
+                self._link = open_link(
+                    self._store,
+                    self.rank,
+                    bridge.places,
+                    device=self.learner.device,
+                    time_limit_s=self.time_limit_s,
+                    prefix=self._epoch,
+                )
+                self._transport = Transport(
+                    bridge.plan,
+                    self.rank,
+                    dtype=bridge.torch_dtype,
+                    device=self.learner.device,
+                    bucket_bytes=bridge.bucket_bytes,
+                    window=bridge.window,
+                    time_limit_s=bridge.time_limit_s,
+                    link=self._link,
+                )
+            except RunError as error:
+                problem = str(error)
+        return self._outcome("joined", pending, problem)[1]
+
+    # one update
+
+    def _move(self, version: int, *, verify: bool) -> tuple[Transfer | None, tuple[list[int], list[str]] | None]:
+        started = time.perf_counter()
+        self._updates += 1
+        uid = f"{version}.{self._updates}"
+        if self.learner.device.type == "cuda":
+            torch.cuda.synchronize(self.learner.device)
+        dist.barrier()  # from here on no rank's weights change
+        pending, problem, sent = None, None, None
+        if self.rank == 0:
+            pending = self.engines.fleet.start(self._update_all({"update_info": {"uid": uid, "verify": verify}}))
+        if self._transport is not None:
+            try:
+                sent = self._transport.run(self.learner.weights, {})
+            except RunError as error:
+                problem = str(error)
+        answers, failed = self._outcome(f"done/{uid}", pending, problem)
+        if failed is None and verify:
+            self._compare(answers)
+        if failed is None:
+            failed = self._finish(version)
+        if failed is not None:
+            return None, failed
+        transfer = sent or Transfer(
+            bytes_sent=sum(answer["bytes"] for answer in answers.values()) // self.world,
+            bytes_received=0,
+            messages_sent=0,
+            messages_received=0,
+            bytes_copied=0,
+            bytes_packed=0,
+            seconds=0.0,
+        )
+        return replace(transfer, seconds=time.perf_counter() - started), None
+
+    async def _update_all(self, body: dict[str, Any]) -> None:
+        """Pause and receive; answers come when the workers are through, whatever came of it."""
+        limit = self.time_limit_s + SLACK_S
+
+        async def update(client: Any) -> None:
+            await client.post("/pause?mode=keep", time_limit_s=SLACK_S)
+            if self._asleep:
+                await client.post("/wake_up?tags=weights", time_limit_s=SLACK_S)
+            await client.post("/start_weight_update", time_limit_s=SLACK_S)
+            await client.post("/update_weights", body, time_limit_s=limit)
+            await client.post("/finish_weight_update", time_limit_s=SLACK_S)
+
+        await self.engines.fleet.at_each(update)
+
+    async def _post_each(self, path: str, bodies: list[dict[str, Any]]) -> None:
+        limit = self.time_limit_s + SLACK_S
+        waiting = iter(bodies)
+        await self.engines.fleet.at_each(lambda client: client.post(path, next(waiting), time_limit_s=limit))
+
+    def _outcome(
+        self, key: str, pending: Any, problem: str | None
+    ) -> tuple[dict[int, dict[str, Any]], tuple[list[int], list[str]] | None]:
+        """Wait for every worker's word under `key`: (place → answer, None or what failed), alike on all ranks."""
+        answers: dict[int, dict[str, Any]] = {}
+        lost: dict[int, str] = {}
+        if self.rank == 0:
+            answers, lost = self._await_workers(key, pending)
+        told = self._gather((problem, self.engines.ended()))
+        everyone = [(answers, lost)]
+        if self.world > 1:
+            dist.broadcast_object_list(everyone, src=0)
+        answers, lost = everyone[0]
+        lost = dict(lost)
+        for _, ended in told:
+            lost.update(ended)
+        for place, answer in sorted(answers.items()):
+            if answer["error"] is not None:
+                lost.setdefault((place - self.bridge.layout.world) // self.bridge.tensor, answer["error"])
+        problems = [text for text, _ in told if text is not None]
+        if problems and not lost:
+            raise RunError("\n".join(problems), on_every_rank=True)
+        return answers, (sorted(lost), [*lost.values(), *problems]) if lost else None
+
+    def _await_workers(self, key: str, pending: Any) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
+        """(place → answer, engine → why it is lost); ends early when an engine is found dead."""
+        bridge, deadline = self.bridge, time.monotonic() + self.time_limit_s + 2 * SLACK_S
+        missing = [bridge.place(e, t) for e in range(bridge.engines) for t in range(bridge.tensor)]
+        answers: dict[int, dict[str, Any]] = {}
+        lost: dict[int, str] = {}
+        while missing and not lost:
+            for place in list(missing):
+                name = f"{self._epoch}/{key}/{place}"
+                if self._store.check([name]):
+                    answers[place] = json.loads(self._store.get(name))
+                    missing.remove(place)
+            lost = self.engines.fleet.lost() | self.engines.ended()
+            if missing and time.monotonic() > deadline:
+                lost = {
+                    (place - bridge.layout.world) // bridge.tensor: f"resharding: place {place} did not say {key!r} "
+                    f"within resharding.time_limit_s={self.time_limit_s:.0f}"
+                    for place in missing
+                }
+            if missing:
+                time.sleep(POLL_S)
+        if not lost:
+            try:
+                pending.result(SLACK_S)
+            except EnginesLost as error:
+                lost = dict.fromkeys(error.engines, str(error))
+        return answers, lost
+
+    def _finish(self, version: int) -> tuple[list[int], list[str]] | None:
+        """The new version counts from here: caches of the old one are dropped, generation goes on."""
+
+        def finish() -> None:
+            fleet = self.engines.fleet
+            fleet.update_weights(version)
+            if self._asleep:
+                fleet.wake("kv_cache")
+            fleet.resume()
+
+        failed = self._on_rank_zero(finish)
+        self._asleep = self._asleep and failed is not None
+        return failed
+
+    def _on_rank_zero(self, steer: Callable[[], None] | None) -> tuple[list[int], list[str]] | None:
+        """Let rank 0 steer the engines; returns None or (engines that failed, reasons), alike on all ranks."""
+        failed = [None]
+        if self.rank == 0:
+            try:
+                steer()
+            except EnginesLost as lost:
+                failed = [(lost.engines, [str(lost)])]
+        if self.world > 1:
+            dist.broadcast_object_list(failed, src=0)
+        return failed[0]
+
+    def _compare(self, answers: dict[int, dict[str, Any]]) -> None:
+        """Compare the checksums of all slices this rank gave with what the workers hold.
+
+        Raises:
+            RunError: names tensor, slice and place, on every rank.
+        """
+        known: dict[tuple, int] = {}
+        positions: dict[int, int] = {}
+        problem = None
+        for move in self.bridge.plan.moves:
+            if move.source_rank != self.rank:
+                continue
+            index = positions.get(move.target_rank, 0)
+            positions[move.target_rank] = index + 1
+            slot = (move.source_key, move.source_offset, move.shape)
+            if slot not in known:
+                view = local_view(self.learner.weights, *slot)
+                known[slot] = checksum(view.to(self.bridge.torch_dtype))
+            if answers[move.target_rank]["sums"][str(self.rank)][index] != known[slot] and problem is None:
+                problem = (
+                    f"resharding: {move.name} at {move.target_offset} {move.shape} differs at place {move.target_rank} "
+                    f"({move.target_key}) from rank {self.rank} ({move.source_key}) after the sync"
+                )
+        problems = [text for text in self._gather(problem) if text is not None]
+        if problems:
+            raise RunError("\n".join(problems[:5]), on_every_rank=True)
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self.world == 1:
+            return [value]
+        everyone: list = [None] * self.world
+        dist.all_gather_object(everyone, value)
+        return everyone

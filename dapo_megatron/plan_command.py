@@ -1,0 +1,141 @@
+"""`dapo-megatron plan --resharding`: what moving the weights will cost, computed for a world that need not exist.
+
+Reads the recipe and config.json, no weights and no torch.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dapo_megatron.config import Architecture, Layout, Recipe, derive_layout, read_architecture
+from dapo_megatron.config.architecture import architecture_from_dict
+from dapo_megatron.config.derive import derive_engines
+from dapo_megatron.resharding.hf_layout import whole_layout
+from dapo_megatron.resharding.layout import WeightLayout
+from dapo_megatron.resharding.megatron_layout import megatron_layout
+from dapo_megatron.resharding.messages import messages_of
+from dapo_megatron.resharding.minimum import minimum_elements
+from dapo_megatron.resharding.plan import make_plan
+from dapo_megatron.resharding.summary import PlanSummary, Spread, summarise
+from dapo_megatron.resharding.vllm_layout import vllm_layout
+from dapo_megatron.scratch import scratch_config
+
+ITEMSIZE = {"bf16": 2, "fp32": 4}
+LINK_GBPS = (100.0, 200.0, 400.0)  # of one rank, where the command line names none
+
+
+@dataclass(frozen=True)
+class ReshardingPlan:
+    """The numbers of one recipe; `plan_seconds`: both layouts, the plan and its messages, on one core."""
+
+    architecture: Architecture
+    layout: Layout
+    target: str
+    dtype: str
+    summary: PlanSummary
+    plan_seconds: float
+
+
+def plan_resharding(recipe: Recipe) -> ReshardingPlan:
+    """Plan the weight transfer of a recipe.
+
+    Raises:
+        RequestError: the model folder, or sizes that do not divide.
+        RunError: the layouts do not fit each other.
+    """
+    architecture = _architecture(recipe)
+    layout = derive_layout(recipe, architecture)
+    itemsize = ITEMSIZE[recipe.model.dtype]
+    started = time.perf_counter()
+    layer_spec = "transformer_engine" if recipe.model.layer_spec == "transformer_engine" else "local"
+    source = megatron_layout(architecture, layout, layer_spec=layer_spec)
+    target, told = _target(recipe, architecture, layout)
+    plan = make_plan(source, target)
+    messages = messages_of(plan, itemsize=itemsize, bucket_bytes=recipe.resharding.bucket_mib << 20)
+    seconds = time.perf_counter() - started
+    summary = summarise(
+        plan,
+        messages,
+        source_ranks=source.placements,
+        destination_ranks=target.placements,
+        minimum_elements=sum(minimum_elements(source, target).values()),
+        itemsize=itemsize,
+    )
+    return ReshardingPlan(architecture, layout, told, recipe.model.dtype, summary, seconds)
+
+
+def as_json(found: ReshardingPlan, link_gbps: tuple[float, ...]) -> dict[str, Any]:
+    """One object of plain values; seconds by link speed under `seconds_at_gbps`."""
+    return {
+        **asdict(found.summary),
+        "ratio": found.summary.ratio,
+        "plan_seconds": found.plan_seconds,
+        "seconds_at_gbps": {f"{speed:g}": found.summary.seconds_at(speed) for speed in link_gbps},
+        "learner_ranks": found.layout.world,
+        "target": found.target,
+        "dtype": found.dtype,
+    }
+
+
+def print_plan(found: ReshardingPlan, link_gbps: tuple[float, ...]) -> None:
+    """The table for people, on standard output."""
+    summary, layout = found.summary, found.layout
+    table = Table(title="resharding plan", title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    learner = f"{layout.world} ranks: tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"
+    rows = [
+        ("learner", learner + (f", virtual {layout.virtual_pipeline}" if layout.virtual_pipeline > 1 else "")),
+        ("engines", found.target),
+        ("between processes", f"{_size(summary.bytes_total)} ({found.dtype})"),
+        ("minimum", f"{_size(summary.bytes_minimum)}, ratio {summary.ratio:.4f}"),
+        ("inside processes", _size(summary.bytes_copied)),
+        ("sent, a source rank", _spread(summary.sent)),
+        ("received, a destination rank", _spread(summary.received)),
+        ("messages", f"{summary.messages}, {summary.direct_messages} of them from storage to storage"),
+        ("packed (strided)", _size(summary.packed_bytes)),
+        ("coalesced (small)", _size(summary.coalesced_bytes)),
+        *(
+            (f"links of {speed:g} Gbit/s", f"at least {summary.seconds_at(speed):.3g} s, packing not counted")
+            for speed in link_gbps
+        ),
+        ("planned in", f"{found.plan_seconds:.2f} s"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _architecture(recipe: Recipe) -> Architecture:
+    scratch = recipe.model.scratch
+    if scratch is None:
+        return read_architecture(Path(recipe.model.path))
+    from dapo_megatron.data.arithmetic import build_tokenizer
+
+    with TemporaryDirectory() as folder:
+        vocabulary = build_tokenizer(Path(folder))
+    return architecture_from_dict(scratch_config(scratch, vocabulary=vocabulary, eos_token=0), "model.scratch")
+
+
+def _target(recipe: Recipe, a: Architecture, layout: Layout) -> tuple[WeightLayout, str]:
+    if recipe.rollout.engine == "hf":
+        return whole_layout(a, range(layout.world)), "hf: the whole model in each learner rank"
+    tensor, engines = recipe.rollout.tensor, derive_engines(recipe, layout, cpu=recipe.learner.device == "cpu")
+    target = vllm_layout(a, engines=engines, tensor=tensor, first_rank=layout.world)
+    return target, f"vllm: {engines} x tensor {tensor}"
+
+
+def _spread(spread: Spread) -> str:
+    return f"{_size(spread.least)} to {_size(spread.most)}, mean {_size(spread.mean)}"
+
+
+def _size(count: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} B"

@@ -1,0 +1,209 @@
+"""vLLM servers as child processes: started, watched, stopped; they die with the process that started them."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from dapo_megatron.config import Recipe
+from dapo_megatron.errors import RunError
+from dapo_megatron.launch import die_with_parent
+from dapo_megatron.rollout.vllm_plugin import BACKEND, ENGINE_MARK
+from dapo_megatron.rollout.vllm_secret import HEADER, VARIABLE
+
+STOP_S = 10.0  # between SIGTERM and SIGKILL
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+CPU_BATCHED_TOKENS = 4096  # prompt tokens a CPU engine takes in at once
+TAIL_BYTES = 4000  # of the log, shown when an engine fails
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy between learner and engines
+WORLD_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "VLLM_PLUGINS")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How to start one engine.
+
+    model: a Hugging Face folder; only config.json is read, weights come over the bridge.
+    dtype: "float32", "bfloat16" or "float16". max_model_len: prompt and response (tokens). max_sequences: at once.
+    devices: CUDA device indices, None on a CPU. memory_share: of each GPU; kv_cache_gib: on a CPU.
+    sleep: whether the engine can give its GPU memory away between rollouts.
+    """
+
+    model: Path
+    dtype: str
+    tensor: int
+    max_model_len: int
+    max_sequences: int
+    devices: tuple[int, ...] | None = None
+    memory_share: float = 0.85
+    kv_cache_gib: int = 1
+    sleep: bool = False
+
+
+def engine_settings(recipe: Recipe, model: Path, devices: tuple[int, ...] | None) -> EngineSettings:
+    """How the recipe wants its engines. `devices`: CUDA device indices of this one, None on a CPU."""
+    rollout = recipe.rollout
+    return EngineSettings(
+        model=model,
+        dtype=DTYPES[recipe.model.dtype],
+        tensor=rollout.tensor,
+        max_model_len=recipe.data.max_prompt_length + rollout.max_response_length,
+        max_sequences=rollout.max_batch_sequences,
+        devices=devices,
+        memory_share=rollout.gpu_memory_share,
+        kv_cache_gib=rollout.cpu_kv_cache_gib,
+        sleep=devices is not None and rollout.placement == "colocated",
+    )
+
+
+def engine_command(settings: EngineSettings, host: str, port: int) -> list[str]:
+    """The command line of vLLM's own server. It holds no secret: command lines can be read by others."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    options = {
+        "--model": str(settings.model),
+        "--load-format": "dummy",
+        "--host": host,
+        "--port": str(port),
+        "--dtype": settings.dtype,
+        "--tensor-parallel-size": str(settings.tensor),
+        "--max-model-len": str(settings.max_model_len),
+        "--max-num-seqs": str(settings.max_sequences),
+        "--logprobs-mode": "processed_logprobs",  # of softmax(logits / T), as the learner takes them
+        "--generation-config": "vllm",  # no sampling defaults from the model's folder
+        "--weight-transfer-config": f'{{"backend": "{BACKEND}"}}',
+        "--middleware": "dapo_megatron.rollout.vllm_secret.RequireSecret",
+        "--uvicorn-log-level": "warning",
+    }
+    flags = ["--skip-tokenizer-init", "--enable-scale-out"]
+    if settings.devices is None:
+        flags.append("--enforce-eager")
+        # vLLM would rewind the random numbers of a prompt cut in two, which a CPU generator cannot
+        flags.append("--no-enable-chunked-prefill")
+        options["--max-num-batched-tokens"] = str(max(settings.max_model_len, CPU_BATCHED_TOKENS))
+        options["--distributed-executor-backend"] = "mp" if settings.tensor > 1 else "uni"
+    else:
+        options["--gpu-memory-utilization"] = str(settings.memory_share)
+        if settings.sleep:
+            flags.append("--enable-sleep-mode")
+    return [*command, *(word for pair in options.items() for word in pair), *flags]
+
+
+def engine_environment(
+    settings: EngineSettings, secret: str, base: Mapping[str, str] = os.environ, *, threads: int = 1
+) -> dict[str, str]:
+    """The environment of an engine: no variables of the learner's world, its devices, the secret."""
+    environment = {name: value for name, value in base.items() if name not in WORLD_VARIABLES}
+    # without .pyc files vLLM's imports take minutes
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    environment.update(
+        {
+            ENGINE_MARK: "1",
+            VARIABLE: secret,
+            "VLLM_SERVER_DEV_MODE": "1",  # the routes for weights, pause and sleep
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_LOGGING_LEVEL": base.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        }
+    )
+    if settings.devices is None:
+        environment.update(
+            {
+                "OMP_NUM_THREADS": str(threads),
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
+            }
+        )
+        if settings.tensor == 1:  # the engine's process is the worker: on few cores each polling process costs
+            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    else:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, settings.devices))
+    return environment
+
+
+class EngineProcess:
+    """One running server. Must be started from a thread that lives as long as the engine shall: its death kills it."""
+
+    def __init__(self, settings: EngineSettings, *, secret: str, log: Path, host: str = "127.0.0.1") -> None:
+        port = _free_port(host)
+        self.address = f"http://{host}:{port}"
+        self.log, self._secret = log, secret
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as output:
+            self._process = subprocess.Popen(
+                engine_command(settings, host, port),
+                env=engine_environment(settings, secret),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a process group of its own, killed as a whole
+                preexec_fn=die_with_parent,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def exit_code(self) -> int | None:
+        """None while it runs. Any end is a failure: vLLM's server exits with 0 when its engine dies."""
+        return self._process.poll()
+
+    def answers(self) -> bool:
+        """Whether /health says yes."""
+        request = urllib.request.Request(f"{self.address}/health", headers={HEADER: self._secret})
+        try:
+            with _DIRECT.open(request, timeout=5.0) as response:
+                return response.status == 200
+        except OSError:  # refused, late, or an answer other than 200
+            return False
+
+    def tail(self) -> str:
+        """The end of its log."""
+        with open(self.log, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            return file.read().decode(errors="replace")
+
+    def stop(self) -> None:
+        """End the server and all its children."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):  # nobody of the group is left
+                os.killpg(self._process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_S)
+
+
+def wait_until_ready(engines: Sequence[EngineProcess], time_limit_s: float) -> None:
+    """Wait until all engines answer.
+
+    Raises:
+        RunError: one ended, or is not ready in time; shows the end of its log.
+    """
+    deadline = time.monotonic() + time_limit_s
+    waiting = list(engines)
+    while waiting:
+        for engine in waiting:
+            if (code := engine.exit_code()) is not None:
+                raise RunError(
+                    f"rollout: the engine at {engine.address} ended with code {code} while starting; the end of "
+                    f"{engine.log}:\n{engine.tail()}"
+                )
+        waiting = [engine for engine in waiting if not engine.answers()]
+        if waiting and time.monotonic() > deadline:
+            raise RunError(
+                f"rollout: the engine at {waiting[0].address} was not ready within rollout.start_limit_s="
+                f"{time_limit_s:.0f}; the end of {waiting[0].log}:\n{waiting[0].tail()}"
+            )
+        if waiting:
+            time.sleep(0.25)
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as listener:
+        listener.bind((host, 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,186 @@
+"""The receiving side of the bridge inside a vLLM worker: shards go straight into the model's parameters.
+
+vLLM makes one `ShardReceiver` a worker (registered by `vllm_plugin.py`) and calls it for its routes
+/init_weight_transfer_engine, /start_weight_update, /update_weights and /finish_weight_update.
+
+Nothing here raises: when one worker of several raises, vLLM's reply queues fall out of step and every later answer is
+that of the call before. Outcomes travel through the learner's store instead; what a route answers says nothing.
+"""
+
+import json
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+from dapo_megatron.errors import RunError
+from dapo_megatron.resharding.bridge import Bridge
+from dapo_megatron.resharding.checksum import checksum
+from dapo_megatron.resharding.links import Link, open_link
+from dapo_megatron.resharding.shared_memory import Puller, open_export
+from dapo_megatron.resharding.transport import Transport, local_view
+from dapo_megatron.resharding.vllm_layout import vllm_local_shapes
+
+
+@dataclass
+class JoinInfo(WeightTransferInitInfo):
+    """Body of /init_weight_transfer_engine. `epoch` names this meeting in the store; a restart makes another."""
+
+    bridge: dict[str, Any]
+    engine: int
+    host: str
+    port: int
+    epoch: str
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """Body of /update_weights. `uid` names this update in the store; `verify` asks for a checksum of each slice."""
+
+    uid: str
+    verify: bool = False
+
+
+class ShardReceiver(WeightTransferEngine[JoinInfo, UpdateInfo]):
+    """Receives this worker's slices from the learner ranks that hold them."""
+
+    init_info_cls = JoinInfo
+    update_info_cls = UpdateInfo
+    supports_draft_weight_update = False
+
+    store: dist.Store | None = None
+    link: Link | None = None
+    mover: Transport | Puller | None = None
+
+    def init_transfer_engine(self, init_info: JoinInfo) -> None:
+        """Meet the learner: compare parameters with the layout, make the plan, open link or memory."""
+        self.shutdown()
+        self.bridge = Bridge.from_json(init_info.bridge)
+        self.epoch = init_info.epoch
+        limit = timedelta(seconds=self.bridge.time_limit_s)
+        try:
+            self.store = dist.TCPStore(
+                init_info.host, init_info.port, is_master=False, timeout=limit, wait_for_workers=False
+            )
+        except (RuntimeError, ValueError):
+            traceback.print_exc()  # without the store there is nobody to tell; the learner will miss the answer
+            return
+        config = self.parallel_config
+        worker = config.data_parallel_index * config.world_size + config.rank
+        self.place = self.bridge.place(init_info.engine, worker)
+        self._answer("joined", self._join)
+
+    def start_weight_update(self) -> None:
+        """Nothing to prepare."""
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive all slices; tells the outcome (error, bytes, seconds, checksums) through the store."""
+        info = self.parse_update_info(update_info)
+        self._answer(f"done/{info.uid}", lambda: self._receive(info))
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Part of vLLM's interface; `update_weights` does the work."""
+
+    def finish_weight_update(self) -> None:
+        """Nothing derived from the weights is kept: `vllm_plugin.py` sees to that on a CPU."""
+
+    def shutdown(self) -> None:
+        """Let go of the learner; generation goes on."""
+        if self.link is not None:
+            self.link.close()
+        self.store = self.link = self.mover = None
+
+    def _join(self) -> dict[str, Any]:
+        bridge = self.bridge
+        self.parameters = self._checked_parameters()
+        if bridge.transport == "group":
+            self.link = open_link(
+                self.store,
+                self.place,
+                bridge.places,
+                device=self.device,
+                time_limit_s=bridge.time_limit_s,
+                prefix=self.epoch,
+            )
+            self.mover = Transport(
+                bridge.plan,
+                self.place,
+                dtype=bridge.torch_dtype,
+                device=self.device,
+                bucket_bytes=bridge.bucket_bytes,
+                window=bridge.window,
+                time_limit_s=bridge.time_limit_s,
+                link=self.link,
+            )
+            return {}
+        sources = {move.source_rank for move in bridge.plan.moves if move.target_rank == self.place}
+        opened = {}
+        for rank in sorted(sources):
+            key = f"{self.epoch}/export/{rank}"
+            self.store.wait([key], timedelta(seconds=bridge.time_limit_s))
+            opened[rank] = open_export(json.loads(self.store.get(key)))
+        self.mover = Puller(bridge.plan, self.place, opened, self.parameters, dtype=bridge.torch_dtype)
+        return {}
+
+    def _checked_parameters(self) -> dict[str, Tensor]:
+        """This worker's parameters by name.
+
+        Raises:
+            RunError: one is missing, has another shape, was packed away, or is not in the layout.
+        """
+        found = {name: parameter.data for name, parameter in self.model.named_parameters()}
+        expected = vllm_local_shapes(self.bridge.architecture, self.bridge.tensor)
+        for name in sorted(set(found) | set(expected)):
+            have = tuple(found[name].shape) if name in found else None
+            if have != expected.get(name):
+                raise RunError(
+                    f"resharding: place {self.place}: vLLM holds {name} as {have or 'nothing'}, the layout has "
+                    f"{expected.get(name, 'nothing')}: packed or renamed by this vLLM version"
+                )
+            if found[name].dtype != self.bridge.torch_dtype:
+                raise RunError(
+                    f"resharding: place {self.place}: {name} is {found[name].dtype}, the bridge carries "
+                    f"{self.bridge.dtype}"
+                )
+        return found
+
+    @torch.no_grad()
+    def _receive(self, info: UpdateInfo) -> dict[str, Any]:
+        if self.mover is None:
+            raise RunError("resharding: this worker has not met the learner")
+        mover = self.mover
+        transfer = mover.run() if isinstance(mover, Puller) else mover.run({}, self.parameters)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        answer = {"bytes": transfer.bytes_received, "seconds": transfer.seconds}
+        if info.verify:
+            sums: dict[int, list[int]] = {}
+            for move in self.bridge.plan.moves:
+                if move.target_rank == self.place:
+                    view = local_view(self.parameters, move.target_key, move.target_offset, move.shape)
+                    sums.setdefault(move.source_rank, []).append(checksum(view))
+            answer["sums"] = sums
+        return answer
+
+    def _answer(self, key: str, work: Any) -> None:
+        """Do `work` and leave its result, or its error, in the store."""
+        try:
+            answer = {"error": None, **work()}
+        except Exception as error:  # told, never raised: see the module's header
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"[:500]}
+        if self.store is None:
+            return  # never met the learner: it misses the answer
+        try:
+            self.store.set(f"{self.epoch}/{key}/{self.place}", json.dumps(answer))
+        except RuntimeError:
+            traceback.print_exc()  # the learner is gone

@@ -1,0 +1,24 @@
+"""A learner at TP 2 × PP 2 trains, and real vLLM computes with exactly its weights."""
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.rollout.served import SHAPE
+from tests.tiny_models import write_model
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+
+@pytest.mark.parametrize(("tensor", "transport"), [(1, "shared"), (2, "group")])
+def test_after_training_vllm_computes_with_the_learners_weights(tmp_path, tensor, transport):
+    model = write_model(tmp_path / "model", "qwen2", tied=False, **SHAPE)
+    payload = {"model": str(model), "scratch": str(tmp_path), "tensor": tensor, "transport": transport}
+    found = run_ranks(4, "tests.rollout.engine_sync_cases:trained_weights", payload, time_limit_s=800)
+    assert found["moved"], "training moved every weight"
+    assert found["greedy"] == [16, 16]
+    assert max(found["gaps"]) <= 2e-5
+    assert found["bytes"] == [found["minimum"]] * 2
+    assert found["versions"] == [[0], [1], [3]]
+    # rank 2 is tensor rank 0 of the second stage, whose local layer 1 is layer 3
+    assert "model.layers.3.mlp.down_proj.weight" in found["told"] and "from rank 2" in found["told"]

@@ -1,0 +1,90 @@
+"""`dapo-megatron plan RECIPE --resharding` as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.command_line import RECIPE, ROOT, environment, run_command
+from tests.resharding.qwen32b import SECTIONS, write_config
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("paper")
+    model = write_config(folder / "model")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**SECTIONS, "model": {"path": str(model)}}))
+    return recipe
+
+
+def planned(*arguments: object) -> dict:
+    done = run_command("plan", *arguments, "--resharding", "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_papers_model_needs_its_config_alone(paper):
+    found = planned(paper, "--link-gbps", 100, "--link-gbps", 400)
+    assert found["bytes_total"] == found["bytes_minimum"] == 1048591990784 and found["ratio"] == 1
+    assert len(found["bytes_per_destination_rank"]) == 128
+    assert sum(found["bytes_per_destination_rank"]) == found["bytes_total"]
+    assert found["destination_ranks"] == list(range(128, 256))
+    assert found["packed_bytes"] == 0 and found["plan_seconds"] > 0
+    assert found["direct_messages"] == 128 * (64 * 4 + 2) < found["messages"]
+    seconds = found["seconds_at_gbps"]
+    assert set(seconds) == {"100", "400"} and seconds["100"] == pytest.approx(4 * seconds["400"])
+    assert seconds["400"] == pytest.approx(max(found["sent"]["most"], found["received"]["most"]) * 8 / 400e9)
+
+
+def test_engines_and_their_size_come_from_the_recipe(paper):
+    found = planned(paper, "rollout.tensor=4", "rollout.engines=3", "model.dtype=fp32")
+    assert found["target"] == "vllm: 3 x tensor 4" and found["dtype"] == "fp32"
+    assert found["destination_ranks"] == list(range(128, 140))
+    assert found["bytes_total"] == found["bytes_minimum"] and found["packed_bytes"] > 0
+
+
+def test_the_embedded_engine_gets_what_its_rank_lacks():
+    found = planned(RECIPE)
+    assert found["destination_ranks"] == [0, 1, 2, 3] and found["target"].startswith("hf")
+    assert found["bytes_total"] == found["bytes_minimum"] > 0
+    layer = 128 * (128 + 2 * 64) + 256 + 128 * 128 + 3 * 128 * 384 + 2 * 128
+    assert found["bytes_total"] + found["bytes_copied"] == 4 * 4 * (4 * layer + 2 * 64 * 128 + 128)  # fp32, four ranks
+
+
+def test_a_table_for_people():
+    done = run_command("plan", RECIPE, "--resharding", "--link-gbps", 25)
+    assert done.returncode == 0, done.stderr
+    for text in ("4 ranks: tensor 2 x pipeline 2 x data 1", "ratio 1.0000", "links of 25 Gbit/s", "messages"):
+        assert text in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((), "plan needs --resharding"),
+        (("--resharding", "rollout.engine=vllm", "rollout.tensor=3"), "rollout.tensor=3 does not divide 4 attention"),
+        (("--resharding", "parallel.tensor=3"), "parallel.tensor=3 does not divide 4 attention heads"),
+        (("--resharding", "model.scratch=", "model.path=nowhere"), "model folder nowhere does not exist"),
+        (("--resharding", "--link-gbps", "0"), "--link-gbps"),
+    ],
+)
+def test_a_wrong_request_is_refused(arguments, told):
+    done = run_command("plan", RECIPE, *arguments)
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_planning_imports_neither_torch_nor_megatron(paper):
+    program = (
+        "import sys\nfrom dapo_megatron.cli import app\n"
+        f"app(['plan', {str(paper)!r}, '--resharding', '--json'], standalone_mode=False)\n"
+        "print(sorted({'torch', 'megatron', 'transformers', 'vllm'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and done.stderr.strip() == "[]", done.stderr
