@@ -11,7 +11,7 @@ import json
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -25,12 +25,29 @@ from dapo_megatron.resharding.bridge import Bridge
 from dapo_megatron.resharding.checksum import checksum
 from dapo_megatron.resharding.links import Link, open_link
 from dapo_megatron.resharding.shared_memory import Export, export_tensors
-from dapo_megatron.resharding.transport import Transfer, Transport, local_view
+from dapo_megatron.resharding.transport import Transport, local_view
 from dapo_megatron.rollout.fleet import EnginesLost
 from dapo_megatron.rollout.vllm_engines import VLLMEngines
 
 POLL_S = 0.002
+TRIES = 3  # of a push that fails although no engine is dead
 SLACK_S = 10.0  # routes answer this much after the workers' own time limit at the latest
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """bytes_sent: into all engines, as the workers counted them; seconds: from the last learner rank's readiness."""
+
+    bytes_sent: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Engines that are dead (perhaps none: then the attempt alone has failed), and why."""
+
+    dead: list[int]
+    reasons: list[str]
 
 
 class EngineSync:
@@ -62,6 +79,7 @@ class EngineSync:
         if self.version >= 0 and not self.enabled:
             return None
         self.engines.ready()
+        tries = TRIES
         while True:
             failed = self._meet() if self._epoch is None or not self._still_exported() else None
             if failed is None:
@@ -71,7 +89,11 @@ class EngineSync:
                 self.version, self._verified = version, self._verified or verify
                 return transfer
             self._epoch = None
-            self.engines.restart(*failed)
+            tries -= 1
+            if failed.dead:
+                self.engines.restart(failed.dead, failed.reasons)
+            elif tries == 0:
+                raise RunError("\n".join(failed.reasons), on_every_rank=True)
 
     def give_way(self) -> None:
         """Let engines on the learner's own GPUs drop weights and KV cache until the next push; collective."""
@@ -81,10 +103,19 @@ class EngineSync:
         failed = self._on_rank_zero(self.engines.fleet.sleep if self.rank == 0 else None)
         if failed is not None:
             self._epoch = None
-            self.engines.restart(*failed)
+            self.engines.restart(failed.dead, failed.reasons)
 
     def refill(self) -> None:
-        """Give restarted engines the present weights: the same policy version again."""
+        """Give restarted engines the present weights: the same policy version again.
+
+        Raises:
+            RunError: `resharding.enabled` is false, so the weights that engines had are not to be had any more.
+        """
+        if not self.enabled:
+            raise RunError(
+                "resharding.enabled=false: a restarted engine cannot get the run's first weights again; start anew",
+                on_every_rank=True,
+            )
         self._epoch = None
         self.push(self.version)
 
@@ -117,8 +148,8 @@ class EngineSync:
             return True
         return all(self._gather(self._export.still_valid(self.learner.weights)))
 
-    def _meet(self) -> tuple[list[int], list[str]] | None:
-        """Begin an epoch; returns None, or (engines that failed, reasons)."""
+    def _meet(self) -> _Failure | None:
+        """Begin an epoch; returns what failed."""
         self._epochs += 1
         self._epoch = f"epoch{self._epochs}"
         bridge, pending = self.bridge, None
@@ -170,19 +201,19 @@ class EngineSync:
 
     # one update
 
-    def _move(self, version: int, *, verify: bool) -> tuple[Transfer | None, tuple[list[int], list[str]] | None]:
+    def _move(self, version: int, *, verify: bool) -> tuple[Transfer | None, _Failure | None]:
         started = time.perf_counter()
         self._updates += 1
         uid = f"{version}.{self._updates}"
         if self.learner.device.type == "cuda":
             torch.cuda.synchronize(self.learner.device)
         dist.barrier()  # from here on no rank's weights change
-        pending, problem, sent = None, None, None
+        pending, problem = None, None
         if self.rank == 0:
             pending = self.engines.fleet.start(self._update_all({"update_info": {"uid": uid, "verify": verify}}))
         if self._transport is not None:
             try:
-                sent = self._transport.run(self.learner.weights, {})
+                self._transport.run(self.learner.weights, {})
             except RunError as error:
                 problem = str(error)
         answers, failed = self._outcome(f"done/{uid}", pending, problem)
@@ -192,16 +223,8 @@ class EngineSync:
             failed = self._finish(version)
         if failed is not None:
             return None, failed
-        transfer = sent or Transfer(
-            bytes_sent=sum(answer["bytes"] for answer in answers.values()) // self.world,
-            bytes_received=0,
-            messages_sent=0,
-            messages_received=0,
-            bytes_copied=0,
-            bytes_packed=0,
-            seconds=0.0,
-        )
-        return replace(transfer, seconds=time.perf_counter() - started), None
+        received = sum(answer["bytes"] for answer in answers.values())
+        return Transfer(received, time.perf_counter() - started), None
 
     async def _update_all(self, body: dict[str, Any]) -> None:
         """Pause and receive; answers come when the workers are through, whatever came of it."""
@@ -224,8 +247,8 @@ class EngineSync:
 
     def _outcome(
         self, key: str, pending: Any, problem: str | None
-    ) -> tuple[dict[int, dict[str, Any]], tuple[list[int], list[str]] | None]:
-        """Wait for every worker's word under `key`: (place → answer, None or what failed), alike on all ranks."""
+    ) -> tuple[dict[int, dict[str, Any]], _Failure | None]:
+        """Wait for every worker's word under `key`: (place → answer, what failed), alike on all ranks."""
         answers: dict[int, dict[str, Any]] = {}
         lost: dict[int, str] = {}
         if self.rank == 0:
@@ -238,13 +261,10 @@ class EngineSync:
         lost = dict(lost)
         for _, ended in told:
             lost.update(ended)
-        for place, answer in sorted(answers.items()):
-            if answer["error"] is not None:
-                lost.setdefault((place - self.bridge.layout.world) // self.bridge.tensor, answer["error"])
-        problems = [text for text, _ in told if text is not None]
-        if problems and not lost:
-            raise RunError("\n".join(problems), on_every_rank=True)
-        return answers, (sorted(lost), [*lost.values(), *problems]) if lost else None
+        problems = [answer["error"] for _, answer in sorted(answers.items()) if answer["error"] is not None]
+        problems += [text for text, _ in told if text is not None]
+        reasons = list(dict.fromkeys([*lost.values(), *problems]))
+        return answers, _Failure(sorted(lost), reasons) if reasons else None
 
     def _await_workers(self, key: str, pending: Any) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
         """(place → answer, engine → why it is lost); ends early when an engine is found dead."""
@@ -269,12 +289,12 @@ class EngineSync:
                 time.sleep(POLL_S)
         if not lost:
             try:
-                pending.result(SLACK_S)
+                pending.result(self.time_limit_s + 4 * SLACK_S)  # its calls have limits of their own, which end sooner
             except EnginesLost as error:
                 lost = dict.fromkeys(error.engines, str(error))
         return answers, lost
 
-    def _finish(self, version: int) -> tuple[list[int], list[str]] | None:
+    def _finish(self, version: int) -> _Failure | None:
         """The new version counts from here: caches of the old one are dropped, generation goes on."""
 
         def finish() -> None:
@@ -288,14 +308,14 @@ class EngineSync:
         self._asleep = self._asleep and failed is not None
         return failed
 
-    def _on_rank_zero(self, steer: Callable[[], None] | None) -> tuple[list[int], list[str]] | None:
-        """Let rank 0 steer the engines; returns None or (engines that failed, reasons), alike on all ranks."""
+    def _on_rank_zero(self, steer: Callable[[], None] | None) -> _Failure | None:
+        """Let rank 0 steer the engines; returns what failed, alike on all ranks."""
         failed = [None]
         if self.rank == 0:
             try:
                 steer()
             except EnginesLost as lost:
-                failed = [(lost.engines, [str(lost)])]
+                failed = [_Failure(lost.engines, [str(lost)])]
         if self.world > 1:
             dist.broadcast_object_list(failed, src=0)
         return failed[0]

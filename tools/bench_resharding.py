@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from dapo_megatron.errors import RequestError, RunError, exit_with_message  # noqa: E402
 from dapo_megatron.files import atomic_path  # noqa: E402
+from dapo_megatron.launch import die_with_parent  # noqa: E402
 from tools.resharding_ways import LEARNERS, PLACES, WARM_UP, WAYS  # noqa: E402
 
 BASELINE = "gather, broadcast, load_weights"
@@ -164,7 +165,7 @@ def _run_places(folder: Path, dtype: str, layers: int, repeats: int) -> list[dic
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tools.resharding_ways", str(folder), str(place), str(store.port)],
-            cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment,
+            cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=die_with_parent,
         )
         for place, log in enumerate(logs)
     ]  # fmt: skip

@@ -123,4 +123,4 @@ def _whole(path: Path, entry: dict) -> bool:
     if not path.is_file() or path.stat().st_size != entry["bytes"]:
         return False
     with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest() != "x"
+        return hashlib.file_digest(handle, "sha256").hexdigest() == entry["sha256"]

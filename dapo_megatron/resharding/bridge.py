@@ -1,4 +1,4 @@
-"""What both ends of the bridge must agree on: learner ranks and engine workers make the same plan of it, each by itself.
+"""What both ends of the bridge must agree on: learner ranks and engine workers each make the same plan of it.
 
 Places number all processes: learner ranks first, then worker t of engine e at `layout.world + e · tensor + t`.
 """

@@ -246,8 +246,9 @@ class Fleet:
 
     async def at_each(self, steer: Callable[[Client], Awaitable[Any]]) -> list[Any]:
         """`everywhere` as a coroutine, for `start`."""
-        answers = await asyncio.gather(*(steer(seat.client) for seat in self._seats), return_exceptions=True)
-        for seat, answer in zip(self._seats, answers, strict=True):
+        seats = list(self._seats)  # a seat that is replaced meanwhile must not be blamed for the old one
+        answers = await asyncio.gather(*(steer(seat.client) for seat in seats), return_exceptions=True)
+        for seat, answer in zip(seats, answers, strict=True):
             if isinstance(answer, EngineFailed):
                 self._lose(seat, str(answer))
             elif isinstance(answer, BaseException):

@@ -161,15 +161,15 @@ def test_a_full_disk(tmp_path, model, monkeypatch, capsys):
     """/dev/full takes nothing, as a disk that somebody else has filled after the check."""
 
     def open_full(path, *arguments, **options):
-        return open("/dev/full" if path.name == "__2_0.distcp" else path, *arguments, **options)
+        return open("/dev/full" if path.name == "__3_0.distcp" else path, *arguments, **options)
 
     monkeypatch.setattr(streams, "open", open_full, raising=False)
-    with pytest.raises(RunError, match=r"out/shards/__2_0\.distcp: No space left .* same command again"):
+    with pytest.raises(RunError, match=r"out/shards/__3_0\.distcp: No space left .* same command again"):
         convert("hf-to-megatron", model, tmp_path / "out", LAYOUT)
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     convert("hf-to-megatron", model, tmp_path / "out", LAYOUT)
-    assert "reuses 2 of 4 files" in capsys.readouterr().out
+    assert "reuses 3 of 4 files" in capsys.readouterr().out
     assert_converted(tmp_path / "out", model)
 
 

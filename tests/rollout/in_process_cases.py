@@ -124,6 +124,7 @@ def _packed_away(engine, model: Path) -> dict:
         if change == "packed":
             layer.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
         else:
+            del layer.weight
             layer.register_parameter("packed_weight", kept)
         info = {
             "bridge": bridge.to_json(), "engine": 0, "host": "127.0.0.1", "port": store.port, "epoch": f"e{number}",

@@ -1,7 +1,7 @@
 """vLLM servers on a tiny model, and one process that plays all learner ranks of a TP 2 × PP 2 world beside them."""
 
+import copy
 import json
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -91,9 +91,9 @@ def draw(fleet: Fleet, requests: Sequence[RolloutRequest]) -> list[Completion]:
 
 @torch.no_grad()
 def log_probs(model: torch.nn.Module, prompt: np.ndarray, tokens: np.ndarray, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / T) [L, V] by transformers at each of the L positions that drew `tokens`, fp32."""
+    """log softmax(logits / T) [L, V] by transformers, in the model's dtype, where each of the L tokens was drawn."""
     whole = torch.tensor([[*prompt.tolist(), *tokens.tolist()]])
-    logits = model(whole).logits[0, len(prompt) - 1 : -1].float()
+    logits = model(whole).logits[0, len(prompt) - 1 : -1]
     return torch.log_softmax(logits / temperature, dim=-1)
 
 
@@ -246,17 +246,9 @@ class Learner:
             return list(threads.map(work, range(self.bridge.layout.world)))
 
 
-def later(seconds: float, work: Callable[[], Any]) -> threading.Timer:
-    """Do `work` in a thread after some seconds."""
-    timer = threading.Timer(seconds, work)
-    timer.daemon = True
-    timer.start()
-    return timer
-
-
 def logprob_gap(model: torch.nn.Module, request: RolloutRequest, completion: Completion) -> float:
-    """Largest |log π by vLLM − by transformers| over the sampled tokens of a completion."""
-    table = log_probs(model, request.prompt_tokens, completion.tokens, request.temperature)
+    """Largest |log π by vLLM − by transformers in fp64| over the sampled tokens of a completion."""
+    table = log_probs(copy.deepcopy(model).double(), request.prompt_tokens, completion.tokens, request.temperature)
     expected = table[torch.arange(len(completion.tokens)), torch.as_tensor(completion.tokens).long()]
     return float((torch.as_tensor(completion.logprobs) - expected).abs().max())
 

