@@ -35,11 +35,12 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
         clock = Clock()
         with clock.phase("rollout"), checkpoint_on_failure(run):
             sampled = roll_out(run)
+            if not rollout_only:
+                run.sync.give_way()
         metrics = {"step": run.step + 1, "learning_rate": learning_rate(run), **rollout_metrics(sampled)}
         if rollout_only:
             save_batch(run, sampled.trained)
         else:
-            run.sync.give_way()
             with clock.phase("learn"):
                 metrics |= learner_metrics(learn(run, sampled.trained))
         run.step += 1

@@ -39,10 +39,7 @@ def trained_weights(payload: dict) -> dict:
                 supervised_update(learner, _random_batch(10 * version + step), 1e-2, 0.0)
             moved = all(not torch.equal(before[key], tensor) for key, tensor in learner.weights.items())
             found["moved"] &= moved and version == sync.version + 1
-            transfer = sync.push(version)
-            sent = [0] * dist.get_world_size()
-            dist.all_gather_object(sent, transfer.bytes_sent)
-            found["bytes"].append(sum(sent))
+            found["bytes"].append(sync.push(version).bytes_sent)
             requests = greedy_requests(first_ticket=100 * version)
             sampled = [_sampled(r) for r in requests]
             completions = dispatcher.generate([*requests, *sampled])
@@ -75,6 +72,7 @@ def _rollout_side(
     engines = VLLMEngines(
         rank=rank, world=world, count=1, settings_of=lambda _: settings_for(folder, tensor), host="127.0.0.1",
         servers=[], logs=scratch / "engines", stop_tokens=[], restarts=0, start_limit_s=START_LIMIT_S, capacity=32,
+        sleep=False,
     )  # fmt: skip
     bridge = Bridge(
         architecture=learner.architecture, layout=learner.layout, layer_spec="local", engines=1, tensor=tensor,
