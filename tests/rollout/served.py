@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dapo_megatron.config import read_architecture
@@ -41,9 +41,17 @@ STOP_TOKEN = 7
 SHAPE = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 512}
 
 
-def write_models(folder: Path, **changes: Any) -> list[Path]:
-    """Two models that differ in their weights alone."""
-    return [write_model(folder / str(seed), "qwen2", tied=False, seed=seed, **SHAPE, **changes) for seed in (0, 1)]
+def write_models(folder: Path, count: int = 2) -> list[Path]:
+    """Models that differ in their weights alone. Matrices neither amplify nor damp (0.15 · 0.6 ≈ 1 / √hidden), so that
+    fp32 gives log-probs of six digits."""
+    found = []
+    for seed in range(count):
+        model = write_model(folder / str(seed), "qwen2", tied=False, seed=seed, **SHAPE)
+        tensors = load_file(model / "model.safetensors")
+        scaled = {name: t * 0.6 if t.dim() > 1 else t for name, t in tensors.items()}
+        save_file(scaled, model / "model.safetensors", {"format": "pt"})
+        found.append(model)
+    return found
 
 
 def settings_for(model: Path, tensor: int) -> EngineSettings:

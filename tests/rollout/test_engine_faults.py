@@ -13,7 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -50,12 +50,14 @@ NO_HF_ENGINE = "import sys\nsys.modules['dapo_megatron.rollout.hf_engine'] = Non
 
 @dataclass
 class Run:
-    """A run under way. Its secret is in the environment of each of its processes, and of no others."""
+    """A run under way. Its secret is in the environment of each of its processes, and of no others; vLLM's children
+    write their titles over their environment and are known by their process groups."""
 
     folder: Path
     secret: str
     process: subprocess.Popen
     log: Path
+    groups: set[int] = field(default_factory=set)
 
     def output(self) -> str:
         return self.log.read_text()
@@ -66,14 +68,16 @@ class Run:
 
     def processes(self) -> list[psutil.Process]:
         """All processes of the run that still run."""
-        found = []
+        group_of: dict[psutil.Process, int] = {}
         for process in psutil.process_iter():
             try:
-                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(VARIABLE) == self.secret:
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    group_of[process] = os.getpgid(process.pid)
+                    if process.environ().get(VARIABLE) == self.secret:
+                        self.groups.add(group_of[process])
+            except (OSError, psutil.Error):
                 continue
-        return found
+        return [process for process, group in group_of.items() if group in self.groups]
 
     def server(self) -> psutil.Process:
         return next(p for p in self.processes() if "vllm.entrypoints.openai.api_server" in p.cmdline())
@@ -129,6 +133,7 @@ def started(folder: Path, *arguments: str) -> Iterator[Run]:
             env={**environment(), VARIABLE: secret, "PYTHONPATH": str(stub)},
             stdout=output,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     run = Run(folder, secret, process, log)
     try:
@@ -164,6 +169,7 @@ def test_a_killed_server_is_replaced_in_mid_rollout(tmp_path):
     with started(tmp_path / "run") as run:
         run.until_mid_rollout()
         killed = run.server().pid
+        assert any(p.cmdline()[0].startswith("VLLM::EngineCore") for p in run.processes())
         os.kill(killed, signal.SIGKILL)
         check_finished(run, 3)
     assert run.output().count("restarting engine 0") == 1
@@ -218,5 +224,6 @@ def test_without_restarts_a_run_stops_with_a_checkpoint_and_can_be_resumed(tmp_p
         assert f"resumed from {folder / 'checkpoints' / f'step-{step:06d}'}" in run.output()
         assert [line["step"] for line in run.metrics()] == list(range(run.metrics()[-1]["step"] + 1))
         # and a learner that is killed as a whole leaves no engine behind
+        assert len(run.processes()) >= 1 + 4 + 2, "the launcher, its ranks, the server and its engine"
         run.process.kill()
         assert run.nothing_left(10.0), run.processes()

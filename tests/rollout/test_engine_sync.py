@@ -3,8 +3,7 @@
 import pytest
 
 from tests.ranks import run_ranks
-from tests.rollout.served import SHAPE
-from tests.tiny_models import write_model
+from tests.rollout.served import write_models
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -12,7 +11,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 @pytest.mark.parametrize(("tensor", "transport"), [(1, "shared"), (2, "group")])
 def test_after_training_vllm_computes_with_the_learners_weights(tmp_path, tensor, transport):
-    model = write_model(tmp_path / "model", "qwen2", tied=False, **SHAPE)
+    model = write_models(tmp_path / "model", 1)[0]
     payload = {"model": str(model), "scratch": str(tmp_path), "tensor": tensor, "transport": transport}
     found = run_ranks(4, "tests.rollout.engine_sync_cases:trained_weights", payload, time_limit_s=800)
     assert found["moved"], "training moved every weight"

@@ -195,27 +195,43 @@ def test_every_parameter_of_every_worker_is_what_the_layout_says(served, filled)
     assert [n for n in expected if found[n] != expected[n] and n not in padded] == []
 
 
-def test_weights_that_change_in_mid_generation_count_from_exactly_one_token(served, filled, references):
+@pytest.fixture
+def narrow(served):
+    """The server behind a fleet that gives it four requests at a time: whenever one is done, three are under way."""
+    fleet = fleet_for(served.address, capacity=4)
+    fleet.resume()
+    yield fleet
+    fleet.close()
+
+
+def staggered(first_ticket: int, temperature: float = 0.0) -> list[RolloutRequest]:
+    return [
+        replace(r, max_new_tokens=60 + 3 * i, temperature=temperature)
+        for i, r in enumerate(greedy_requests(first_ticket=first_ticket))
+    ]
+
+
+def test_weights_that_change_in_mid_generation_count_from_exactly_one_token(served, filled, references, narrow):
     filled.load(served.models[0])
     filled.push(10)
-    requests = greedy_requests(100, first_ticket=500)
-    served.fleet.submit(requests)
-    time.sleep(0.7)
+    requests = staggered(500)
+    narrow.submit(requests)
+    early = narrow.collect(until=6, time_limit_s=240)
     filled.load(served.models[1])
     filled.push(11)
-    by_ticket = {c.ticket: c for c in served.fleet.collect(time_limit_s=240)}
+    by_ticket = {c.ticket: c for c in [*early, *narrow.collect(time_limit_s=240)]}
     crossing = 0
     for request in requests:
         completion = by_ticket[request.ticket]
         old = int((completion.policy_versions == 10).sum())
-        assert completion.policy_versions.tolist() == [10] * old + [11] * (100 - old)
-        whole = log_probs(references[0], request.prompt_tokens, completion.tokens).argmax(-1).tolist()
-        assert completion.tokens[:old].tolist() == whole[:old]
-        # whatever the caches held of the old weights is dropped: all that follows is the new weights' own
-        new = log_probs(references[1], request.prompt_tokens, completion.tokens).argmax(-1).tolist()
-        assert completion.tokens[old:].tolist() == new[old:]
-        crossing += 0 < old < 100
-    assert crossing > 0
+        assert completion.policy_versions.tolist() == [10] * old + [11] * (request.max_new_tokens - old)
+        before = log_probs(references[0], request.prompt_tokens, completion.tokens).argmax(-1).tolist()
+        assert completion.tokens[:old].tolist() == before[:old]
+        # what the caches held of the old weights is dropped: all that follows is the new weights' own
+        after = log_probs(references[1], request.prompt_tokens, completion.tokens).argmax(-1).tolist()
+        assert completion.tokens[old:].tolist() == after[old:]
+        crossing += 0 < old < request.max_new_tokens
+    assert crossing >= 2
     # and nothing of the old weights is left in the prefix cache for those that come later
     later = draw(served.fleet, greedy_requests(first_ticket=700))
     assert all(
@@ -223,34 +239,37 @@ def test_weights_that_change_in_mid_generation_count_from_exactly_one_token(serv
     )
 
 
-def test_weights_that_change_in_mid_generation_leave_random_numbers_alone(served, filled):
+def test_weights_that_change_in_mid_generation_leave_random_numbers_alone(served, filled, narrow):
     """The same weights pushed in mid-generation change nothing but the versions."""
     filled.load(served.models[0])
     filled.push(20)
-    requests = [replace(r, temperature=1.0) for r in greedy_requests(100, first_ticket=800)]
-    undisturbed = draw(served.fleet, requests)
-    served.fleet.submit(requests)
-    time.sleep(0.7)
+    requests = staggered(800, temperature=1.0)
+    undisturbed = draw(narrow, requests)
+    narrow.submit(requests)
+    disturbed = {c.ticket: c for c in narrow.collect(until=6, time_limit_s=240)}
     filled.push(21)
-    disturbed = {c.ticket: c for c in served.fleet.collect(time_limit_s=240)}
-    assert any(len(set(c.policy_versions.tolist())) == 2 for c in disturbed.values())
+    disturbed |= {c.ticket: c for c in narrow.collect(time_limit_s=240)}
+    assert sum(len(set(c.policy_versions.tolist())) == 2 for c in disturbed.values()) >= 2
     assert [disturbed[r.ticket].tokens.tolist() for r in requests] == [c.tokens.tolist() for c in undisturbed]
 
 
-def test_an_aborted_request_returns_what_it_has(served, filled, references):
+def test_an_aborted_request_returns_what_it_has(served, filled, references, narrow):
     filled.load(served.models[0])
     filled.push(30)
     requests = greedy_requests(110, first_ticket=900)
-    served.fleet.submit(requests)
-    time.sleep(0.5)
-    taken = {c.ticket: c for c in served.fleet.abort([r.ticket for r in requests[:4]])}
-    rest = {c.ticket: c for c in served.fleet.collect(time_limit_s=240)}
-    assert sorted(taken) == [900, 901, 902, 903] and len(rest) == 12
-    for request in requests[:4]:
-        completion = taken[request.ticket]
+    narrow.submit(requests)
+    rest = {c.ticket: c for c in narrow.collect(until=4, time_limit_s=240)}
+    time.sleep(0.05)
+    wanted = [904, 905, 915]  # two that have begun, one that waits
+    taken = {c.ticket: c for c in narrow.abort(wanted)}
+    rest |= {c.ticket: c for c in narrow.collect(time_limit_s=240)}
+    assert sorted(taken) == wanted and sorted(rest) == sorted(set(range(900, 916)) - set(wanted))
+    assert len(taken[915].tokens) == 0
+    for ticket in wanted:
+        completion = taken[ticket]
         assert completion.finish_reason == "abort" and len(completion.tokens) < 110
         if len(completion.tokens):
-            assert is_greedy(references[0], request.prompt_tokens, completion.tokens)
+            assert is_greedy(references[0], requests[ticket - 900].prompt_tokens, completion.tokens)
     assert {len(c.tokens) for c in rest.values()} == {110}
 
 
