@@ -30,7 +30,7 @@ def trained_weights(payload: dict) -> dict:
     """Train, push, sample, twice; then a push after which a learner rank no longer has what it gave."""
     folder, scratch = Path(payload["model"]), Path(payload["scratch"])
     learner = build(str(folder), "tp2pp2", train=Optimizer())
-    engines, sync, dispatcher = _rollout_side(learner, folder, scratch, payload["tensor"], payload["transport"])
+    engines, sync, dispatcher = _rollout_side(learner, payload)
     before = {key: tensor.clone() for key, tensor in learner.weights.items()}
     found: dict = {"greedy": [], "gaps": [], "bytes": [], "moved": True, "versions": []}
     try:
@@ -65,18 +65,17 @@ def trained_weights(payload: dict) -> dict:
     return found
 
 
-def _rollout_side(
-    learner: Learner, folder: Path, scratch: Path, tensor: int, transport: str
-) -> tuple[VLLMEngines, EngineSync, ServerDispatcher]:
-    rank, world = dist.get_rank(), dist.get_world_size()
+def _rollout_side(learner: Learner, payload: dict) -> tuple[VLLMEngines, EngineSync, ServerDispatcher]:
+    rank, world, count, tensor = dist.get_rank(), dist.get_world_size(), payload["engines"], payload["tensor"]
+    folder, scratch = Path(payload["model"]), Path(payload["scratch"])
     engines = VLLMEngines(
-        rank=rank, world=world, count=1, settings_of=lambda _: settings_for(folder, tensor), host="127.0.0.1",
+        rank=rank, world=world, count=count, settings_of=lambda _: settings_for(folder, tensor), host="127.0.0.1",
         servers=[], logs=scratch / "engines", stop_tokens=[], restarts=0, start_limit_s=START_LIMIT_S, capacity=32,
         sleep=False,
     )  # fmt: skip
     bridge = Bridge(
-        architecture=learner.architecture, layout=learner.layout, layer_spec="local", engines=1, tensor=tensor,
-        dtype="float32", transport=transport, bucket_bytes=1 << 18, window=32, time_limit_s=60,
+        architecture=learner.architecture, layout=learner.layout, layer_spec="local", engines=count, tensor=tensor,
+        dtype="float32", transport=payload["transport"], bucket_bytes=1 << 18, window=32, time_limit_s=60,
     )  # fmt: skip
     recipe = load_recipe(RECIPE, ["resharding.verify=always", "resharding.time_limit_s=60"])
     sync = EngineSync(recipe, learner, engines, bridge)
@@ -97,7 +96,9 @@ def _minimum(bridge: Bridge) -> dict[int, int]:
     from dapo_megatron.resharding.megatron_layout import megatron_layout
 
     source = megatron_layout(bridge.architecture, bridge.layout, layer_spec="local")
-    target = vllm_layout(bridge.architecture, engines=1, tensor=bridge.tensor, first_rank=bridge.layout.world)
+    target = vllm_layout(
+        bridge.architecture, engines=bridge.engines, tensor=bridge.tensor, first_rank=bridge.layout.world
+    )
     return minimum_elements(source, target)
 
 

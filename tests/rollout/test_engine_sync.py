@@ -9,10 +9,12 @@ pytest.importorskip("vllm")
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 
-@pytest.mark.parametrize(("tensor", "transport"), [(1, "shared"), (2, "group")])
-def test_after_training_vllm_computes_with_the_learners_weights(tmp_path, tensor, transport):
+@pytest.mark.parametrize(("engines", "tensor", "transport"), [(2, 1, "shared"), (1, 2, "group")])
+def test_after_training_vllm_computes_with_the_learners_weights(tmp_path, engines, tensor, transport):
     model = write_models(tmp_path / "model", 1)[0]
-    payload = {"model": str(model), "scratch": str(tmp_path), "tensor": tensor, "transport": transport}
+    payload = {
+        "model": str(model), "scratch": str(tmp_path), "engines": engines, "tensor": tensor, "transport": transport,
+    }  # fmt: skip
     found = run_ranks(4, "tests.rollout.engine_sync_cases:trained_weights", payload, time_limit_s=800)
     assert found["moved"], "training moved every weight"
     assert found["greedy"] == [16, 16]

@@ -5,6 +5,7 @@ import hashlib
 import os
 import subprocess
 import time
+import urllib.request
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,6 +53,13 @@ class Served:
     address: str
     first_answer: str
     pid: int
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric over its labels, by /metrics."""
+        request = urllib.request.Request(f"{self.address}/metrics", headers={HEADER: SECRET})
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as response:
+            lines = response.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name + "{"))
 
     def learner(self, transport: str, epoch: str, **options: float) -> Learner:
         learner = Learner(self.models[0], self.fleet, tensor=self.tensor, transport=transport, **options)
@@ -106,6 +114,7 @@ def test_greedy_output_is_that_of_transformers_for_one_set_of_weights_after_the_
         if transport == "group":
             assert sum(t.bytes_sent for t in learner.sent) == least
         for again in range(2):  # the second time over what the first has left in the prefix cache
+            hits = served.metric("vllm:prefix_cache_hits_total")
             requests = greedy_requests(first_ticket=100 * version + 50 * again)
             completions = draw(served.fleet, requests)
             assert sum(len(r.prompt_tokens) > BLOCK for r in requests) >= 5
@@ -117,6 +126,8 @@ def test_greedy_output_is_that_of_transformers_for_one_set_of_weights_after_the_
             assert wrong == []
             assert {c.finish_reason for c in completions} == {"length"}
             assert {int(v) for c in completions for v in c.policy_versions} == {version}
+            hits = served.metric("vllm:prefix_cache_hits_total") - hits
+            assert hits >= 5 * BLOCK if again else hits <= BLOCK, hits  # one block is common to two prompts
     learner.close()
 
 
@@ -205,10 +216,9 @@ def narrow(served):
 
 
 def staggered(first_ticket: int, temperature: float = 0.0) -> list[RolloutRequest]:
-    return [
-        replace(r, max_new_tokens=60 + 3 * i, temperature=temperature)
-        for i, r in enumerate(greedy_requests(first_ticket=first_ticket))
-    ]
+    """The longest prompts come first: their blocks are in the prefix cache by the time the weights change."""
+    requests = reversed(greedy_requests(first_ticket=first_ticket))
+    return [replace(r, max_new_tokens=60 + 3 * i, temperature=temperature) for i, r in enumerate(requests)]
 
 
 def test_weights_that_change_in_mid_generation_count_from_exactly_one_token(served, filled, references, narrow):
