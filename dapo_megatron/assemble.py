@@ -40,7 +40,7 @@ class Run:
     tokenizer: object
     learner: Learner
     engines: VLLMEngines | None
-    sync: WeightSync | EngineSync
+    sync: WeightSync | EngineSync | None
     grader: GraderPool | None
     training: GroupSampler | None
     validation: GroupSampler | None
@@ -51,7 +51,8 @@ class Run:
 
     def close(self) -> None:
         """End what runs beside this rank: grader, engines."""
-        self.sync.close()
+        if self.sync is not None:
+            self.sync.close()
         if self.engines is not None:
             self.engines.close()
         if self.grader is not None:
@@ -95,8 +96,11 @@ def build_learner(
     )
 
 
-def assemble(recipe: Recipe, world: World) -> Run:
-    """Build learner, engine, resharding plan and data of this rank; the default process group must exist."""
+def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
+    """Build learner, engine, resharding plan and data of this rank; the default process group must exist.
+
+    `rollouts`: false leaves out engines and the way to them, for runs that learn from files.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     torch.set_num_threads(recipe.learner.threads)
     paths = run_paths(recipe)
@@ -107,7 +111,9 @@ def assemble(recipe: Recipe, world: World) -> Run:
     tokenizer = load_tokenizer(paths.model)
     learner = build_learner(recipe, architecture, layout, device, paths.model)
     stops = stop_tokens(architecture, tokenizer)
-    engines, sync, dispatcher = _rollout_side(recipe, architecture, layout, world, learner, paths, stops)
+    engines = sync = dispatcher = None
+    if rollouts:
+        engines, sync, dispatcher = _rollout_side(recipe, architecture, layout, world, learner, paths, stops)
     grader = GraderPool(recipe.reward.workers, recipe.reward.time_limit_s) if world.rank == 0 else None
 
     def sampler(path: Path | None) -> GroupSampler | None:

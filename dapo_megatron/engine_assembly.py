@@ -1,9 +1,11 @@
 """The vLLM engines of a recipe: how many, on which devices, and how weights reach them."""
 
+import os
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from urllib.parse import urlsplit
 
+import torch
 import torch.distributed as dist
 
 from dapo_megatron.config import Architecture, Layout, Recipe
@@ -17,6 +19,8 @@ from dapo_megatron.resharding.bridge import Bridge
 from dapo_megatron.rollout.launcher import EngineSettings, engine_settings
 from dapo_megatron.rollout.server_dispatcher import ServerDispatcher
 from dapo_megatron.rollout.vllm_engines import VLLMEngines, visible_devices
+
+LOOPBACK = ("127.0.0.1", "localhost")
 
 
 def assemble_engines(
@@ -32,6 +36,7 @@ def assemble_engines(
     rollout = recipe.rollout
     count = derive_engines(recipe, layout, cpu=learner.device.type == "cpu")
     one_machine = _on_one_machine(world)
+    transport = _transport(recipe, learner, one_machine=one_machine)
     if rollout.placement == "disaggregated" and not one_machine and not rollout.servers:
         raise RequestError(
             "rollout.placement=disaggregated over several machines needs rollout.servers: start engines there with "
@@ -49,6 +54,7 @@ def assemble_engines(
         sleep=learner.device.type == "cuda" and rollout.placement == "colocated" and not rollout.servers,
         restarts=rollout.restarts,
         start_limit_s=rollout.start_limit_s,
+        time_limit_s=rollout.time_limit_s,
         capacity=rollout.max_batch_sequences,
     )
     bridge = Bridge(
@@ -58,7 +64,7 @@ def assemble_engines(
         engines=count,
         tensor=rollout.tensor,
         dtype=str(learner.dtype).removeprefix("torch."),
-        transport=_transport(recipe, one_machine=one_machine),
+        transport=transport,
         bucket_bytes=recipe.resharding.bucket_mib << 20,
         window=recipe.resharding.window,
         time_limit_s=recipe.resharding.time_limit_s,
@@ -73,15 +79,26 @@ def assemble_engines(
 def _settings(recipe: Recipe, world: World, learner: Learner, paths: RunPaths, engine: int) -> EngineSettings:
     """How this rank starts engine `engine`.
 
-    A colocated engine takes the devices of this rank and those after it, a disaggregated one of those behind the
-    learner's.
+    A colocated engine takes the devices of this rank and those after it, and sees the others of the machine, whose
+    memory it reads weights from; a disaggregated one takes devices behind those of the learner.
+
+    Raises:
+        RequestError: this machine does not have these devices.
     """
     if learner.device.type != "cuda":
         return engine_settings(recipe, paths.model, None)
-    size = recipe.rollout.tensor
+    size, there = recipe.rollout.tensor, torch.cuda.device_count()
     apart = recipe.rollout.placement == "disaggregated"
     first = world.size + engine * size if apart else world.local_rank
-    return engine_settings(recipe, paths.model, visible_devices(range(first, first + size)))
+    if first + size > there:
+        raise RequestError(
+            f"rollout.tensor={size} for engine {engine} needs GPUs {first} to {first + size - 1} and this machine "
+            f"shows {there}; use smaller rollout.tensor or rollout.engines"
+        )
+    names = visible_devices(there)
+    own = names[first : first + size]
+    others = () if apart else tuple(name for name in names if name not in own)
+    return engine_settings(recipe, paths.model, own + others)
 
 
 def _on_one_machine(world: World) -> bool:
@@ -92,16 +109,25 @@ def _on_one_machine(world: World) -> bool:
     return len(set(names)) == 1
 
 
-def _host(one_machine: bool, servers: Collection[str]) -> str:
+def _host(one_machine: bool, servers: Sequence[str]) -> str:
     """Where this rank's engines and rank 0's store listen: the loopback, unless other machines must reach them."""
-    loopback = all(urlsplit(server).hostname in ("127.0.0.1", "localhost") for server in servers)
-    return "127.0.0.1" if one_machine and loopback else socket.gethostbyname(socket.gethostname())
+    outside = [name for name in (urlsplit(server).hostname for server in servers) if name not in LOOPBACK]
+    if one_machine and not outside:
+        return LOOPBACK[0]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing; tells the way there
+        probe.connect((outside[0] if outside else os.environ["MASTER_ADDR"], 9))
+        return probe.getsockname()[0]
 
 
-def _transport(recipe: Recipe, *, one_machine: bool) -> str:
+def _transport(recipe: Recipe, learner: Learner, *, one_machine: bool) -> str:
     setting, rollout = recipe.resharding.transport, recipe.rollout
     if setting == "shared" and not one_machine:
         raise RequestError("resharding.transport=shared needs learner and engines on one machine; use group or auto")
-    if setting != "auto":
-        return setting
-    return "shared" if one_machine and rollout.placement == "colocated" and not rollout.servers else "group"
+    beside = rollout.placement == "colocated" and not rollout.servers
+    chosen = setting if setting != "auto" else "shared" if one_machine and beside else "group"
+    if chosen == "group" and beside and learner.device.type == "cuda":
+        raise RequestError(
+            "rollout.placement=colocated with messages (resharding.transport=group, or several machines) would put two "
+            "ranks of one NCCL communicator on a GPU, which NCCL refuses; use rollout.placement=disaggregated"
+        )
+    return chosen

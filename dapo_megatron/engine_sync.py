@@ -26,10 +26,11 @@ from dapo_megatron.resharding.checksum import checksum
 from dapo_megatron.resharding.links import Link, open_link
 from dapo_megatron.resharding.shared_memory import Export, export_tensors
 from dapo_megatron.resharding.transport import Transport, local_view
-from dapo_megatron.rollout.fleet import EnginesLost
+from dapo_megatron.rollout.fleet import STEER_S, EnginesLost
 from dapo_megatron.rollout.vllm_engines import VLLMEngines
 
 POLL_S = 0.002
+STEERING_ERRORS = (RunError, OSError, LookupError, ValueError)  # of rank 0 alone; the others must learn of them
 TRIES = 3  # of a push that fails although no engine is dead
 SLACK_S = 10.0  # routes answer this much after the workers' own time limit at the latest
 
@@ -89,21 +90,24 @@ class EngineSync:
                 self.version, self._verified = version, self._verified or verify
                 return transfer
             self._epoch = None
-            tries -= 1
             if failed.dead:
-                self.engines.restart(failed.dead, failed.reasons)
-            elif tries == 0:
+                self._restart(failed)
+                continue
+            tries -= 1
+            if tries == 0:
                 raise RunError("\n".join(failed.reasons), on_every_rank=True)
 
     def give_way(self) -> None:
         """Let engines on the learner's own GPUs drop weights and KV cache until the next push; collective."""
-        if not self.engines.sleep:
+        if not self.engines.sleep or not self.enabled:
             return
         self._asleep = True
         failed = self._on_rank_zero(self.engines.fleet.sleep if self.rank == 0 else None)
         if failed is not None:
             self._epoch = None
-            self.engines.restart(failed.dead, failed.reasons)
+            if not failed.dead:
+                raise RunError("\n".join(failed.reasons), on_every_rank=True)
+            self._restart(failed)
 
     def refill(self) -> None:
         """Give restarted engines the present weights: the same policy version again.
@@ -116,7 +120,7 @@ class EngineSync:
                 "resharding.enabled=false: a restarted engine cannot get the run's first weights again; start anew",
                 on_every_rank=True,
             )
-        self._epoch = None
+        self._epoch, self._verified = None, False
         self.push(self.version)
 
     def close(self) -> None:
@@ -125,6 +129,10 @@ class EngineSync:
             self._link.close()
         self._link = self._transport = self._export = self._store = None
 
+    def _restart(self, failed: _Failure) -> None:
+        self._verified = False  # the new engines have proven nothing yet
+        self.engines.restart(failed.dead, failed.reasons)
+
     # meeting
 
     def _open_store(self) -> dist.TCPStore:
@@ -132,9 +140,13 @@ class EngineSync:
         limit = timedelta(seconds=self.time_limit_s)
         store, address = None, [None]
         if self.rank == 0:
-            host = self.engines.host if self.engines.host != "0.0.0.0" else socket.gethostname()
-            store = dist.TCPStore(host, 0, is_master=True, timeout=limit, wait_for_workers=False)
-            address = [(host, store.port)]
+            host = self.engines.host
+            listener = socket.create_server((host, 0))  # by itself the store would listen on all addresses
+            port = listener.getsockname()[1]
+            store = dist.TCPStore(
+                host, port, is_master=True, timeout=limit, wait_for_workers=False, master_listen_fd=listener.detach()
+            )
+            address = [(host, port)]
         if self.world > 1:
             dist.broadcast_object_list(address, src=0)
         self._address = address[0]
@@ -153,10 +165,16 @@ class EngineSync:
         self._epochs += 1
         self._epoch = f"epoch{self._epochs}"
         bridge, pending = self.bridge, None
+        problem = None
         if bridge.transport == "shared":
-            self._export = export_tensors(self.learner.weights)
-            self._store.set(f"{self._epoch}/export/{self.rank}", json.dumps(self._export.describe()))
-        dist.barrier()
+            try:
+                self._export = export_tensors(self.learner.weights)
+                self._store.set(f"{self._epoch}/export/{self.rank}", json.dumps(self._export.describe()))
+            except (RunError, RuntimeError, OSError) as error:
+                problem = str(error)
+        problems = [text for text in self._gather(problem) if text is not None]
+        if problems:
+            return _Failure([], problems)
         if self.rank == 0:
             host, port = self._address
             bodies = [
@@ -172,7 +190,6 @@ class EngineSync:
                 for e in range(bridge.engines)
             ]
             pending = self.engines.fleet.start(self._post_each("/init_weight_transfer_engine", bodies))
-        problem = None
         if bridge.transport == "group":
             if self._link is not None:
                 self._link.close()
@@ -231,12 +248,12 @@ class EngineSync:
         limit = self.time_limit_s + SLACK_S
 
         async def update(client: Any) -> None:
-            await client.post("/pause?mode=keep", time_limit_s=SLACK_S)
+            await client.post("/pause?mode=keep", time_limit_s=STEER_S)
             if self._asleep:
-                await client.post("/wake_up?tags=weights", time_limit_s=SLACK_S)
-            await client.post("/start_weight_update", time_limit_s=SLACK_S)
+                await client.post("/wake_up?tags=weights", time_limit_s=STEER_S)
+            await client.post("/start_weight_update", time_limit_s=STEER_S)
             await client.post("/update_weights", body, time_limit_s=limit)
-            await client.post("/finish_weight_update", time_limit_s=SLACK_S)
+            await client.post("/finish_weight_update", time_limit_s=STEER_S)
 
         await self.engines.fleet.at_each(update)
 
@@ -249,25 +266,20 @@ class EngineSync:
         self, key: str, pending: Any, problem: str | None
     ) -> tuple[dict[int, dict[str, Any]], _Failure | None]:
         """Wait for every worker's word under `key`: (place → answer, what failed), alike on all ranks."""
-        answers: dict[int, dict[str, Any]] = {}
-        lost: dict[int, str] = {}
+        found: tuple[dict[int, dict[str, Any]], dict[int, str], str | None] = ({}, {}, None)
         if self.rank == 0:
-            answers, lost = self._await_workers(key, pending)
-        told = self._gather((problem, self.engines.ended()))
-        everyone = [(answers, lost)]
-        if self.world > 1:
-            dist.broadcast_object_list(everyone, src=0)
-        answers, lost = everyone[0]
-        lost = dict(lost)
-        for _, ended in told:
-            lost.update(ended)
+            found = self._await_workers(key, pending)
+        told = self._gather((problem, self.engines.ended(), found))
+        answers, lost, steering = told[0][2]
         problems = [answer["error"] for _, answer in sorted(answers.items()) if answer["error"] is not None]
-        problems += [text for text, _ in told if text is not None]
+        problems += [text for text in (steering, *(text for text, _, _ in told)) if text is not None]
+        for _, ended, _ in told:
+            lost = lost | ended
         reasons = list(dict.fromkeys([*lost.values(), *problems]))
         return answers, _Failure(sorted(lost), reasons) if reasons else None
 
-    def _await_workers(self, key: str, pending: Any) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
-        """(place → answer, engine → why it is lost); ends early when an engine is found dead."""
+    def _await_workers(self, key: str, pending: Any) -> tuple[dict[int, dict[str, Any]], dict[int, str], str | None]:
+        """(place → answer, engine → why it is lost, what else went wrong); ends early when an engine is found dead."""
         bridge, deadline = self.bridge, time.monotonic() + self.time_limit_s + 2 * SLACK_S
         missing = [bridge.place(e, t) for e in range(bridge.engines) for t in range(bridge.tensor)]
         answers: dict[int, dict[str, Any]] = {}
@@ -277,8 +289,11 @@ class EngineSync:
                 name = f"{self._epoch}/{key}/{place}"
                 if self._store.check([name]):
                     answers[place] = json.loads(self._store.get(name))
+                    self._store.delete_key(name)
                     missing.remove(place)
             lost = self.engines.fleet.lost() | self.engines.ended()
+            if pending.done() and pending.exception() is not None:
+                break  # a route was refused; nobody will answer
             if missing and time.monotonic() > deadline:
                 lost = {
                     (place - bridge.layout.world) // bridge.tensor: f"resharding: place {place} did not say {key!r} "
@@ -287,12 +302,14 @@ class EngineSync:
                 }
             if missing:
                 time.sleep(POLL_S)
-        if not lost:
-            try:
-                pending.result(self.time_limit_s + 4 * SLACK_S)  # its calls have limits of their own, which end sooner
-            except EnginesLost as error:
-                lost = dict.fromkeys(error.engines, str(error))
-        return answers, lost
+        steering = None
+        try:  # also after a failure: what still runs in one engine must not reach into the next attempt
+            pending.result(self.time_limit_s + 4 * STEER_S)  # its calls have limits of their own, which end sooner
+        except EnginesLost as error:
+            lost = dict.fromkeys(error.engines, str(error)) | lost
+        except STEERING_ERRORS as error:
+            steering = str(error) or type(error).__name__
+        return answers, lost, steering
 
     def _finish(self, version: int) -> _Failure | None:
         """The new version counts from here: caches of the old one are dropped, generation goes on."""
@@ -316,6 +333,8 @@ class EngineSync:
                 steer()
             except EnginesLost as lost:
                 failed = [_Failure(lost.engines, [str(lost)])]
+            except STEERING_ERRORS as error:
+                failed = [_Failure([], [str(error) or type(error).__name__])]
         if self.world > 1:
             dist.broadcast_object_list(failed, src=0)
         return failed[0]

@@ -20,6 +20,8 @@ from dapo_megatron.config import (
     read_architecture,
 )
 from dapo_megatron.config.architecture import architecture_from_dict
+from dapo_megatron.config.check import cpu_engine_problem
+from dapo_megatron.config.derive import derive_engines
 from dapo_megatron.data.arithmetic import check_task, longest_example
 from dapo_megatron.data.prompts import Prompt, check_prompt_lengths, encode_prompt, read_prompts, read_supervised
 from dapo_megatron.data.tokenizer import load_tokenizer, vocabulary_size
@@ -75,7 +77,7 @@ def check_request(recipe: Recipe, world: int | None = None) -> tuple[Architectur
         lambda: check_trackers(tensorboard=monitoring.tensorboard, wandb=monitoring.wandb, mlflow=monitoring.mlflow),
     )
     _collect(problems, lambda: _check_accelerator(recipe))
-    _collect(problems, lambda: _check_engines(recipe))
+    _collect(problems, lambda: _check_engines(recipe, architecture, layout))
     if recipe.model.scratch is None:
         _collect(problems, lambda: check_checkpoint(paths.model, architecture))
         _collect(problems, lambda: _check_vocabulary(paths.model, architecture))
@@ -188,10 +190,19 @@ def _check_accelerator(recipe: Recipe) -> None:
     choose_layer_spec(recipe.model.layer_spec, choose_device(recipe.learner.device, 0))
 
 
-def _check_engines(recipe: Recipe) -> None:
-    """vLLM where this run starts it; the secret where somebody else did."""
+def _check_engines(recipe: Recipe, architecture: Architecture, layout: Layout | None) -> None:
+    """vLLM where this run starts it, and engines that it can start; the secret where somebody else did."""
     if recipe.rollout.engine != "vllm":
         return
+    cpu = recipe.learner.device == "cpu"
+    if recipe.learner.device == "auto":
+        import torch
+
+        cpu = not torch.cuda.is_available()
+    if layout is not None:
+        derive_engines(recipe, layout, cpu=cpu)
+    if cpu and (problem := cpu_engine_problem(architecture)):
+        raise RequestError(problem)
     if not recipe.rollout.servers:
         check_vllm_version()
     elif not os.environ.get(SECRET_VARIABLE):

@@ -44,7 +44,7 @@ def become_engine(recipe: Recipe, host: str, port: int) -> None:
     os.execve(sys.executable, engine_command(settings, host, port), engine_environment(settings, secret))
 
 
-def _devices(recipe: Recipe) -> tuple[int, ...] | None:
+def _devices(recipe: Recipe) -> tuple[str, ...] | None:
     """The first rollout.tensor GPUs that this process sees; None on a CPU."""
     if recipe.learner.device == "cpu":
         return None
@@ -55,4 +55,4 @@ def _devices(recipe: Recipe) -> tuple[int, ...] | None:
     size, there = recipe.rollout.tensor, torch.cuda.device_count()
     if size > there:
         raise RequestError(f"rollout.tensor={size} exceeds the {there} GPUs seen here; use {there} or less")
-    return visible_devices(range(size))
+    return visible_devices(there)[:size]

@@ -1,7 +1,8 @@
 """The loop: submit → collect → score → advantages → update → reshard → log."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from dapo_megatron.algorithms.mini_batch import batch_of_groups
@@ -45,7 +46,7 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
                 metrics |= learner_metrics(learn(run, sampled.trained))
         run.step += 1
         if not rollout_only:
-            with clock.phase("reshard"), checkpoint_on_failure(run):
+            with clock.phase("reshard"), checkpoint_on_failure(run, partial(journal.step, metrics)):
                 transfer = run.sync.push(run.updates)
             metrics["resharding/bytes_sent"] = float(transfer.bytes_sent if transfer else 0)
         metrics |= clock.metrics() | {"grader/failures": float(run.grader.failures if run.grader else 0)}
@@ -149,10 +150,10 @@ def validate(run: Run, when: str) -> dict[str, float]:
 
 
 @contextmanager
-def checkpoint_on_failure(run: Run) -> Iterator[None]:
+def checkpoint_on_failure(run: Run, tell: Callable[[], None] | None = None) -> Iterator[None]:
     """Around work of the engines: what all ranks fail at alike leaves a checkpoint of the last update.
 
-    Prompts taken in vain come again after --resume.
+    Prompts taken in vain come again after --resume. `tell`: called then, for what is known of the step.
     """
     order = None if run.prompt_order is None else run.prompt_order.state()
     try:
@@ -163,6 +164,8 @@ def checkpoint_on_failure(run: Run) -> Iterator[None]:
         if order is not None:
             run.prompt_order.load_state(order)
         save(run)
+        if tell is not None:
+            tell()
         told = f"{error}\nthe state after step {run.step} is saved; continue with --resume"
         raise RunError(told, on_every_rank=True) from None
 

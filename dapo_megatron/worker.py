@@ -21,6 +21,7 @@ from dapo_megatron.stop import StopSignal
 from dapo_megatron.train import train, train_from_files
 from dapo_megatron.weight_sync import export_hugging_face
 
+RESHARDING_SLACK_S = 300.0  # rank 0 settles with the engines after a transfer
 SHOWN_CHARACTERS = 300  # of a sample completion on the console
 
 
@@ -43,12 +44,16 @@ def run_rank(recipe: Recipe, world: World, mode: Mode) -> int:
     """
     device = choose_device(recipe.learner.device, world.local_rank)
     # ranks also wait for each other's rollouts
-    limit = max(recipe.learner.time_limit_s, recipe.rollout.time_limit_s + recipe.rollout.start_limit_s)
+    limit = max(
+        recipe.learner.time_limit_s,
+        recipe.rollout.time_limit_s + recipe.rollout.start_limit_s,
+        2 * recipe.resharding.time_limit_s + RESHARDING_SLACK_S,
+    )
     join_world(world, device=device, time_limit_s=limit)
     try:
         if not mode.prepared:
             _prepare_on_rank_zero(recipe, world, mode)
-        run = assemble(recipe, world)
+        run = assemble(recipe, world, rollouts=not mode.train_only)
         try:
             return _train(run, mode)
         finally:

@@ -16,7 +16,7 @@ def check_recipe(recipe: Recipe, architecture: Architecture) -> None:
     Raises RequestError with every broken rule, one a line: setting, value, rule, nearest value that works.
     """
     problems = [
-        *_engine(recipe, architecture),
+        *_engine(recipe),
         *_sampling(recipe),
         *_lengths(recipe, architecture),
         *_overlong(recipe),
@@ -27,10 +27,20 @@ def check_recipe(recipe: Recipe, architecture: Architecture) -> None:
         raise RequestError("\n".join(problems))
 
 
-def _engine(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
+def cpu_engine_problem(architecture: Architecture) -> str | None:
+    """What keeps vLLM from running `architecture` on a CPU; None if nothing does."""
+    if architecture.head_dim in CPU_HEAD_DIMS:
+        return None
+    return (
+        f"rollout.engine=vllm on a CPU has no attention for head_dim={architecture.head_dim}; it has "
+        f"{', '.join(map(str, CPU_HEAD_DIMS))}; use rollout.engine=hf"
+    )
+
+
+def _engine(recipe: Recipe) -> Iterator[str]:
     rollout = recipe.rollout
     if rollout.engine == "vllm":
-        yield from _vllm(recipe, architecture)
+        yield from _vllm(recipe)
         return
     if rollout.placement == "disaggregated":
         yield "rollout.placement=disaggregated needs rollout.engine=vllm; use colocated"
@@ -42,7 +52,7 @@ def _engine(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
         yield f"rollout.servers={rollout.servers} is a setting of rollout.engine=vllm; with hf use []"
 
 
-def _vllm(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
+def _vllm(recipe: Recipe) -> Iterator[str]:
     rollout, transport = recipe.rollout, recipe.resharding.transport
     for address in rollout.servers:
         if not re.fullmatch(r"https?://[^/\s]+:\d+/?", address):
@@ -59,11 +69,6 @@ def _vllm(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
         )
     if rollout.placement == "disaggregated" and transport == "shared":
         yield "resharding.transport=shared needs rollout.placement=colocated; use transport=group or auto"
-    if recipe.learner.device == "cpu" and architecture.head_dim not in CPU_HEAD_DIMS:
-        yield (
-            f"rollout.engine=vllm on a CPU has no attention for head_dim={architecture.head_dim}; it has "
-            f"{', '.join(map(str, CPU_HEAD_DIMS))}; use rollout.engine=hf"
-        )
 
 
 def _sampling(recipe: Recipe) -> Iterator[str]:

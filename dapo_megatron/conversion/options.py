@@ -42,7 +42,7 @@ def parse_size(setting: str, text: str) -> int:
     match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     try:
         return int(float(match[1]) * UNITS[match[2].upper()])
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, KeyError, OverflowError):
         raise RequestError(f"{setting}={text} is not a size; write for example 2GiB or 512MiB") from None
 
 

@@ -12,7 +12,7 @@ import torch
 
 from dapo_megatron.config import Architecture, Layout
 from dapo_megatron.resharding.megatron_layout import megatron_layout
-from dapo_megatron.resharding.plan import Plan, make_plan
+from dapo_megatron.resharding.plan import Plan, cached_plan
 from dapo_megatron.resharding.vllm_layout import vllm_layout
 
 
@@ -52,7 +52,7 @@ class Bridge:
         """The moves from all learner ranks to all workers."""
         source = megatron_layout(self.architecture, self.layout, layer_spec=self.layer_spec)
         target = vllm_layout(self.architecture, engines=self.engines, tensor=self.tensor, first_rank=self.layout.world)
-        return make_plan(source, target)
+        return cached_plan(source, target)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the init request of an engine."""

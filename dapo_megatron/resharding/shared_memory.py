@@ -143,18 +143,6 @@ class Puller:
         )
 
 
-def pull(
-    plan: Plan,
-    rank: int,
-    sources: Mapping[int, Mapping[str, Tensor]],
-    target: Mapping[str, Tensor],
-    *,
-    dtype: torch.dtype,
-) -> Transfer:
-    """One run of a `Puller` that is not kept."""
-    return Puller(plan, rank, sources, target, dtype=dtype).run()
-
-
 def _traits(tensor: Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 

@@ -105,11 +105,11 @@ class Transport:
                 gone. After an error the link is closed and `target` may hold a mixture.
         """
         started = time.monotonic()
-        self._prepare(source, target)
-        for move in self._copies:
-            self._target_view(target, move).copy_(self._source_view(source, move))
         count = _Count()
         try:
+            self._prepare(source, target)
+            for move in self._copies:
+                self._target_view(target, move).copy_(self._source_view(source, move))
             for window in self._prepared.windows:
                 self._carry(window, source, target, started, count)
         except RunError:

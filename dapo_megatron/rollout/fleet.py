@@ -21,6 +21,7 @@ from dapo_megatron.rollout.engine import RolloutRequest
 from dapo_megatron.rollout.vllm_client import EngineFailed
 
 STEER_S = 60.0  # longest wait for a steering route
+HEALTH_EVERY_S, HEALTH_LIMIT_S, HEALTH_MISSES = 10.0, 30.0, 3  # an engine that misses so many checks in a row is lost
 
 
 class Client(Protocol):
@@ -33,6 +34,8 @@ class Client(Protocol):
     async def abort(self, tickets: Collection[int], *, time_limit_s: float) -> None: ...
 
     async def post(self, path: str, body: Any = None, *, time_limit_s: float) -> Any: ...
+
+    async def healthy(self, *, time_limit_s: float) -> bool: ...
 
     async def close(self) -> None: ...
 
@@ -53,7 +56,7 @@ class _Seat:
     open: bool = False
     running: dict[int, RolloutRequest] = field(default_factory=dict)
     failure: str | None = None
-    last_done: float = 0.0
+    misses: int = 0
 
 
 class Fleet:
@@ -62,9 +65,12 @@ class Fleet:
     Args:
         connect: makes a client for an address, inside the event loop.
         capacity: requests an engine works on at once; the rest wait here, so that the last ones go where there is room.
+        time_limit_s: for one completion.
     """
 
-    def __init__(self, connect: Callable[[str], Client], addresses: Sequence[str], *, capacity: int) -> None:
+    def __init__(
+        self, connect: Callable[[str], Client], addresses: Sequence[str], *, capacity: int, time_limit_s: float
+    ) -> None:
         self._connect, self._capacity = connect, capacity
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-fleet", daemon=True)
@@ -73,8 +79,9 @@ class Fleet:
         self._done: queue.SimpleQueue[Completion | Exception | None] = queue.SimpleQueue()  # None: an engine was lost
         self._tasks: set[asyncio.Task] = set()
         self._out = 0  # submitted and not yet collected
-        self._time_limit_s = 3600.0
+        self._time_limit_s = time_limit_s
         self._seats = [_Seat(self.call(self._make(address))) for address in addresses]
+        self._watch = self.start(self._look_after_all())
 
     async def _make(self, address: str) -> Client:
         return self._connect(address)
@@ -128,31 +135,38 @@ class Fleet:
         return done
 
     def abort(self, tickets: Collection[int]) -> list[Completion]:
-        """Take requests back; returns what they have produced so far."""
+        """Take requests back; returns what they have produced so far. Tickets that are not out are passed over.
+
+        Raises:
+            RunError: an engine does not give them back within a minute.
+        """
         wanted = set(tickets)
 
-        async def take_back() -> list[Completion]:
+        async def take_back() -> tuple[list[Completion], set[int]]:
             early = [r for r in self._waiting if r.ticket in wanted]
             self._waiting = deque(r for r in self._waiting if r.ticket not in wanted)
+            out: set[int] = set()
             for seat in self._seats:
                 running = [ticket for ticket in seat.running if ticket in wanted]
+                out.update(running)
                 if running and seat.failure is None:
                     await seat.client.abort(running, time_limit_s=STEER_S)
-            return [_nothing_yet(r.ticket) for r in early]
+            return [_nothing_yet(r.ticket) for r in early], out
 
-        taken = self.call(take_back())
-        missing = len(wanted) - len(taken)
-        others: list[Completion] = []
-        while missing > 0:
-            completion = self._done.get(timeout=STEER_S)
-            if not isinstance(completion, Completion):
-                continue
-            if completion.ticket in wanted:
-                taken.append(completion)
-                missing -= 1
-            else:
-                others.append(completion)
-        self._put_back(others)
+        taken, out = self.call(take_back())
+        others: list[Completion | Exception | None] = []
+        try:
+            while out or not self._done.empty():
+                item = self._done.get(timeout=STEER_S)
+                if isinstance(item, Completion) and item.ticket in wanted:
+                    taken.append(item)
+                    out.discard(item.ticket)
+                else:
+                    others.append(item)
+        except queue.Empty:
+            raise RunError(f"rollout: {len(out)} aborted requests were not given back within {STEER_S:.0f} s") from None
+        finally:
+            self._put_back(others)
         self._out -= len(taken)
         return taken
 
@@ -227,19 +241,16 @@ class Fleet:
         """Index → reason of engines that have failed."""
         return {i: seat.failure for i, seat in enumerate(self._seats) if seat.failure is not None}
 
-    def idle_shares(self, started: float) -> list[float]:
-        """By engine: the share of the phase since `started` (time.monotonic()) idled after its last completion."""
-        now = max((seat.last_done for seat in self._seats), default=started)
-        phase = max(now - started, 1e-9)
-        return [max(0.0, now - max(seat.last_done, started)) / phase for seat in self._seats]
-
     def close(self) -> None:
         """Drop connections and end the loop."""
 
         async def finish() -> None:
+            for task in self._tasks:
+                task.cancel()
             for seat in self._seats:
                 await seat.client.close()
 
+        self._watch.cancel()
         self.call(finish())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(STEER_S)
@@ -256,6 +267,17 @@ class Fleet:
         if lost := self.lost():
             raise EnginesLost(lost, lost.values())
         return answers
+
+    async def _look_after_all(self) -> None:
+        """Find engines that take requests and are dead or frozen; a closed connection shows by itself."""
+        while True:
+            await asyncio.sleep(HEALTH_EVERY_S)
+            seats = [seat for seat in self._seats if seat.open and seat.failure is None]
+            found = await asyncio.gather(*(seat.client.healthy(time_limit_s=HEALTH_LIMIT_S) for seat in seats))
+            for seat, well in zip(seats, found, strict=True):
+                seat.misses = 0 if well else seat.misses + 1
+                if seat.misses >= HEALTH_MISSES:
+                    self._lose(seat, f"rollout: engine {seat.client.address} does not answer /health")
 
     def _fill(self) -> None:
         """Start waiting requests, each on the engine with the fewest running; inside the loop."""
@@ -282,7 +304,6 @@ class Fleet:
             self._done.put(error)
         else:
             seat.running.pop(request.ticket, None)
-            seat.last_done = time.monotonic()
             self._done.put(completion)
         self._fill()
 
@@ -291,9 +312,9 @@ class Fleet:
             seat.failure = reason
             self._done.put(None)
 
-    def _put_back(self, completions: Sequence[Completion]) -> None:
-        for completion in completions:
-            self._done.put(completion)
+    def _put_back(self, items: Sequence[Completion | Exception | None]) -> None:
+        for item in items:
+            self._done.put(item)
 
 
 def _nothing_yet(ticket: int) -> Completion:

@@ -20,6 +20,7 @@ class GroupSampler:
 
     Args:
         prompts: the data set; `token_ids[i]` are the prompt tokens of prompts[i].
+        dispatcher: None in a run that learns from files and draws nothing.
         grader: the worker pool on rank 0, None elsewhere; its verdicts are made known to all ranks.
     """
 
@@ -29,7 +30,7 @@ class GroupSampler:
         tokenizer,
         prompts: Sequence[Prompt],
         token_ids: Sequence[np.ndarray],
-        dispatcher: Dispatcher | ServerDispatcher,
+        dispatcher: Dispatcher | ServerDispatcher | None,
         grader: GraderPool | None,
     ) -> None:
         self.recipe, self.tokenizer = recipe, tokenizer

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -32,7 +33,8 @@ class EngineSettings:
 
     model: a Hugging Face folder; only config.json is read, weights come over the bridge.
     dtype: "float32", "bfloat16" or "float16". max_model_len: prompt and response (tokens). max_sequences: at once.
-    devices: CUDA device indices, None on a CPU. memory_share: of each GPU; kv_cache_gib: on a CPU.
+    devices: CUDA devices as CUDA_VISIBLE_DEVICES names them, the first `tensor` are the engine's; None on a CPU.
+    memory_share: of each GPU; kv_cache_gib and threads (of a worker): on a CPU.
     sleep: whether the engine can give its GPU memory away between rollouts.
     """
 
@@ -41,14 +43,15 @@ class EngineSettings:
     tensor: int
     max_model_len: int
     max_sequences: int
-    devices: tuple[int, ...] | None = None
+    devices: tuple[str, ...] | None = None
     memory_share: float = 0.85
     kv_cache_gib: int = 1
     sleep: bool = False
+    threads: int = 1
 
 
-def engine_settings(recipe: Recipe, model: Path, devices: tuple[int, ...] | None) -> EngineSettings:
-    """How the recipe wants its engines. `devices`: CUDA device indices of this one, None on a CPU."""
+def engine_settings(recipe: Recipe, model: Path, devices: tuple[str, ...] | None) -> EngineSettings:
+    """How the recipe wants its engines. `devices`: see EngineSettings."""
     rollout = recipe.rollout
     return EngineSettings(
         model=model,
@@ -59,7 +62,8 @@ def engine_settings(recipe: Recipe, model: Path, devices: tuple[int, ...] | None
         devices=devices,
         memory_share=rollout.gpu_memory_share,
         kv_cache_gib=rollout.cpu_kv_cache_gib,
-        sleep=devices is not None and rollout.placement == "colocated",
+        sleep=devices is not None and rollout.placement == "colocated" and not rollout.servers,
+        threads=recipe.learner.threads,
     )
 
 
@@ -95,9 +99,7 @@ def engine_command(settings: EngineSettings, host: str, port: int) -> list[str]:
     return [*command, *(word for pair in options.items() for word in pair), *flags]
 
 
-def engine_environment(
-    settings: EngineSettings, secret: str, base: Mapping[str, str] = os.environ, *, threads: int = 1
-) -> dict[str, str]:
+def engine_environment(settings: EngineSettings, secret: str, base: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment of an engine: no variables of the learner's world, its devices, the secret."""
     environment = {name: value for name, value in base.items() if name not in WORLD_VARIABLES}
     # without .pyc files vLLM's imports take minutes
@@ -115,7 +117,7 @@ def engine_environment(
     if settings.devices is None:
         environment.update(
             {
-                "OMP_NUM_THREADS": str(threads),
+                "OMP_NUM_THREADS": str(settings.threads),
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                 "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
             }
@@ -123,17 +125,52 @@ def engine_environment(
         if settings.tensor == 1:  # the engine's process is the worker: on few cores each polling process costs
             environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     else:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, settings.devices))
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(settings.devices)
     return environment
 
 
-class EngineProcess:
-    """One running server. Must be started from a thread that lives as long as the engine shall: its death kills it."""
+class RunningEngine:
+    """A server that somebody started."""
+
+    def __init__(self, address: str, secret: str) -> None:
+        self.address, self._secret = address.rstrip("/"), secret
+
+    def exit_code(self) -> int | None:
+        """None while it runs, and where that cannot be known."""
+        return None
+
+    def answers(self) -> bool:
+        """Whether /health says yes.
+
+        Raises:
+            RunError: it refuses the secret.
+        """
+        request = urllib.request.Request(f"{self.address}/health", headers={HEADER: self._secret})
+        try:
+            with _DIRECT.open(request, timeout=5.0) as response:
+                return response.status == 200
+        except urllib.error.HTTPError as error:
+            if error.code == 401:
+                raise RunError(
+                    f"rollout: the engine at {self.address} was started with another secret; {VARIABLE} must be the "
+                    "same for engine and run"
+                ) from None
+            return False
+        except OSError:  # refused or late
+            return False
+
+    def tail(self) -> str:
+        """What there is to say about its state."""
+        return "it was started elsewhere (rollout.servers); look there"
+
+
+class EngineProcess(RunningEngine):
+    """A server of ours. Start it from a thread that lives as long as the engine shall: the thread's death kills it."""
 
     def __init__(self, settings: EngineSettings, *, secret: str, log: Path, host: str = "127.0.0.1") -> None:
         port = _free_port(host)
-        self.address = f"http://{host}:{port}"
-        self.log, self._secret = log, secret
+        super().__init__(f"http://{host}:{port}", secret)
+        self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
             self._process = subprocess.Popen(
@@ -154,20 +191,11 @@ class EngineProcess:
         """None while it runs. Any end is a failure: vLLM's server exits with 0 when its engine dies."""
         return self._process.poll()
 
-    def answers(self) -> bool:
-        """Whether /health says yes."""
-        request = urllib.request.Request(f"{self.address}/health", headers={HEADER: self._secret})
-        try:
-            with _DIRECT.open(request, timeout=5.0) as response:
-                return response.status == 200
-        except OSError:  # refused, late, or an answer other than 200
-            return False
-
     def tail(self) -> str:
         """The end of its log."""
         with open(self.log, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            return file.read().decode(errors="replace")
+            return f"the end of {self.log}:\n{file.read().decode(errors='replace')}"
 
     def stop(self) -> None:
         """End the server and all its children."""
@@ -178,11 +206,11 @@ class EngineProcess:
                 self._process.wait(STOP_S)
 
 
-def wait_until_ready(engines: Sequence[EngineProcess], time_limit_s: float) -> None:
+def wait_until_ready(engines: Sequence[RunningEngine], time_limit_s: float) -> None:
     """Wait until all engines answer.
 
     Raises:
-        RunError: one ended, or is not ready in time; shows the end of its log.
+        RunError: one ended, refuses the secret, or is not ready in time; shows the end of its log.
     """
     deadline = time.monotonic() + time_limit_s
     waiting = list(engines)
@@ -190,14 +218,13 @@ def wait_until_ready(engines: Sequence[EngineProcess], time_limit_s: float) -> N
         for engine in waiting:
             if (code := engine.exit_code()) is not None:
                 raise RunError(
-                    f"rollout: the engine at {engine.address} ended with code {code} while starting; the end of "
-                    f"{engine.log}:\n{engine.tail()}"
+                    f"rollout: the engine at {engine.address} ended with code {code} while starting; {engine.tail()}"
                 )
         waiting = [engine for engine in waiting if not engine.answers()]
         if waiting and time.monotonic() > deadline:
             raise RunError(
                 f"rollout: the engine at {waiting[0].address} was not ready within rollout.start_limit_s="
-                f"{time_limit_s:.0f}; the end of {waiting[0].log}:\n{waiting[0].tail()}"
+                f"{time_limit_s:.0f}; {waiting[0].tail()}"
             )
         if waiting:
             time.sleep(0.25)

@@ -53,5 +53,5 @@ class ServerDispatcher:
             return "done", flatten(self.engines.fleet.collect(time_limit_s=self.time_limit_s))
         except EnginesLost as lost:
             return "lost", (lost.engines, [str(lost)])
-        except RunError as error:
-            return "failed", str(error)
+        except Exception as error:  # the other ranks wait for a word, whatever it is
+            return "failed", str(error) if isinstance(error, RunError) else f"rollout: {type(error).__name__}: {error}"

@@ -104,6 +104,14 @@ class EngineClient:
         answer = await self._post(path, body or {}, time_limit_s)
         return msgspec.json.decode(answer) if answer else None
 
+    async def healthy(self, *, time_limit_s: float) -> bool:
+        """Whether the server and its engine are up."""
+        try:
+            async with self._http.get("/health", timeout=aiohttp.ClientTimeout(total=time_limit_s)) as response:
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
     async def close(self) -> None:
         """Drop all connections."""
         await self._http.close()
@@ -117,7 +125,7 @@ class EngineClient:
             raise EngineFailed(
                 f"rollout: engine {self.address} did not answer {path} within {time_limit_s:.0f} s"
             ) from None
-        except aiohttp.ClientError as error:
+        except (aiohttp.ClientError, RuntimeError) as error:  # RuntimeError: the session was closed meanwhile
             if again and isinstance(error, aiohttp.ServerDisconnectedError):  # an idle connection, closed just now
                 return await self._post(path, body, time_limit_s, again=False)
             reason = str(error) or type(error).__name__

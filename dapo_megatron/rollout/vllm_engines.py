@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from dapo_megatron.errors import RunError
+from dapo_megatron.errors import RequestError, RunError
 from dapo_megatron.rollout.fleet import EnginesLost, Fleet
-from dapo_megatron.rollout.launcher import EngineProcess, EngineSettings, wait_until_ready
+from dapo_megatron.rollout.launcher import EngineProcess, EngineSettings, RunningEngine, wait_until_ready
 from dapo_megatron.rollout.vllm_client import EngineClient
 from dapo_megatron.rollout.vllm_secret import make_secret
 
@@ -44,27 +44,40 @@ class VLLMEngines:
         sleep: bool,
         restarts: int,
         start_limit_s: float,
+        time_limit_s: float,
         capacity: int,
     ) -> None:
         self.rank, self.world, self.count = rank, world, count
         self.settings_of, self.host, self.servers, self.logs = settings_of, host, list(servers), logs
-        self.restarts_left, self.start_limit_s = restarts, start_limit_s
+        self.restarts = self.restarts_left = restarts
+        self.start_limit_s, self.time_limit_s = start_limit_s, time_limit_s
         self.secret = _from_rank_zero(make_secret() if rank == 0 else None, world)
         self.stop_tokens, self.capacity, self.sleep = stop_tokens, capacity, sleep
         self.own: dict[int, EngineProcess] = {}
         self.fleet: Fleet | None = None
+        self._ready = False
+        self._problem: str | None = None  # of starting this rank's engines; told together with the others'
         self._launch(range(count))
 
     def ready(self) -> None:
         """Wait until all engines answer, once; collective. `fleet` is there afterwards, on rank 0.
 
         Raises:
-            RunError: an engine ended or was not ready within rollout.start_limit_s; on every rank.
+            RunError: an engine could not be started, ended, refuses the secret, or was not ready within
+                rollout.start_limit_s; on every rank.
         """
+        if self._ready:
+            return
         addresses = self._await(range(self.count))
-        if self.rank == 0 and self.fleet is None:
+        self._ready = True
+        if self.rank == 0:
             connect = partial(EngineClient, secret=self.secret, stop_tokens=self.stop_tokens)
-            self.fleet = Fleet(connect, [addresses[e] for e in range(self.count)], capacity=self.capacity)
+            self.fleet = Fleet(
+                connect,
+                [addresses[e] for e in range(self.count)],
+                capacity=self.capacity,
+                time_limit_s=self.time_limit_s,
+            )
 
     def owner(self, engine: int) -> int:
         """The rank that starts an engine: owners are spread over the world, engine 0 is rank 0's."""
@@ -92,9 +105,9 @@ class VLLMEngines:
                 engines, [told, "these engines were started elsewhere (rollout.servers): restart them there"]
             )
         if self.restarts_left < len(engines):
-            raise EnginesLost(
-                engines, [told, f"engine restarts are used up (rollout.restarts); {len(engines)} more needed"]
-            )
+            enough = self.restarts + len(engines) - self.restarts_left
+            used_up = f"rollout.restarts={self.restarts} are used up and {len(engines)} more are needed; use {enough}"
+            raise EnginesLost(engines, [told, f"{used_up} or more, or find out why engines die: {self.logs}"])
         self.restarts_left -= len(engines)
         if self.rank == 0:
             print(f"{told}\nrestarting engine {', '.join(map(str, sorted(engines)))}", flush=True)
@@ -117,23 +130,29 @@ class VLLMEngines:
         self.own = {}
 
     def _launch(self, engines: Collection[int]) -> None:
-        """Start those of `engines` that are this rank's."""
+        """Start those of `engines` that are this rank's; what goes wrong is told in `_await`, by all ranks."""
         for engine in engines:
-            if not self.servers and self.owner(engine) == self.rank:
-                log = self.logs / f"engine-{engine}.log"
+            if self.servers or self.owner(engine) != self.rank:
+                continue
+            log = self.logs / f"engine-{engine}.log"
+            try:
                 settings = self.settings_of(engine)
                 self.own[engine] = EngineProcess(settings, secret=self.secret, log=log, host=self.host)
+            except (RequestError, OSError) as error:
+                self._problem = f"rollout: engine {engine} cannot be started: {error}"
 
     def _await(self, engines: Sequence[int]) -> dict[int, str]:
         """Wait for this rank's part of `engines`; returns the addresses of all of them. Collective."""
-        if self.servers:
-            return {engine: self.servers[engine] for engine in engines}
-        problem = None
-        try:
-            wait_until_ready([self.own[e] for e in engines if e in self.own], self.start_limit_s)
-        except RunError as error:
-            problem = str(error)
-        told = _gather((problem, {engine: p.address for engine, p in self.own.items()}), self.world)
+        mine: dict[int, EngineProcess | RunningEngine] = dict(self.own)
+        if self.servers and self.rank == 0:
+            mine = {engine: RunningEngine(self.servers[engine], self.secret) for engine in engines}
+        problem, self._problem = self._problem, None
+        if problem is None:
+            try:
+                wait_until_ready([mine[e] for e in engines if e in mine], self.start_limit_s)
+            except RunError as error:
+                problem = str(error)
+        told = _gather((problem, {engine: e.address for engine, e in mine.items()}), self.world)
         problems = [text for text, _ in told if text is not None]
         if problems:
             raise RunError("\n".join(problems), on_every_rank=True)
@@ -141,11 +160,11 @@ class VLLMEngines:
         return {engine: everyone[engine] for engine in engines}
 
 
-def visible_devices(local_ranks: Sequence[int]) -> tuple[int, ...]:
-    """CUDA devices that belong to local ranks, in the numbering of this node."""
+def visible_devices(there: int) -> tuple[str, ...]:
+    """The names of the `there` CUDA devices that this process sees, as CUDA_VISIBLE_DEVICES takes them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [int(name) for name in visible.split(",")] if visible else None
-    return tuple(names[i] if names else i for i in local_ranks)
+    names = [name.strip() for name in visible.split(",")] if visible else [str(i) for i in range(there)]
+    return tuple(names[:there])
 
 
 def _from_rank_zero(value: str | None, world: int) -> str:

@@ -7,7 +7,7 @@ import torch
 from dapo_megatron.errors import RunError
 from dapo_megatron.resharding.hf_layout import whole_layout
 from dapo_megatron.resharding.plan import make_plan
-from dapo_megatron.resharding.shared_memory import Puller, export_tensors, open_export, pull
+from dapo_megatron.resharding.shared_memory import Puller, export_tensors, open_export
 from tests.resharding.bridge_cases import LEARNERS, PLACES
 from tests.resharding.places import run_places
 from tests.resharding.worlds import architecture, numbered
@@ -108,12 +108,12 @@ def test_dtypes_that_would_lose_range_are_refused_by_name(source, target, allowe
     held = {name: tensor.to(source) for name, tensor in numbered(a).items()}
     into = {name: torch.zeros(tensor.shape, dtype=target) for name, tensor in held.items()}
     if allowed:
-        transfer = pull(plan, 1, {0: held}, into, dtype=target)
+        transfer = Puller(plan, 1, {0: held}, into, dtype=target).run()
         assert transfer.bytes_received == sum(t.nbytes for t in into.values())
         assert all(torch.equal(into[name], held[name].to(target)) for name in held)
         return
     with pytest.raises(RunError, match=r"model\.embed_tokens\.weight is .* would lose range"):
-        pull(plan, 1, {0: held}, into, dtype=target)
+        Puller(plan, 1, {0: held}, into, dtype=target).run()
 
 
 def test_missing_and_misshapen_tensors_are_named():

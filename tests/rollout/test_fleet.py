@@ -30,7 +30,8 @@ class FakeEngine:
         self.dies_at: int | None = None
         self.aborted: set[int] = set()
         self.posts: list[tuple[str, object]] = []
-        self.closed, self.resets = False, True
+        self.closed, self.resets, self.well = False, True, True
+        self.last_done = 0.0
 
     async def generate(self, request: RolloutRequest, *, time_limit_s: float) -> Completion:
         self.now += 1
@@ -42,6 +43,7 @@ class FakeEngine:
         while time.monotonic() < until and request.ticket not in self.aborted:
             await asyncio.sleep(0.001)
         self.now -= 1
+        self.last_done = time.monotonic()
         reason = "abort" if request.ticket in self.aborted else "stop"
         tokens = np.array([request.ticket], np.int32)
         return Completion(request.ticket, tokens, np.zeros(1, np.float32), reason, np.zeros(1, np.int32))
@@ -55,6 +57,9 @@ class FakeEngine:
         self.posts.append((path, body))
         return {"success": self.resets} if path.startswith("/reset_prefix_cache") else None
 
+    async def healthy(self, *, time_limit_s: float) -> bool:
+        return self.well
+
     async def close(self) -> None:
         self.closed = True
 
@@ -65,7 +70,9 @@ def requests(count: int, first: int = 0) -> list[RolloutRequest]:
 
 def make_fleet(engines: list[FakeEngine], *, capacity: int = 4, resumed: bool = True) -> Fleet:
     by_address = {engine.address: engine for engine in engines}
-    fleet = Fleet(by_address.__getitem__, [engine.address for engine in engines], capacity=capacity)
+    fleet = Fleet(
+        by_address.__getitem__, [engine.address for engine in engines], capacity=capacity, time_limit_s=LIMIT_S
+    )
     if resumed:
         fleet.resume()
     return fleet
@@ -112,7 +119,7 @@ def test_a_dead_engine_is_named_and_its_requests_are_drawn_by_its_successor():
     dying.dies_at = 1
     successor = FakeEngine("successor")
     engines = {engine.address: engine for engine in (dying, well, successor)}
-    fleet = Fleet(engines.__getitem__, ["dying", "well"], capacity=2)
+    fleet = Fleet(engines.__getitem__, ["dying", "well"], capacity=2, time_limit_s=LIMIT_S)
     fleet.resume()
     fleet.submit(requests(12))
     with pytest.raises(EnginesLost, match="dying is gone") as lost:
@@ -132,7 +139,7 @@ def test_an_only_engine_that_dies_loses_no_request():
     dying, successor = FakeEngine("dying"), FakeEngine("successor")
     dying.dies_at = 3
     engines = {"dying": dying, "successor": successor}
-    fleet = Fleet(engines.__getitem__, ["dying"], capacity=4)
+    fleet = Fleet(engines.__getitem__, ["dying"], capacity=4, time_limit_s=LIMIT_S)
     fleet.resume()
     fleet.submit(requests(9))
     with pytest.raises(EnginesLost):
@@ -181,6 +188,28 @@ def test_abort_takes_back_waiting_and_running_requests():
     fleet.close()
 
 
+def test_abort_passes_over_what_is_not_out():
+    fleet = make_fleet([FakeEngine("e")])
+    fleet.submit(requests(2))
+    assert tickets(fleet.collect(time_limit_s=LIMIT_S)) == [0, 1]
+    assert fleet.abort([0, 99]) == []
+    fleet.close()
+
+
+def test_a_frozen_engine_is_found(monkeypatch):
+    monkeypatch.setattr("dapo_megatron.rollout.fleet.HEALTH_EVERY_S", 0.02)
+    frozen, well = FakeEngine("frozen", lambda t: 600.0), FakeEngine("well")
+    fleet = make_fleet([frozen, well], capacity=1)
+    fleet.submit(requests(6))
+    while len(well.served) < 5:
+        time.sleep(0.005)
+    frozen.well = False
+    with pytest.raises(EnginesLost, match=r"frozen does not answer /health") as lost:
+        fleet.collect(time_limit_s=LIMIT_S)
+    assert lost.value.engines == [0]
+    fleet.close()
+
+
 def test_steering_reaches_all_engines_and_a_dead_one_is_named():
     engines = [FakeEngine("a"), FakeEngine("b")]
     fleet = make_fleet(engines)
@@ -221,7 +250,7 @@ def test_two_engines_finish_nearly_together_where_a_static_split_does_not():
         started = time.monotonic()
         fleet.submit(requests(256))
         fleet.collect(time_limit_s=LIMIT_S)
-        shared.append(max(fleet.idle_shares(started)))
+        shared.append(idle_share([engine.last_done - started for engine in engines]))
         fleet.close()
         static.append(idle_share([float(makespan(seconds[i::2])) for i in range(2)]))
     print(f"idle share of the earlier engine: shared queue {np.mean(shared):.3f}, static split {np.mean(static):.3f}")

@@ -14,6 +14,7 @@ from dapo_megatron.rollout import launcher, vllm_plugin
 from dapo_megatron.rollout.launcher import (
     EngineProcess,
     EngineSettings,
+    RunningEngine,
     engine_command,
     engine_environment,
     wait_until_ready,
@@ -65,8 +66,8 @@ def test_the_secret_is_in_the_environment_and_not_on_the_command_line():
             ["--enable-sleep-mode", "--gpu-memory-utilization"],
         ),
         ({"tensor": 2}, ["--enforce-eager", "mp"], []),
-        ({"devices": (0, 1), "tensor": 2, "sleep": True}, ["--enable-sleep-mode", "0.85"], ["--enforce-eager"]),
-        ({"devices": (4,)}, ["--gpu-memory-utilization"], ["--enable-sleep-mode", "--no-enable-chunked-prefill"]),
+        ({"devices": ("0", "1"), "tensor": 2, "sleep": True}, ["--enable-sleep-mode", "0.85"], ["--enforce-eager"]),
+        ({"devices": ("4",)}, ["--gpu-memory-utilization"], ["--enable-sleep-mode", "--no-enable-chunked-prefill"]),
     ],
 )
 def test_the_command_fits_the_device(changes, present, absent):
@@ -75,9 +76,9 @@ def test_the_command_fits_the_device(changes, present, absent):
     assert not any(word in command for word in absent)
 
 
-def test_an_engine_sees_its_own_gpus_only():
-    environment = engine_environment(settings(devices=(4, 5)), "s", {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5"})
-    assert environment["CUDA_VISIBLE_DEVICES"] == "4,5"
+def test_an_engine_sees_the_gpus_it_is_given():
+    environment = engine_environment(settings(devices=("4", "GPU-5f")), "s", {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4"})
+    assert environment["CUDA_VISIBLE_DEVICES"] == "4,GPU-5f"
 
 
 def test_an_engine_starts_answers_and_ends_with_all_its_children(stand_in, tmp_path):
@@ -89,6 +90,18 @@ def test_an_engine_starts_answers_and_ends_with_all_its_children(stand_in, tmp_p
     engine.stop()
     assert psutil.wait_procs(family, timeout=5)[1] == []
     assert engine.exit_code() is not None
+
+
+def test_an_engine_of_somebody_else_must_know_the_secret(stand_in, tmp_path):
+    stand_in()
+    engine = EngineProcess(settings(), secret="s", log=tmp_path / "engine.log")
+    wait_until_ready([engine], 30)
+    wait_until_ready([RunningEngine(engine.address + "/", "s")], 5)
+    with pytest.raises(RunError, match=f"(?s){engine.address} was started with another secret.*{VARIABLE}"):
+        wait_until_ready([RunningEngine(engine.address, "wrong")], 30)
+    engine.stop()
+    with pytest.raises(RunError, match=r"not ready within rollout\.start_limit_s=0.*rollout\.servers"):
+        wait_until_ready([RunningEngine(engine.address, "s")], 0)
 
 
 def test_an_engine_that_ends_while_starting_shows_the_end_of_its_log(stand_in, tmp_path):
