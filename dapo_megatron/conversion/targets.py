@@ -107,7 +107,7 @@ class MegatronTarget:
         content, shards = workspace.content, workspace.content / "shards"
         places = [[Written(*at) for at in workspace.finished[file.name]["pieces"]] for file in self.files]
         shard_writer.write_index(shards, self.pieces, places)
-        state: dict[str, Any] = {"step": 0, "updates": 0, "supervised_done": [], "prompt_order": None}
+        state: dict[str, Any] = {"step": 0, "updates": 0}
         if self.source_folder is not None:
             state = read_state(self.source_folder)
         if self.optimizer and self.source_folder is not None:

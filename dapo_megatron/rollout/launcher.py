@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from dapo_megatron.config import Recipe
 from dapo_megatron.errors import RunError
-from dapo_megatron.launch import die_with_parent
+from dapo_megatron.launch import die_with_parent, free_port
 from dapo_megatron.rollout.vllm_plugin import BACKEND, ENGINE_MARK
 from dapo_megatron.rollout.vllm_secret import HEADER, VARIABLE
 
@@ -168,7 +167,7 @@ class EngineProcess(RunningEngine):
     """A server of ours. Start it from a thread that lives as long as the engine shall: the thread's death kills it."""
 
     def __init__(self, settings: EngineSettings, *, secret: str, log: Path, host: str = "127.0.0.1") -> None:
-        port = _free_port(host)
+        port = free_port(host)
         super().__init__(f"http://{host}:{port}", secret)
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -228,9 +227,3 @@ def wait_until_ready(engines: Sequence[RunningEngine], time_limit_s: float) -> N
             )
         if waiting:
             time.sleep(0.25)
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as listener:
-        listener.bind((host, 0))
-        return listener.getsockname()[1]

@@ -36,6 +36,7 @@ def batch(tmp_path_factory):
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_learner_loads_what_was_streamed(tmp_path, batch, monkeypatch):
     """At layouts other than the written one; tensors are in many small pieces."""
     monkeypatch.setattr(Options, "piece_bytes", 3000)

@@ -70,7 +70,8 @@ def _rollout_side(learner: Learner, payload: dict) -> tuple[VLLMEngines, EngineS
     folder, scratch = Path(payload["model"]), Path(payload["scratch"])
     engines = VLLMEngines(
         rank=rank, world=world, count=count, settings_of=lambda _: settings_for(folder, tensor), host="127.0.0.1",
-        servers=[], logs=scratch / "engines", stop_tokens=[], restarts=0, start_limit_s=START_LIMIT_S, capacity=32,
+        servers=[], logs=scratch / "engines", stop_tokens=[], restarts=0, start_limit_s=START_LIMIT_S,
+        time_limit_s=240, capacity=32,
         sleep=False,
     )  # fmt: skip
     bridge = Bridge(

@@ -71,7 +71,7 @@ def running_engine(settings: EngineSettings, log: Path) -> Iterator[EngineProces
 
 def fleet_for(*addresses: str, stop_tokens: Sequence[int] = (), capacity: int = 32) -> Fleet:
     connect = partial(EngineClient, secret=SECRET, stop_tokens=stop_tokens)
-    return Fleet(connect, addresses, capacity=capacity)
+    return Fleet(connect, addresses, capacity=capacity, time_limit_s=START_LIMIT_S)
 
 
 def prompts(count: int = 16, seed: int = 0) -> list[np.ndarray]:
