@@ -18,7 +18,7 @@ from dapo_megatron.launch import free_port
 ROOT = Path(__file__).parent.parent
 
 
-def run_ranks(size: int, target: str, payload: dict[str, Any], *, time_limit_s: float = 300) -> Any:
+def run_ranks(size: int, target: str, payload: dict[str, Any], *, time_limit_s: float = 800) -> Any:
     """Call `target` ("package.module:function") with `payload` on `size` ranks; returns rank 0's JSON-able result.
 
     Any rank that fails fails the test with its error output.
