@@ -55,8 +55,7 @@ def join_world(world: World, *, device: torch.device, time_limit_s: float) -> No
 
 def form_groups(layout: Layout, *, seed: int, time_limit_s: float) -> None:
     """megatron's tensor-, pipeline- and data-parallel groups for the layout, and its random-number tracker."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    _forget_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -70,5 +69,13 @@ def form_groups(layout: Layout, *, seed: int, time_limit_s: float) -> None:
 def leave_world() -> None:
     """Destroy all groups, if any."""
     if dist.is_initialized():
-        parallel_state.destroy_model_parallel()
+        _forget_groups()
         dist.destroy_process_group()
+
+
+def _forget_groups() -> None:
+    """Destroy megatron's groups, where formed: a gloo group left behind keeps three threads polling for ever."""
+    for group in parallel_state._global_process_group_list or ():
+        if group is not None:  # None stands for the default group
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
