@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dapo_megatron.config import Architecture, Layout, Recipe, derive_layout, read_architecture
+from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.sampler import PromptSampler
 from dapo_megatron.data.tokenizer import load_tokenizer
 from dapo_megatron.engine_assembly import assemble_engines
@@ -29,7 +30,7 @@ from dapo_megatron.weight_sync import WeightSync
 @dataclass
 class Run:
     """One rank's parts. `grader` lives on rank 0; `engines` are servers, None with the embedded engine. `step`,
-    `updates`, `supervised_done` say where the run stands."""
+    `updates`, `supervised_done` say where the run stands; `surplus` are mixed groups kept for the next step."""
 
     recipe: Recipe
     paths: RunPaths
@@ -48,6 +49,7 @@ class Run:
     step: int = 0
     updates: int = 0
     supervised_done: list[int] = field(default_factory=list)
+    surplus: list[PromptGroup] = field(default_factory=list)
 
     def close(self) -> None:
         """End what runs beside this rank: grader, engines."""

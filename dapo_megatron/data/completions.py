@@ -24,7 +24,12 @@ class Completion:
 
 @dataclass
 class PromptGroup:
-    """A prompt's G completions with their scores: accuracies bool [G], rewards fp32 [G] (shaping included)."""
+    """A prompt's G completions with their scores: accuracies bool [G], rewards fp32 [G] (shaping included).
+
+    step: the rollout step that drew them. old_logprobs, entropies: fp32 [L] each, of the policy that drew the group,
+    taken by the learner before that policy's first update; a group kept for a later step carries them along, in others
+    they are empty.
+    """
 
     prompt_id: int
     text: str
@@ -34,3 +39,6 @@ class PromptGroup:
     responses: list[str] = field(default_factory=list)
     accuracies: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     rewards: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    step: int = 0
+    old_logprobs: list[np.ndarray] = field(default_factory=list)
+    entropies: list[np.ndarray] = field(default_factory=list)
