@@ -16,6 +16,7 @@ setup(
     },
     install_requires=[
         "aiohttp",
+        "math-verify>=0.9,<0.10",
         "megatron-core==0.16.1",
         "msgspec",
         "torch>=2.11",

@@ -19,7 +19,8 @@ from dapo_megatron.learner.distributed import choose_device, form_groups
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.model import DTYPES, choose_layer_spec
 from dapo_megatron.prepare import RunPaths, encode_prompts, run_paths
-from dapo_megatron.rewards.pool import GraderPool
+from dapo_megatron.prompt_files import Side
+from dapo_megatron.rewards.grader import Grader
 from dapo_megatron.rollout.dispatcher import Dispatcher
 from dapo_megatron.rollout.groups import GroupSampler
 from dapo_megatron.rollout.server_dispatcher import ServerDispatcher
@@ -30,7 +31,8 @@ from dapo_megatron.weight_sync import WeightSync
 @dataclass
 class Run:
     """One rank's parts. `grader` lives on rank 0; `engines` are servers, None with the embedded engine. `step`,
-    `updates`, `supervised_done` say where the run stands; `surplus` are mixed groups kept for the next step."""
+    `updates`, `supervised_done` say where the run stands; `surplus` are mixed groups kept for the next
+    step, `acceptance` is the running share of mixed groups."""
 
     recipe: Recipe
     paths: RunPaths
@@ -42,7 +44,7 @@ class Run:
     learner: Learner
     engines: VLLMEngines | None
     sync: WeightSync | EngineSync | None
-    grader: GraderPool | None
+    grader: Grader | None
     training: GroupSampler | None
     validation: GroupSampler | None
     prompt_order: PromptSampler | None
@@ -50,6 +52,7 @@ class Run:
     updates: int = 0
     supervised_done: list[int] = field(default_factory=list)
     surplus: list[PromptGroup] = field(default_factory=list)
+    acceptance: float = 1.0
 
     def close(self) -> None:
         """End what runs beside this rank: grader, engines."""
@@ -66,12 +69,14 @@ class Run:
             "step": self.step,
             "updates": self.updates,
             "supervised_done": self.supervised_done,
+            "acceptance": self.acceptance,
             "prompt_order": None if self.prompt_order is None else self.prompt_order.state(),
         }
 
     def load_state(self, state: dict) -> None:
         """Stand where `state` was taken."""
         self.step, self.updates = state["step"], state["updates"]
+        self.acceptance = state.get("acceptance", 1.0)
         done = state["supervised_done"]
         self.supervised_done = [*done, *[0] * (len(self.recipe.supervised.stages) - len(done))]
         if self.prompt_order is not None and state["prompt_order"] is not None:
@@ -115,16 +120,16 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
     stops = stop_tokens(architecture, tokenizer)
     engines = sync = dispatcher = None
     if rollouts:
-        engines, sync, dispatcher = _rollout_side(recipe, architecture, layout, world, learner, paths, stops)
-    grader = GraderPool(recipe.reward.workers, recipe.reward.time_limit_s) if world.rank == 0 else None
+        engines, sync, dispatcher = _rollout_side(recipe, world, learner, paths, stops)
+    grader = Grader(recipe.reward) if world.rank == 0 else None
 
-    def sampler(path: Path | None) -> GroupSampler | None:
+    def sampler(path: Path | None, side: Side) -> GroupSampler | None:
         if path is None:
             return None
-        prompts, token_ids = encode_prompts(tokenizer, recipe, path)
+        prompts, token_ids = encode_prompts(tokenizer, recipe, path, side)
         return GroupSampler(recipe, tokenizer, prompts, token_ids, dispatcher, grader)
 
-    training = sampler(paths.train)
+    training = sampler(paths.train, "train")
     return Run(
         recipe=recipe,
         paths=paths,
@@ -138,7 +143,7 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
         sync=sync,
         grader=grader,
         training=training,
-        validation=sampler(paths.validation),
+        validation=sampler(paths.validation, "validation"),
         prompt_order=None
         if training is None
         else PromptSampler(len(training.prompts), recipe.run.seed, recipe.data.shuffle),
@@ -147,17 +152,11 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
 
 
 def _rollout_side(
-    recipe: Recipe,
-    architecture: Architecture,
-    layout: Layout,
-    world: World,
-    learner: Learner,
-    paths: RunPaths,
-    stops: set[int],
+    recipe: Recipe, world: World, learner: Learner, paths: RunPaths, stops: set[int]
 ) -> tuple[VLLMEngines | None, WeightSync | EngineSync, Dispatcher | ServerDispatcher]:
     """The engines (where they are servers), the way weights take to them, and the queue in front of them."""
     if recipe.rollout.engine == "vllm":
-        return assemble_engines(recipe, architecture, layout, world, learner, paths, stops)
+        return assemble_engines(recipe, world, learner, paths, stops)
     from dapo_megatron.rollout.hf_engine import HFEngine
 
     engine = HFEngine(
@@ -192,5 +191,6 @@ def append_samples(run: Run, groups: Sequence, when: str) -> None:
                 "response": group.responses[0],
                 "answer": group.answer,
                 "right": bool(group.accuracies[0]),
+                "reward": float(group.rewards[0]),
             }
             file.write(json.dumps(sample) + "\n")

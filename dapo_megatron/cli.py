@@ -109,6 +109,71 @@ def serve(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[
+        Path, typer.Option(help="Hugging Face folder, RUN, or RUN/checkpoints/step-NNNNNN.", show_default=False)
+    ],
+    data: Annotated[Path, typer.Option(help="Problems with reference answers.", show_default=False)],
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(help="Responses a problem, the k of avg@k.")] = 32,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 = greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus mass to sample from.")] = 0.7,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Longest response (default: the run's, else 20480).", show_default=False)
+    ] = None,
+    prompt_column: Annotated[str | None, typer.Option(help="Column with the question.", show_default=False)] = None,
+    answer_column: Annotated[str | None, typer.Option(help="Column with the answer.", show_default=False)] = None,
+    prompt_template: Annotated[
+        str | None, typer.Option(help="Text around the question: see data.prompt_template.", show_default=False)
+    ] = None,
+    chat_template: Annotated[
+        bool | None, typer.Option("--chat-template/--plain", help="Apply the tokenizer's chat template.")
+    ] = None,
+    max_problems: Annotated[int | None, typer.Option(help="Only the first N problems.", show_default=False)] = None,
+    engine: Annotated[str, typer.Option(help="hf or vllm.")] = "hf",
+    tensor: Annotated[int, typer.Option(help="Tensor-parallel size of a vllm engine.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    output: Annotated[Path | None, typer.Option(help="JSON lines, one a problem.", show_default=False)] = None,
+) -> None:
+    """Measure a model: avg@k, pass@k and maj@k on a file of problems. A run's data and reward settings hold for it."""
+    import json
+
+    if samples < 1:
+        raise RequestError(f"--samples {samples} must be positive; use at least 1")
+    if "learner.device=cpu" in (overrides or []):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported
+    from dapo_megatron import evaluate_command
+
+    if output is not None:
+        evaluate_command.check_output(output, data)
+    settings = {
+        "data": {
+            "validation": str(data),
+            "validation_prompt_column": prompt_column,
+            "validation_answer_column": answer_column,
+            "prompt_template": prompt_template,
+            "chat_template": chat_template,
+        },
+        "rollout": {"engine": engine, "tensor": tensor, "max_response_length": max_tokens},
+        "evaluation": {
+            "samples": samples,
+            "temperature": temperature,
+            "top_p": top_p,
+            "max_prompts": max_problems,
+            "seed": seed,
+        },
+    }
+    found = evaluate_command.evaluate_model(model, settings, overrides or [])
+    if output is not None:
+        evaluate_command.write_problems(output, found)
+    if as_json:
+        print(json.dumps(evaluate_command.as_json(found)))
+    else:
+        evaluate_command.print_scores(found)
+
+
+@app.command()
 def report(
     runs: Annotated[
         list[Path], typer.Argument(help="Run directories to draw, one over the other.", show_default=False)

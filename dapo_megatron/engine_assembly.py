@@ -6,9 +6,8 @@ from collections.abc import Collection, Sequence
 from urllib.parse import urlsplit
 
 import torch
-import torch.distributed as dist
 
-from dapo_megatron.config import Architecture, Layout, Recipe
+from dapo_megatron.config import Recipe
 from dapo_megatron.config.derive import derive_engines
 from dapo_megatron.engine_sync import EngineSync
 from dapo_megatron.errors import RequestError
@@ -16,6 +15,7 @@ from dapo_megatron.launch import World
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.prepare import RunPaths
 from dapo_megatron.resharding.bridge import Bridge
+from dapo_megatron.rollout.agreement import everyone
 from dapo_megatron.rollout.launcher import EngineSettings, engine_settings
 from dapo_megatron.rollout.server_dispatcher import ServerDispatcher
 from dapo_megatron.rollout.vllm_engines import VLLMEngines, visible_devices
@@ -25,8 +25,6 @@ LOOPBACK = ("127.0.0.1", "localhost")
 
 def assemble_engines(
     recipe: Recipe,
-    architecture: Architecture,
-    layout: Layout,
     world: World,
     learner: Learner,
     paths: RunPaths,
@@ -34,8 +32,8 @@ def assemble_engines(
 ) -> tuple[VLLMEngines, EngineSync, ServerDispatcher]:
     """Start the engines (they get ready in the background) and connect them with the learner; collective."""
     rollout = recipe.rollout
-    count = derive_engines(recipe, layout, cpu=learner.device.type == "cpu")
-    one_machine = _on_one_machine(world)
+    count = derive_engines(recipe, learner.layout, cpu=learner.device.type == "cpu")
+    one_machine = len(set(everyone(socket.gethostname(), world.size))) == 1
     transport = _transport(recipe, learner, one_machine=one_machine)
     if rollout.placement == "disaggregated" and not one_machine and not rollout.servers:
         raise RequestError(
@@ -58,8 +56,8 @@ def assemble_engines(
         capacity=rollout.max_batch_sequences,
     )
     bridge = Bridge(
-        architecture=architecture,
-        layout=layout,
+        architecture=learner.architecture,
+        layout=learner.layout,
         layer_spec=learner.layer_spec,
         engines=count,
         tensor=rollout.tensor,
@@ -99,14 +97,6 @@ def _settings(recipe: Recipe, world: World, learner: Learner, paths: RunPaths, e
     own = names[first : first + size]
     others = () if apart else tuple(name for name in names if name not in own)
     return engine_settings(recipe, paths.model, own + others)
-
-
-def _on_one_machine(world: World) -> bool:
-    if world.size == 1:
-        return True
-    names: list = [None] * world.size
-    dist.all_gather_object(names, socket.gethostname())
-    return len(set(names)) == 1
 
 
 def _host(one_machine: bool, servers: Sequence[str]) -> str:

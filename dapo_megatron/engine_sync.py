@@ -23,9 +23,9 @@ from dapo_megatron.errors import RunError
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.resharding.bridge import Bridge
 from dapo_megatron.resharding.checksum import checksum
-from dapo_megatron.resharding.links import Link, open_link
 from dapo_megatron.resharding.shared_memory import Export, export_tensors
 from dapo_megatron.resharding.transport import Transport, local_view
+from dapo_megatron.rollout.agreement import everyone, from_rank_zero
 from dapo_megatron.rollout.fleet import STEER_S, EnginesLost
 from dapo_megatron.rollout.vllm_engines import VLLMEngines
 
@@ -64,7 +64,6 @@ class EngineSync:
         self._epoch: str | None = None  # None: engines and learner have not met
         self._epochs = self._updates = 0
         self._export: Export | None = None
-        self._link: Link | None = None
         self._transport: Transport | None = None
         self._store = self._open_store()
 
@@ -125,9 +124,9 @@ class EngineSync:
 
     def close(self) -> None:
         """Let go of links and shared memory."""
-        if self._link is not None:
-            self._link.close()
-        self._link = self._transport = self._export = self._store = None
+        if self._transport is not None:
+            self._transport.close()
+        self._transport = self._export = self._store = None
 
     def _restart(self, failed: _Failure) -> None:
         self._verified = False  # the new engines have proven nothing yet
@@ -138,7 +137,7 @@ class EngineSync:
     def _open_store(self) -> dist.TCPStore:
         """A store that learner ranks and workers reach, served by rank 0."""
         limit = timedelta(seconds=self.time_limit_s)
-        store, address = None, [None]
+        store = address = None
         if self.rank == 0:
             host = self.engines.host
             listener = socket.create_server((host, 0))  # by itself the store would listen on all addresses
@@ -146,10 +145,8 @@ class EngineSync:
             store = dist.TCPStore(
                 host, port, is_master=True, timeout=limit, wait_for_workers=False, master_listen_fd=listener.detach()
             )
-            address = [(host, port)]
-        if self.world > 1:
-            dist.broadcast_object_list(address, src=0)
-        self._address = address[0]
+            address = (host, port)
+        self._address = from_rank_zero(address, self.world)
         if store is None:
             store = dist.TCPStore(*self._address, is_master=False, timeout=limit, wait_for_workers=False)
         return store
@@ -158,7 +155,7 @@ class EngineSync:
         """Whether the memory shown to the workers is still that of the weights, on all ranks."""
         if self.bridge.transport != "shared":
             return True
-        return all(self._gather(self._export.still_valid(self.learner.weights)))
+        return all(everyone(self._export.still_valid(self.learner.weights), self.world))
 
     def _meet(self) -> _Failure | None:
         """Begin an epoch; returns what failed."""
@@ -172,7 +169,7 @@ class EngineSync:
                 self._store.set(f"{self._epoch}/export/{self.rank}", json.dumps(self._export.describe()))
             except (RunError, RuntimeError, OSError) as error:
                 problem = str(error)
-        problems = [text for text in self._gather(problem) if text is not None]
+        problems = [text for text in everyone(problem, self.world) if text is not None]
         if problems:
             return _Failure([], problems)
         if self.rank == 0:
@@ -191,26 +188,11 @@ class EngineSync:
             ]
             pending = self.engines.fleet.start(self._post_each("/init_weight_transfer_engine", bodies))
         if bridge.transport == "group":
-            if self._link is not None:
-                self._link.close()
+            if self._transport is not None:
+                self._transport.close()
             try:
-                self._link = open_link(
-                    self._store,
-                    self.rank,
-                    bridge.places,
-                    device=self.learner.device,
-                    time_limit_s=self.time_limit_s,
-                    prefix=self._epoch,
-                )
-                self._transport = Transport(
-                    bridge.plan,
-                    self.rank,
-                    dtype=bridge.torch_dtype,
-                    device=self.learner.device,
-                    bucket_bytes=bridge.bucket_bytes,
-                    window=bridge.window,
-                    time_limit_s=bridge.time_limit_s,
-                    link=self._link,
+                self._transport = bridge.open_transport(
+                    self._store, self.rank, device=self.learner.device, prefix=self._epoch
                 )
             except RunError as error:
                 problem = str(error)
@@ -269,7 +251,7 @@ class EngineSync:
         found: tuple[dict[int, dict[str, Any]], dict[int, str], str | None] = ({}, {}, None)
         if self.rank == 0:
             found = self._await_workers(key, pending)
-        told = self._gather((problem, self.engines.ended(), found))
+        told = everyone((problem, self.engines.ended(), found), self.world)
         answers, lost, steering = told[0][2]
         problems = [answer["error"] for _, answer in sorted(answers.items()) if answer["error"] is not None]
         problems += [text for text in (steering, *(text for text, _, _ in told)) if text is not None]
@@ -327,17 +309,15 @@ class EngineSync:
 
     def _on_rank_zero(self, steer: Callable[[], None] | None) -> _Failure | None:
         """Let rank 0 steer the engines; returns what failed, alike on all ranks."""
-        failed = [None]
+        failed = None
         if self.rank == 0:
             try:
                 steer()
             except EnginesLost as lost:
-                failed = [_Failure(lost.engines, [str(lost)])]
+                failed = _Failure(lost.engines, [str(lost)])
             except STEERING_ERRORS as error:
-                failed = [_Failure([], [str(error) or type(error).__name__])]
-        if self.world > 1:
-            dist.broadcast_object_list(failed, src=0)
-        return failed[0]
+                failed = _Failure([], [str(error) or type(error).__name__])
+        return from_rank_zero(failed, self.world)
 
     def _compare(self, answers: dict[int, dict[str, Any]]) -> None:
         """Compare the checksums of all slices this rank gave with what the workers hold.
@@ -362,13 +342,6 @@ class EngineSync:
                     f"resharding: {move.name} at {move.target_offset} {move.shape} differs at place {move.target_rank} "
                     f"({move.target_key}) from rank {self.rank} ({move.source_key}) after the sync"
                 )
-        problems = [text for text in self._gather(problem) if text is not None]
+        problems = [text for text in everyone(problem, self.world) if text is not None]
         if problems:
             raise RunError("\n".join(problems[:5]), on_every_rank=True)
-
-    def _gather(self, value: Any) -> list[Any]:
-        if self.world == 1:
-            return [value]
-        everyone: list = [None] * self.world
-        dist.all_gather_object(everyone, value)
-        return everyone

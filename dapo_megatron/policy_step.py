@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dapo_megatron.algorithms.mini_batch import aggregate, mini_batches
+from dapo_megatron.algorithms.mini_batch import aggregate, batch_of_groups, correct_engine_mismatch, mini_batches
 from dapo_megatron.config import Recipe
+from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.packing import packing_efficiency
-from dapo_megatron.data.records import SequenceBatch
+from dapo_megatron.data.records import SequenceBatch, spread_over_responses
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.losses import POLICY_SUMS, policy_loss
 
@@ -28,34 +29,65 @@ class PolicyStep:
     updates: int
     skipped_updates: int
     packing_efficiency: float
+    engine_weight: float  # mean of the truncated importance weights, 1 without them
+    engine_weight_bounded: float  # share of tokens at their bound
     old_logprobs: Tensor
     entropy: Tensor
     rollout_logprobs: Tensor
+    advantages: Tensor
 
 
-def score_old_policy(learner: Learner, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-    """Log-probs (also left in `batch.old_logprobs_T`) and entropies, [T], before the first update."""
-    logprobs, entropy = learner.score(batch)
-    batch.old_logprobs_T = logprobs
-    return logprobs, entropy
+def score_old_policy(learner: Learner, groups: Sequence[PromptGroup], *, overlong_filtering: bool) -> None:
+    """Leave log-probs and entropies of the present policy in every group that has none yet: before the first update.
 
-
-def learn_step(
-    learner: Learner, batch: SequenceBatch, entropy_T: Tensor, recipe: Recipe, *, samples: int, learning_rate: float
-) -> PolicyStep:
-    """One optimizer step for each mini-batch of `algorithm.mini_batch_prompts` prompts.
-
-    `samples`: responses a group. A mini-batch without a trained token is skipped and counted. The aggregation is folded
-    into the weights of `batch` in place.
+    A group drawn by an earlier policy keeps that policy's. Filtered responses are not scored: theirs stay 0.
     """
-    algorithm = recipe.algorithm
+    new = [group for group in groups if not group.old_logprobs]
+    if not new:
+        return
+    batch = batch_of_groups(new, overlong_filtering=overlong_filtering, advantage_epsilon=0.0)
+    logprobs_T, entropy_T = (values.numpy() for values in learner.score(batch))
+    places = iter(batch.offsets.tolist())
+    for group in new:
+        for completion in group.completions:
+            first = next(places) + len(group.prompt_tokens) - 1
+            rows = slice(first, first + len(completion.tokens))
+            group.old_logprobs.append(logprobs_T[rows].copy())
+            group.entropies.append(entropy_T[rows].copy())
+
+
+def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, *, learning_rate: float) -> PolicyStep:
+    """One optimizer step for each mini-batch of `algorithm.mini_batch_prompts` prompts, after `score_old_policy`.
+
+    A mini-batch without a trained token is skipped and counted.
+    """
+    algorithm, samples = recipe.algorithm, len(groups[0].completions)
+    batch = batch_of_groups(
+        groups,
+        overlong_filtering=algorithm.overlong_filtering,
+        advantage_epsilon=algorithm.advantage_epsilon,
+        advantage=algorithm.advantage,
+    )
+    entropy_T = spread_over_responses(
+        batch,
+        [values for g in groups for values in g.entropies],
+        [len(g.prompt_tokens) for g in groups for _ in g.completions],
+    )
+    engine_weight = (1.0, 0.0)
+    if algorithm.importance_bound is not None:
+        engine_weight = correct_engine_mismatch(batch, algorithm.importance_bound)
     trained = batch.loss_weights_T > 0
     sums = torch.zeros(len(POLICY_SUMS), dtype=torch.float64)
     norms: list[float] = []
     efficiencies: list[float] = []
     skipped = 0
     for sequences in mini_batches(len(batch) // samples, samples, algorithm.mini_batch_prompts):
-        denominator = aggregate(batch, sequences, algorithm.loss_aggregation)
+        denominator = aggregate(
+            batch,
+            sequences,
+            algorithm.loss_aggregation,
+            constant_length=recipe.rollout.max_response_length,
+        )
         if denominator == 0:
             skipped += 1
             continue
@@ -83,9 +115,12 @@ def learn_step(
         updates=len(norms),
         skipped_updates=skipped,
         packing_efficiency=sum(efficiencies) / max(1, len(efficiencies)),
+        engine_weight=engine_weight[0],
+        engine_weight_bounded=engine_weight[1],
         old_logprobs=batch.old_logprobs_T[trained],
         entropy=entropy_T[trained],
         rollout_logprobs=batch.rollout_logprobs_T[trained],
+        advantages=batch.advantages_T[trained],
     )
 
 

@@ -23,11 +23,13 @@ from dapo_megatron.config.architecture import architecture_from_dict
 from dapo_megatron.config.check import cpu_engine_problem
 from dapo_megatron.config.derive import derive_engines
 from dapo_megatron.data.arithmetic import check_task, longest_example
-from dapo_megatron.data.prompts import Prompt, check_prompt_lengths, encode_prompt, read_prompts, read_supervised
+from dapo_megatron.data.prompts import Prompt, check_prompt_lengths, encode_prompt, read_supervised
 from dapo_megatron.data.tokenizer import load_tokenizer, vocabulary_size
 from dapo_megatron.errors import RequestError
 from dapo_megatron.monitoring import check_trackers
+from dapo_megatron.prompt_files import Side, check_overlap, load_prompts
 from dapo_megatron.resharding.hf_layout import check_checkpoint
+from dapo_megatron.rewards.custom import check_custom
 from dapo_megatron.rollout.vllm_plugin import check_vllm_version
 from dapo_megatron.rollout.vllm_secret import VARIABLE as SECRET_VARIABLE
 from dapo_megatron.scratch import scratch_config
@@ -76,6 +78,8 @@ def check_request(recipe: Recipe, world: int | None = None) -> tuple[Architectur
         problems,
         lambda: check_trackers(tensorboard=monitoring.tensorboard, wandb=monitoring.wandb, mlflow=monitoring.mlflow),
     )
+    if recipe.reward.custom is not None:
+        _collect(problems, lambda: check_custom(recipe.reward.custom))
     _collect(problems, lambda: _check_accelerator(recipe))
     _collect(problems, lambda: _check_engines(recipe, architecture, layout))
     if recipe.model.scratch is None:
@@ -102,20 +106,18 @@ def planned_architecture(recipe: Recipe) -> Architecture:
     return architecture_from_dict(scratch_config(scratch, vocabulary=1, eos_token=0), "model.scratch")
 
 
-def encode_prompts(tokenizer, recipe: Recipe, path: Path) -> tuple[list, list[np.ndarray]]:
+def encode_prompts(
+    tokenizer, recipe: Recipe, path: Path, side: Side = "train"
+) -> tuple[list[Prompt], list[np.ndarray]]:
     """(prompts, their token ids) of a data file; refuses prompts longer than data.max_prompt_length."""
     data = recipe.data
-    generated = data.generate is not None
-    prompts = read_prompts(
-        path,
-        prompt_column="prompt" if generated else data.prompt_column,
-        answer_column="answer" if generated else data.answer_column,
-    )
+    prompts, _ = load_prompts(recipe, path, side)
     token_ids = [encode_prompt(tokenizer, prompt, data.chat_template) for prompt in prompts]
     for prompt, ids in zip(prompts, token_ids, strict=True):
         if len(ids) == 0:
             raise RequestError(f"{path} row {prompt.id} (from 0): the prompt has no tokens")
-    check_prompt_lengths([len(ids) for ids in token_ids], data.max_prompt_length, path)
+    rows = [prompt.id for prompt in prompts]
+    check_prompt_lengths([len(ids) for ids in token_ids], data.max_prompt_length, path, rows)
     return prompts, token_ids
 
 
@@ -144,9 +146,12 @@ def _check_files(recipe: Recipe, paths: RunPaths, architecture: Architecture) ->
     tokenizer = load_tokenizer(paths.model)
     if tokenizer.eos_token_id is None and not architecture.eos_token_ids:
         raise RequestError(f"{paths.model}: neither config.json nor the tokenizer names an end-of-sequence token")
-    for path in (paths.train, paths.validation):
+    sides: list[list[Prompt]] = []
+    for side, path in (("train", paths.train), ("validation", paths.validation)):
         if path is not None:
-            encode_prompts(tokenizer, recipe, path)
+            sides.append(encode_prompts(tokenizer, recipe, path, side)[0])
+    if len(sides) == 2:
+        check_overlap(recipe, *sides)
     for i, stage in enumerate(recipe.supervised.stages):
         if stage.data in GENERATED:
             raise RequestError(f"supervised.stages[{i}].data={stage.data} is made by data.generate, which is not set")

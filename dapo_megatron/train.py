@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from dapo_megatron.algorithms.mini_batch import batch_of_groups
 from dapo_megatron.assemble import Run, append_samples
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.debug_batches import load_batches, save_batch
@@ -43,13 +42,14 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
             save_batch(run, sampled.trained)
         else:
             with clock.phase("learn"):
-                metrics |= learner_metrics(learn(run, sampled.trained))
+                metrics |= learner_metrics(learn(run, sampled.trained, sampled.kept))
+            run.surplus, run.acceptance = sampled.kept, sampled.acceptance
         run.step += 1
         if not rollout_only:
             with clock.phase("reshard"), checkpoint_on_failure(run, partial(journal.step, metrics)):
                 transfer = run.sync.push(run.updates)
             metrics["resharding/bytes_sent"] = float(transfer.bytes_sent if transfer else 0)
-        metrics |= clock.metrics() | {"grader/failures": float(run.grader.failures if run.grader else 0)}
+        metrics |= clock.metrics() | (run.grader.metrics() if run.grader else {"grader/failures": 0.0})
         if evaluation.every and (run.step % evaluation.every == 0 or run.step == steps):
             metrics |= validate(run, "after" if run.step == steps else "during")
         journal.step(metrics)
@@ -100,27 +100,24 @@ def warm_start(run: Run, journal: Journal, stop: StopSignal) -> None:
 
 def roll_out(run: Run) -> SampledStep:
     """Sample until the step has its mixed groups (DAPO's dynamic sampling)."""
-    settings = run.recipe.algorithm.dynamic_sampling
     return sample_step(
         lambda count, wave: run.training.draw_for_training(run.prompt_order.take(count), run.step, wave),
+        run.recipe.algorithm.dynamic_sampling,
         wanted=run.recipe.rollout.prompts_per_step,
-        enabled=settings.enabled,
-        max_waves=settings.max_waves,
-        metric=settings.metric,
+        step=run.step,
+        surplus=run.surplus,
+        acceptance=run.acceptance,
     )
 
 
-def learn(run: Run, groups: Sequence[PromptGroup]) -> PolicyStep | None:
-    """Old log-probs of all groups, then the step's gradient updates; None when there is nothing to learn from."""
+def learn(run: Run, groups: Sequence[PromptGroup], kept: Sequence[PromptGroup] = ()) -> PolicyStep | None:
+    """Old log-probs of all groups, of those `kept` for later too, then the step's gradient updates; None when there is
+    nothing to learn from."""
+    filtering = run.recipe.algorithm.overlong_filtering
+    score_old_policy(run.learner, [*groups, *kept], overlong_filtering=filtering)
     if not groups:
         return None
-    algorithm = run.recipe.algorithm
-    samples = len(groups[0].completions)
-    batch = batch_of_groups(
-        groups, overlong_filtering=algorithm.overlong_filtering, advantage_epsilon=algorithm.advantage_epsilon
-    )
-    _, entropy = score_old_policy(run.learner, batch)
-    result = learn_step(run.learner, batch, entropy, run.recipe, samples=samples, learning_rate=learning_rate(run))
+    result = learn_step(run.learner, groups, run.recipe, learning_rate=learning_rate(run))
     run.updates += result.updates
     return result
 
@@ -177,5 +174,6 @@ def save(run: Run) -> None:
         run.learner,
         run.state(),
         side_files=run.paths.model,
+        groups=run.surplus,
         keep=run.recipe.checkpoint.keep,
     )

@@ -3,19 +3,19 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
 from dapo_megatron.assemble import Run, assemble
 from dapo_megatron.config import Recipe
 from dapo_megatron.errors import RequestError
 from dapo_megatron.launch import World
-from dapo_megatron.learner.checkpoint import load_checkpoint
+from dapo_megatron.learner.checkpoint import load_checkpoint, load_surplus
 from dapo_megatron.learner.distributed import choose_device, join_world, leave_world
 from dapo_megatron.learner.manifest import newest_checkpoint, read_state
 from dapo_megatron.monitoring import write_report
 from dapo_megatron.monitoring.journal import Journal
 from dapo_megatron.monitoring.metrics import read_metrics
 from dapo_megatron.prepare import check_request
+from dapo_megatron.prompt_files import load_prompts
+from dapo_megatron.rollout.agreement import from_rank_zero
 from dapo_megatron.run_directory import claim_run_directory, lay_out_run
 from dapo_megatron.stop import StopSignal
 from dapo_megatron.train import train, train_from_files
@@ -64,7 +64,7 @@ def run_rank(recipe: Recipe, world: World, mode: Mode) -> int:
 
 def _train(run: Run, mode: Mode) -> int:
     stop = StopSignal(run.device)
-    lines = _resume(run) if mode.resume else []
+    lines = _data_lines(run) + (_resume(run) if mode.resume else [])
     journal = Journal(run.recipe, rank=run.world.rank, step=run.step, supervised_step=sum(run.supervised_done))
     try:
         for line in lines:
@@ -87,34 +87,37 @@ def _train(run: Run, mode: Mode) -> int:
 
 def _prepare_on_rank_zero(recipe: Recipe, world: World, mode: Mode) -> None:
     """Check and lay out once for the whole world; a refusal reaches every rank, so that all of them end alike."""
-    refusal: list[str | None] = [None]
+    refusal = None
     if world.rank == 0:
         try:
             check_request(recipe, world.size)
             claim_run_directory(recipe, resume=mode.resume, overwrite=mode.overwrite, needed=mode.train_only)
             lay_out_run(recipe, overwrite=mode.overwrite)
         except RequestError as error:
-            refusal = [str(error)]
-    if world.size > 1:
-        dist.broadcast_object_list(refusal, src=0)
-    if refusal[0] is not None:
-        raise RequestError(refusal[0])
+            refusal = str(error)
+    refusal = from_rank_zero(refusal, world.size)
+    if refusal is not None:
+        raise RequestError(refusal)
+
+
+def _data_lines(run: Run) -> list[str]:
+    """Rank 0: what is to be said about the training prompts."""
+    if run.world.rank != 0 or run.paths.train is None:
+        return []
+    return load_prompts(run.recipe, run.paths.train)[1]
 
 
 def _resume(run: Run) -> list[str]:
     """Load the newest sound checkpoint, chosen by rank 0; returns what there is to say about it."""
-    choice: list = [None]
-    if run.world.rank == 0:
-        choice = [newest_checkpoint(run.paths.run)]
-    if run.world.size > 1:
-        dist.broadcast_object_list(choice, src=0)
-    folder, lines = choice[0]
+    choice = newest_checkpoint(run.paths.run) if run.world.rank == 0 else None
+    folder, lines = from_rank_zero(choice, run.world.size)
     if folder is None and lines:
         raise RequestError("\n".join([*lines, "no sound checkpoint is left; start anew with --overwrite"]))
     if folder is None:
         return [*lines, "no checkpoint to resume from; starting at step 0"]
     load_checkpoint(folder, run.learner)
     run.load_state(read_state(folder))
+    run.surplus = load_surplus(folder)
     return [*lines, f"resumed from {folder}"]
 
 

@@ -16,7 +16,6 @@ import csv
 import json
 import os
 import platform
-import socket
 import statistics
 import subprocess
 import sys
@@ -36,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from dapo_megatron.errors import RequestError, RunError, exit_with_message  # noqa: E402
 from dapo_megatron.files import atomic_path  # noqa: E402
-from dapo_megatron.launch import die_with_parent  # noqa: E402
+from dapo_megatron.launch import die_with_parent, free_port  # noqa: E402
 from tools.resharding_ways import LEARNERS, PLACES, WARM_UP, WAYS  # noqa: E402
 
 BASELINE = "gather, broadcast, load_weights"
@@ -145,7 +144,7 @@ def _run_places(folder: Path, dtype: str, layers: int, repeats: int) -> list[dic
     (folder / "config.json").write_text(json.dumps(config))
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=LIMIT_S))
     payload = {
-        "folder": str(folder), "config": config, "dtype": dtype, "repeats": repeats, "engine_port": _free_port(),
+        "folder": str(folder), "config": config, "dtype": dtype, "repeats": repeats, "engine_port": free_port(),
     }  # fmt: skip
     (folder / "payload.json").write_text(json.dumps(payload))
     environment = {
@@ -240,12 +239,6 @@ def _parameters(layers: int) -> int:
 
 def _quantile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, round(share * (len(values) - 1)))]
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _processor() -> str:

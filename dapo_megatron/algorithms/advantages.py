@@ -10,7 +10,9 @@ from dapo_megatron.errors import RequestError, RunError
 METRICS = ("accuracy", "reward_std")
 
 
-def group_advantages(rewards_BG: Tensor | ArrayLike, *, ddof: int = 1, epsilon: float = 1e-6) -> Tensor | np.ndarray:
+def group_advantages(
+    rewards_BG: Tensor | ArrayLike, *, ddof: int = 1, epsilon: float = 1e-6, divide: bool = True
+) -> Tensor | np.ndarray:
     """Advantage of each response within its group (GRPO, arXiv 2402.03300; DAPO, 2503.14476).
 
         A_bg = (R_bg − mean_g R_b) / (std_g R_b + epsilon),   std with `ddof`
@@ -21,6 +23,7 @@ def group_advantages(rewards_BG: Tensor | ArrayLike, *, ddof: int = 1, epsilon: 
         rewards_BG: B groups of G rewards: a torch tensor, a numpy array or nested lists.
         ddof: std divides by G − ddof; 1 is the sample std.
         epsilon: in units of reward.
+        divide: False leaves out the division (Dr.GRPO, 2503.20783): A = R − mean R.
 
     Returns:
         float32 [B, G], computed in float64: a tensor on the input's device for a tensor, else a numpy array.
@@ -40,8 +43,8 @@ def group_advantages(rewards_BG: Tensor | ArrayLike, *, ddof: int = 1, epsilon: 
     varied = _varied(rewards)
     if varied.any():
         kept = rewards[varied]
-        std = kept.std(axis=1, ddof=ddof, keepdims=True)
-        advantages[varied] = (kept - kept.mean(axis=1, keepdims=True)) / (std + epsilon)
+        centred = kept - kept.mean(axis=1, keepdims=True)
+        advantages[varied] = centred / (kept.std(axis=1, ddof=ddof, keepdims=True) + epsilon) if divide else centred
     return _like(rewards_BG, advantages.astype(np.float32))
 
 

@@ -9,24 +9,34 @@ from dapo_megatron.algorithms.advantages import group_advantages
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.records import SequenceBatch, sequence_batch, spread_over_responses
 
+LOG_RATIO_LIMIT = 20.0  # as in the loss
+
 
 def batch_of_groups(
-    groups: Sequence[PromptGroup], *, overlong_filtering: bool, advantage_epsilon: float
+    groups: Sequence[PromptGroup], *, overlong_filtering: bool, advantage_epsilon: float, advantage: str = "group"
 ) -> SequenceBatch:
     """All completions of the groups, group after group: A_i on every response token, weight 1, or 0 for a truncated
-    response.
+    response. `advantage`: "group", or "group-mean" for A = R − mean R.
 
+    Old log-probs are the groups' own where they carry them (all or none do), else 0.
     A truncated response that is filtered leaves the loss and its denominator, yet counts in its group's mean and std.
     """
     completions = [c for g in groups for c in g.completions]
     prompts = [g.prompt_tokens for g in groups for _ in g.completions]
     prompt_lengths = [len(p) for p in prompts]
     batch = sequence_batch(prompts, [c.tokens for c in completions])
-    advantages = np.concatenate([group_advantages(g.rewards[None], epsilon=advantage_epsilon)[0] for g in groups])
+    divide = advantage == "group"
+    advantages = np.concatenate(
+        [group_advantages(g.rewards[None], epsilon=advantage_epsilon, divide=divide)[0] for g in groups]
+    )
     batch.advantages_T = spread_over_responses(
         batch, [np.full(len(c.tokens), a) for c, a in zip(completions, advantages, strict=True)], prompt_lengths
     )
     batch.rollout_logprobs_T = spread_over_responses(batch, [c.logprobs for c in completions], prompt_lengths)
+    if groups[0].old_logprobs:
+        batch.old_logprobs_T = spread_over_responses(
+            batch, [values for g in groups for values in g.old_logprobs], prompt_lengths
+        )
     if overlong_filtering:
         for i, completion in enumerate(completions):
             if completion.finish_reason == "length":
@@ -43,14 +53,32 @@ def mini_batches(groups: int, samples: int, prompts_per_update: int) -> list[ran
     ]
 
 
-def aggregate(batch: SequenceBatch, sequences: Sequence[int], aggregation: str) -> float:
+def correct_engine_mismatch(batch: SequenceBatch, bound: float) -> tuple[float, float]:
+    """Truncated importance sampling: fold min(π_old / π_rollout, bound) into the loss weights, in place and once.
+
+    Corrects the difference between the engine that drew the tokens and the learner. Denominators count tokens and are
+    not changed by it. Returns the mean weight and the share of trained tokens at the bound.
+    """
+    trained = batch.loss_weights_T > 0
+    log_ratio = (batch.old_logprobs_T - batch.rollout_logprobs_T)[trained].double()
+    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    weight = ratio.clamp(max=bound)
+    batch.loss_weights_T[trained] *= weight.float()
+    if not weight.numel():
+        return 1.0, 0.0
+    return float(weight.mean()), float((ratio > bound).double().mean())
+
+
+def aggregate(batch: SequenceBatch, sequences: Sequence[int], aggregation: str, *, constant_length: int = 1) -> float:
     """Fold the aggregation into the loss weights of a mini-batch's sequences, in place and once.
 
-    Returns the denominator, their sum.
+    Returns the denominator; 0 where no token is trained.
 
     token-mean (DAPO): every token weighs 1, the denominator is the number of trained tokens.
     sequence-mean (GRPO): a token of a response with n trained tokens weighs 1/n, the denominator is the number of such
     responses.
+    constant-length (Dr.GRPO, arXiv 2503.20783): every token weighs 1, the denominator is the number of responses, the
+    filtered ones included, times `constant_length`.
     """
     denominator = 0.0
     for sequence in sequences:
@@ -61,4 +89,6 @@ def aggregate(batch: SequenceBatch, sequences: Sequence[int], aggregation: str) 
             denominator += 1.0
         else:
             denominator += tokens
+    if aggregation == "constant-length" and denominator:
+        return float(len(sequences) * constant_length)
     return denominator

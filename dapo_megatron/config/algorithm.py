@@ -16,6 +16,18 @@ class DynamicSampling(Section):
     max_waves: int = Field(10, ge=1)
     """Most rounds of sampling in a step; after them the step trains on what it has."""
 
+    over_sampling: float = Field(1.0, ge=1)
+    """Prompts of a round as a multiple of rollout.prompts_per_step."""
+
+    adaptive: bool = True
+    """Whether a round asks for fewer prompts where, by the recent share of mixed groups, fewer are enough."""
+
+    keep_surplus: bool = True
+    """Whether mixed groups beyond those wanted are kept for the next step."""
+
+    max_age: int = Field(2, ge=1)
+    """Oldest surplus trained on (rollout steps since it was drawn)."""
+
     metric: Literal["accuracy", "reward_std"] = "accuracy"
     """accuracy keeps groups with some right and some wrong; reward_std keeps groups whose rewards differ."""
 
@@ -23,8 +35,9 @@ class DynamicSampling(Section):
 class Algorithm(Section):
     """Clipped policy gradient with group advantages."""
 
-    advantage: Literal["group"] = "group"
-    """group: A = (R - mean R) / (std R + advantage_epsilon) over the responses to one prompt."""
+    advantage: Literal["group", "group-mean"] = "group"
+    """group: A = (R - mean R) / (std R + advantage_epsilon) over the responses to one prompt; group-mean: A = R -
+    mean R (Dr.GRPO)."""
 
     eps_low: float = Field(0.2, ge=0, le=1)
     """The importance ratio is clipped below at 1 - eps_low."""
@@ -38,8 +51,12 @@ class Algorithm(Section):
     mini_batch_prompts: int = Field(32, ge=1)
     """Prompts in one gradient update; divides rollout.prompts_per_step."""
 
-    loss_aggregation: Literal["token-mean", "sequence-mean"] = "token-mean"
-    """token-mean divides by the mini-batch's response tokens; sequence-mean averages within, then over responses."""
+    loss_aggregation: Literal["token-mean", "sequence-mean", "constant-length"] = "token-mean"
+    """token-mean divides by the mini-batch's response tokens; sequence-mean averages within, then over responses;
+    constant-length divides by responses times rollout.max_response_length (Dr.GRPO)."""
+
+    importance_bound: float | None = Field(None, gt=0)
+    """Truncated importance sampling: tokens weigh min(old policy / engine's probability, this bound); null = not."""
 
     overlong_filtering: bool = True
     """Whether truncated responses lose their loss mask; they stay in their group's mean and std."""

@@ -36,16 +36,43 @@ class Data(Section):
     """Where prompts come from and how they are read."""
 
     train: str | None = Field(None, min_length=1)
-    """Training prompts, .jsonl or .parquet; relative to the current working directory."""
+    """Training prompts: .jsonl, .parquet or .json from the current working directory, or hub:ORG/NAME[:SPLIT]."""
 
     validation: str | None = Field(None, min_length=1)
-    """Validation prompts, .jsonl or .parquet; relative to the current working directory."""
+    """Validation prompts, as `data.train`; a question that is trained on is refused."""
 
     prompt_column: str = Field("prompt", min_length=1)
     """Column with the prompt: text, or a list of {role, content}."""
 
     answer_column: str = Field("answer", min_length=1)
     """Column with the reference answer; dots reach into nested columns."""
+
+    answer_after: str | None = Field(None, min_length=1)
+    """The answer is what follows this text's last occurrence, `####` for GSM8K; null = the whole column."""
+
+    integer_answers: bool = False
+    """Whether every training answer must be an integer; spellings such as `025`, `1,234`, `142.0` count as one."""
+
+    validation_prompt_column: str | None = Field(None, min_length=1)
+    """As `data.prompt_column`, for the validation file; null = the same."""
+
+    validation_answer_column: str | None = Field(None, min_length=1)
+    """As `data.answer_column`, for the validation file; null = the same."""
+
+    validation_answer_after: str | None = None
+    """As `data.answer_after`, for the validation file; null = the same, empty text = the whole column."""
+
+    prompt_template: str | None = Field(None, min_length=1)
+    """Text with {prompt} put around every question, or the name `dapo-math`; null = none."""
+
+    drop_duplicates: bool = False
+    """Whether a training prompt goes whose question and answer an earlier one has; white space does not matter."""
+
+    drop_conflicts: bool = False
+    """Whether all training prompts of a question go whose answers contradict each other."""
+
+    allow_overlap: bool = False
+    """Whether validation questions may be trained on; false refuses the run."""
 
     max_prompt_length: int = Field(2048, ge=1)
     """Longest prompt accepted (tokens); a longer one is refused before training starts."""

@@ -12,10 +12,10 @@ class Evaluation(Section):
     """Rollout steps between validations; 0 = never. Without validation prompts there is none."""
 
     samples: int = Field(4, ge=1)
-    """Samples a prompt; accuracy is their mean."""
+    """Samples a prompt, the k of avg@k (accuracy), pass@k and maj@k."""
 
-    temperature: float = Field(1.0, gt=0)
-    """Sampling temperature (divides the logits); for the most likely token see `greedy`."""
+    temperature: float = Field(1.0, ge=0)
+    """Sampling temperature (divides the logits); 0 = the most likely token, which makes all samples equal."""
 
     top_p: float = Field(0.7, gt=0, le=1)
     """Nucleus mass to sample from."""

@@ -27,13 +27,25 @@ class Reward(Section):
     """Reward of a wrong answer or of none."""
 
     grader: Literal["rule"] = "rule"
-    """rule = the final answer is compared with the reference as an integer, else as normalised text."""
+    """rule = the final answer is compared with the reference as an integer, as normalised text, else as mathematics."""
+
+    custom: str | None = Field(None, min_length=1)
+    """FILE.py:FUNCTION, a function (responses, answers, prompts) -> one number each, instead of grader; null = off."""
+
+    custom_bound: float = Field(1000.0, gt=0)
+    """Largest absolute reward that `custom` may return."""
+
+    custom_threshold: float = 0.0
+    """A response counts as right where `custom` returns more than this."""
 
     workers: int = Field(1, ge=1)
     """Grader processes."""
 
     time_limit_s: float = Field(2.0, gt=0)
     """Longest time to grade one response (seconds); after it the response counts as wrong."""
+
+    memory_limit_mib: int = Field(1024, ge=64)
+    """Most memory to grade one response (MiB of address space); beyond it the response counts as wrong."""
 
     shuffle: bool = False
     """Control experiment: rewards are permuted across all responses of the step, so nothing can be learnt."""

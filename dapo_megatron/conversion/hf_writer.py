@@ -1,7 +1,6 @@
 """Writes the files of a Hugging Face folder, piece by piece: safetensors with its header first."""
 
 import json
-import shutil
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ from dapo_megatron.config import Architecture
 from dapo_megatron.conversion.regions import pieces
 from dapo_megatron.conversion.streams import HashedFile
 from dapo_megatron.files import write_text_atomically
-from dapo_megatron.resharding.hf_files import SIDE_FILES, TORCH_DTYPES, file_groups
-from dapo_megatron.resharding.hf_layout import INDEX, SINGLE, canonical_tensors
+from dapo_megatron.resharding.hf_files import TORCH_DTYPES, file_groups, file_name
+from dapo_megatron.resharding.hf_layout import INDEX, canonical_tensors
 from dapo_megatron.resharding.layout import Box
 
 
@@ -51,11 +50,9 @@ def plan_files(a: Architecture, dtype: torch.dtype, most_bytes: int) -> list[HFF
     """The folder's files, at most `most_bytes` of elements each; a larger tensor stands alone."""
     shapes = canonical_tensors(a)
     groups = list(file_groups(shapes, dtype.itemsize, most_bytes))
-    names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
-    names = [SINGLE] if len(groups) == 1 else names
     return [
-        HFFile(name, dtype, tuple((tensor, shapes[tensor]) for tensor in group))
-        for name, group in zip(names, groups, strict=True)
+        HFFile(file_name(i, len(groups)), dtype, tuple((tensor, shapes[tensor]) for tensor in group))
+        for i, group in enumerate(groups)
     ]
 
 
@@ -87,19 +84,6 @@ def write_index(folder: Path, files: Sequence[HFFile]) -> None:
         total = sum(_bytes(shape, file.dtype) for file in files for _, shape in file.tensors)
         weight_map = {name: file.name for file in files for name, _ in file.tensors}
         write_text_atomically(folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
-
-
-def copy_side_files(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Copy config.json and tokenizer; config.json is rewritten if it names another dtype."""
-    for name in SIDE_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    key = "torch_dtype" if "torch_dtype" in settings else "dtype"
-    name = str(dtype).removeprefix("torch.")
-    if settings.get(key) != name:
-        settings[key] = name
-        write_text_atomically(folder / "config.json", json.dumps(settings, indent=2) + "\n")
 
 
 def _bytes(shape: Sequence[int], dtype: torch.dtype) -> int:

@@ -21,7 +21,7 @@ from dapo_megatron.conversion.streams import HashedFile
 from dapo_megatron.conversion.workspace import Workspace
 from dapo_megatron.files import write_text_atomically
 from dapo_megatron.learner.manifest import MANIFEST, file_sums, read_state
-from dapo_megatron.resharding.hf_files import TORCH_DTYPES
+from dapo_megatron.resharding.hf_files import TORCH_DTYPES, copy_side_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class HuggingFaceTarget:
     def finish(self, workspace: Workspace) -> None:
         """See Target."""
         hf_writer.write_index(workspace.content, self.plans)
-        hf_writer.copy_side_files(self.source.side_files, workspace.content, self.dtype)
+        copy_side_files(self.source.side_files, workspace.content, self.dtype)
 
     def open(self, content: Path) -> Source:
         """See Target."""
@@ -115,7 +115,7 @@ class MegatronTarget:
         else:
             shard_writer.write_common(shards)
         (content / "hf").mkdir(exist_ok=True)
-        hf_writer.copy_side_files(self.source.side_files, content / "hf", self.dtype)
+        copy_side_files(self.source.side_files, content / "hf", self.dtype)
         state["dtype"] = next(name for name, dtype in TORCH_DTYPES.items() if dtype is self.dtype)
         write_text_atomically(content / "state.json", json.dumps(state, indent=2))
         known = {name: entry["sha256"] for name, entry in workspace.finished.items()}

@@ -5,6 +5,8 @@ from typing import Literal
 
 import numpy as np
 
+FinishReason = Literal["stop", "length", "abort"]
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -18,7 +20,7 @@ class Completion:
     ticket: int
     tokens: np.ndarray
     logprobs: np.ndarray
-    finish_reason: Literal["stop", "length", "abort"]
+    finish_reason: FinishReason
     policy_versions: np.ndarray
 
 

@@ -3,6 +3,7 @@
     checkpoints/step-000010/
         shards/        model and optimizer, loadable at another TP/PP/DP
         hf/            config.json and tokenizer, so that the folder can be converted alone
+        surplus.safetensors   groups kept for the next step, if any
         state.json     rollout step, optimizer updates, supervised steps, place in the prompt order, dtype
         manifest.json  SHA-256 of every other file: nothing is parsed before it agrees (shard metadata is pickle)
 
@@ -11,6 +12,7 @@ A checkpoint is written beside its final name and renamed, so one that is there 
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,18 +23,32 @@ from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from dapo_megatron.data.completions import PromptGroup
+from dapo_megatron.data.group_files import load_groups, save_groups
 from dapo_megatron.errors import RequestError
 from dapo_megatron.files import replace_folder, write_text_atomically
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.manifest import MANIFEST, file_sums, list_checkpoints, read_state
 from dapo_megatron.learner.optimizer import set_rates
-from dapo_megatron.resharding.hf_files import SIDE_FILES, TORCH_DTYPES
+from dapo_megatron.resharding.hf_files import TORCH_DTYPES, copy_side_files
 
+SURPLUS = "surplus.safetensors"
 OPTIMIZER_FORMAT = "fully_reshardable"  # loadable at another TP, PP and DP
 
 
-def save_checkpoint(folder: Path, learner: Learner, state: dict, *, side_files: Path, keep: int | None = None) -> None:
-    """Write a checkpoint of all ranks; collective. `keep`: older siblings beyond the newest `keep` are deleted."""
+def save_checkpoint(
+    folder: Path,
+    learner: Learner,
+    state: dict,
+    *,
+    side_files: Path,
+    groups: Sequence[PromptGroup] = (),
+    keep: int | None = None,
+) -> None:
+    """Write a checkpoint of all ranks; collective.
+
+    `groups`: those kept for the next step. `keep`: older siblings beyond the newest `keep` are deleted.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
     first = dist.get_rank() == 0
     if first:
@@ -43,17 +59,22 @@ def save_checkpoint(folder: Path, learner: Learner, state: dict, *, side_files: 
     dist_checkpointing.save(_sharded_state(learner), str(temporary / "shards"), validate_access_integrity=True)
     dist.barrier()
     if first:
-        for name in SIDE_FILES:
-            if (side_files / name).is_file():
-                shutil.copyfile(side_files / name, temporary / "hf" / name)
+        copy_side_files(side_files, temporary / "hf")
         dtype = next(name for name, dtype in TORCH_DTYPES.items() if dtype is learner.dtype)
         write_text_atomically(temporary / "state.json", json.dumps({**state, "dtype": dtype}, indent=2))
+        if groups:
+            save_groups(temporary / SURPLUS, groups)
         write_text_atomically(temporary / MANIFEST, json.dumps(file_sums(temporary), indent=2))
         replace_folder(temporary, folder)
         if keep is not None:
             for old in list_checkpoints(folder.parent)[:-keep]:
                 shutil.rmtree(old)
     dist.barrier()
+
+
+def load_surplus(folder: Path) -> list[PromptGroup]:
+    """The groups that a checkpoint keeps for the next step."""
+    return load_groups(folder / SURPLUS) if (folder / SURPLUS).exists() else []
 
 
 def load_checkpoint(folder: Path, learner: Learner) -> None:

@@ -4,9 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dapo_megatron.monitoring.metrics import finite_number
+
 ENTROPY_SHARE, ENTROPY_FLOOR = 0.05, 0.05  # entropy in nats a token
 LENGTH_SHARE = 0.3
 DIVERGENCE_POINTS, TRAIN_RISE, VALIDATION_FALL = 10, 0.1, 0.05
+GRADER_SHARE = 0.01  # of the responses of a step
+VITAL = ("loss/policy", "grad_norm", "entropy/mean", "reward/mean")
 
 
 def alerts_for(history: Sequence[Mapping[str, Any]], *, mismatch_bound: float | None = None) -> list[str]:
@@ -18,6 +22,9 @@ def alerts_for(history: Sequence[Mapping[str, Any]], *, mismatch_bound: float | 
       0.1 and validation/accuracy fell by at least 0.05
     - mismatch: mismatch/logprob_abs_mean above `mismatch_bound` (nats; None: not looked at), or not a number
     - nothing trained: tokens/trained is 0
+    - not a number: loss, gradient norm, entropy or reward of the last entry is NaN or infinite
+    - grader failures: more than 1 % of the last entry's responses got no verdict
+    - shortfall: the last entry trained on fewer groups than asked for
     """
     return list(_holding(history, mismatch_bound).values())
 
@@ -49,6 +56,9 @@ def _holding(history: Sequence[Mapping[str, Any]], mismatch_bound: float | None)
         "divergence": _divergence(history),
         "mismatch": _mismatch(history, mismatch_bound),
         "nothing trained": _nothing_trained(history),
+        "not a number": _not_a_number(history),
+        "grader": _grader_failures(history),
+        "shortfall": _shortfall(history),
     }
     return {kind: text for kind, text in rules.items() if text is not None}
 
@@ -93,7 +103,8 @@ def _divergence(history: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _mismatch(history: Sequence[Mapping[str, Any]], bound: float | None) -> str | None:
-    value = _last(history, "mismatch/logprob_abs_mean", finite=False)
+    key = "mismatch/logprob_abs_mean"
+    value = next((row[key] for row in reversed(history) if isinstance(row.get(key), int | float)), None)
     # a NaN is above every bound: the comparison is written so that it fires
     if bound is None or value is None or value <= bound:
         return None
@@ -112,20 +123,50 @@ def _nothing_trained(history: Sequence[Mapping[str, Any]]) -> str | None:
     )
 
 
-def _value(metrics: Mapping[str, Any], key: str, finite: bool = True) -> float | None:
-    value = metrics.get(key)
-    if not isinstance(value, int | float):
+def _not_a_number(history: Sequence[Mapping[str, Any]]) -> str | None:
+    last = history[-1] if history else {}
+    broken = [key for key in VITAL if isinstance(last.get(key), float) and not math.isfinite(last[key])]
+    if not broken:
         return None
-    return value if math.isfinite(value) or not finite else None
+    return (
+        f"not a number: {' and '.join(f'{key} is {last[key]}' for key in broken)}; the weights are likely lost; "
+        "likely cause: optimizer.learning_rate or optimizer.gradient_clip too high; go back to an earlier checkpoint"
+    )
+
+
+def _grader_failures(history: Sequence[Mapping[str, Any]]) -> str | None:
+    counts = [(row, count) for row in history if (count := finite_number(row, "grader/failures")) is not None]
+    if not counts or counts[-1][0] is not history[-1]:
+        return None
+    last, count = counts[-1]
+    before = counts[-2][1] if len(counts) > 1 else 0
+    # the counter runs on through a run and starts anew when it is resumed
+    failed = count - before if count >= before else count
+    responses = finite_number(last, "responses/generated")
+    if not responses or not failed > GRADER_SHARE * responses:
+        return None
+    return (
+        f"grader failures: {failed:.0f} of {responses:.0f} responses got no verdict and count as wrong; "
+        "likely cause: reward.time_limit_s too short for this machine, or a grader that crashes"
+    )
+
+
+def _shortfall(history: Sequence[Mapping[str, Any]]) -> str | None:
+    missing = finite_number(history[-1], "groups/shortfall") if history else None
+    if not missing or missing < 0:
+        return None
+    return (
+        f"shortfall: {missing:.0f} groups fewer than rollout.prompts_per_step were trained on; "
+        "likely cause: prompts too easy or too hard for the policy, or algorithm.dynamic_sampling.max_waves too low"
+    )
 
 
 def _first(history: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    return next((value for metrics in history if (value := _value(metrics, key)) is not None), None)
+    return next((value for metrics in history if (value := finite_number(metrics, key)) is not None), None)
 
 
-def _last(history: Sequence[Mapping[str, Any]], key: str, finite: bool = True) -> float | None:
-    found = (value for metrics in reversed(history) if (value := _value(metrics, key, finite)) is not None)
-    return next(found, None)
+def _last(history: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    return next((value for metrics in reversed(history) if (value := finite_number(metrics, key)) is not None), None)
 
 
 def _latest_rows(history: Sequence[Mapping[str, Any]], key: str, count: int) -> list[int]:
@@ -133,6 +174,6 @@ def _latest_rows(history: Sequence[Mapping[str, Any]], key: str, count: int) -> 
     for row in range(len(history) - 1, -1, -1):
         if len(rows) == count:
             break
-        if _value(history[row], key) is not None:
+        if finite_number(history[row], key) is not None:
             rows.append(row)
     return rows[::-1]

@@ -8,6 +8,7 @@ from dapo_megatron.config import Recipe
 from dapo_megatron.files import write_text_atomically
 from dapo_megatron.monitoring.alerts import AlertBook
 from dapo_megatron.monitoring.console import Console
+from dapo_megatron.monitoring.entropy_change import entropy_change
 from dapo_megatron.monitoring.metrics import read_metrics, truncate_after
 from dapo_megatron.monitoring.trackers import open_trackers
 
@@ -38,11 +39,14 @@ class Journal:
         )
         history = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
         self.alerts = AlertBook(recipe.resharding.max_logprob_gap, history)
+        self.history = history
 
     def step(self, metrics: Mapping[str, float]) -> None:
-        """A rollout step (or the validation before the first, step 0)."""
+        """A rollout step (or the validation before the first, step 0); what earlier steps foretold of it is added."""
         if not self.speaks:
             return
+        metrics = {**metrics, **entropy_change(self.history, metrics)}
+        self.history.append(metrics)
         for tracker in self.trackers:
             tracker.log(metrics, int(metrics["step"]))
         self.console.step(metrics)

@@ -52,6 +52,12 @@ def truncate_after(path: Path, step: int, key: str = "step") -> None:
         temporary.write_bytes(b"".join(line + b"\n" for line in kept))
 
 
+def finite_number(metrics: Mapping[str, Any], key: str) -> float | None:
+    """The value of `key`; None when it is missing, no number, NaN or infinite."""
+    value = metrics.get(key)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     try:
         lines = path.read_bytes().split(b"\n")

@@ -1,4 +1,4 @@
-"""The picture of the report: twelve cells, a panel for each thing to watch while training with DAPO."""
+"""The picture of the report: eighteen cells, a panel for each thing to watch while training with DAPO."""
 
 import io
 import math
@@ -11,10 +11,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from dapo_megatron.monitoring.histograms import draw_histograms
+from dapo_megatron.monitoring.report_entropy import draw_entropy_law
 from dapo_megatron.monitoring.run_record import RunRecord, Series
 
 COLOURS = ("#2b5c8a", "#c65b3c", "#3f8f74", "#8463a5", "#b5892e", "#5f6b73", "#a8456b", "#4d9fb0")
-STYLES = ("-", "--", ":")
+STYLES = ("-", "--", ":", "-.", (0, (1, 3)))
 TIME_PARTS = (("rollout", "#6c93b8"), ("learn", "#dc9a83"), ("reshard", "#c9a95c"), ("other", "#dde1e5"))
 INK, GREY = "#22282d", "#7a858e"
 MANY_POINTS, SMOOTH_SHARE = 120, 30  # longer curves get a running mean over 1/30 of their points
@@ -51,7 +53,7 @@ class Panel:
     unit: str
     lines: tuple[tuple[str, str, bool], ...]
     limits: tuple[float, float] | None = None
-    scale: str = "linear"  # linear, log, or auto: log when the largest value dwarfs the median
+    scale: str = "linear"  # linear, log, symlog, or auto: log when the largest value dwarfs the median
 
 
 ACCURACY = Panel(
@@ -61,6 +63,8 @@ ACCURACY = Panel(
         ("accuracy/train", "train", False),
         ("validation/accuracy", "validation, sampled", True),
         ("validation/accuracy_greedy", "validation, greedy", True),
+        ("validation/majority", "majority", True),
+        ("validation/pass", "any", True),
     ),
     limits=(-0.02, 1.02),
 )
@@ -103,13 +107,39 @@ LATER_PANELS = (
 )
 
 
+ENTROPY_PANELS = (
+    Panel(
+        "Entropy change",
+        "nats per token and step",
+        (("entropy/measured_change", "measured", False), ("entropy/predicted_change", "foretold", False)),
+    ),
+    Panel(
+        "Covariance",
+        "of log-prob and advantage",
+        (("covariance/mean", "mean", False), ("covariance/top", "top 0.2 %", False)),
+        scale="symlog",
+    ),
+)
+
+
+LENGTH_QUANTILES = Panel(
+    "Response length, quantiles",
+    "tokens",
+    tuple((f"response_length/p{q}", f"{q} %", False) for q in (10, 50, 90, 99)),
+)
+HISTOGRAMS = (
+    ("Lengths of a step", "tokens", "histogram/response_length"),
+    ("Rewards of a step", "reward, shaping included", "histogram/reward"),
+)
+
+
 def draw_report(runs: Sequence[RunRecord]) -> bytes:
-    """PNG of 1600 x 2000 pixels. One run: a colour a metric; several: a colour a run and a line style a metric."""
+    """PNG of 1600 x 3000 pixels. One run: a colour a metric; several: a colour a run and a line style a metric."""
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": matplotlib.rcParams["backend"], **STYLE}):
-        figure = Figure(figsize=(16, 20), dpi=100, layout="constrained")
+        figure = Figure(figsize=(16, 30), dpi=100, layout="constrained")
         FigureCanvasAgg(figure)
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.14, wspace=0.03, hspace=0.03)
-        grid = figure.add_gridspec(4, 3)
+        grid = figure.add_gridspec(6, 3)
         has_supervised = any(run.supervised_loss()[0] for run in runs)
         _draw_panel(figure.add_subplot(grid[0, : 2 if has_supervised else 3]), ACCURACY, runs)
         if has_supervised:
@@ -119,6 +149,12 @@ def draw_report(runs: Sequence[RunRecord]) -> bytes:
         _draw_times(figure.add_subplot(grid[3, 0]), runs)
         for place, panel in enumerate(LATER_PANELS):
             _draw_panel(figure.add_subplot(grid[3, 1 + place]), panel, runs)
+        for place, panel in enumerate(ENTROPY_PANELS):
+            _draw_panel(figure.add_subplot(grid[4, place]), panel, runs)
+        _draw_law(figure.add_subplot(grid[4, 2]), runs)
+        _draw_panel(figure.add_subplot(grid[5, 0]), LENGTH_QUANTILES, runs)
+        for place, (title, unit, key) in enumerate(HISTOGRAMS):
+            _draw_histograms(figure.add_subplot(grid[5, 1 + place]), title, unit, key, runs)
         _draw_heading(figure, runs)
         figure.align_ylabels()
         buffer = io.BytesIO()
@@ -202,6 +238,33 @@ def _draw_supervised(axes: Any, runs: Sequence[RunRecord]) -> None:
     _whole_steps(axes, "supervised step")
 
 
+def _draw_law(axes: Any, runs: Sequence[RunRecord]) -> None:
+    axes.set_title("Entropy law")
+    axes.set_ylabel("train accuracy")
+    curves = draw_entropy_law(axes, runs, COLOURS)
+    if not axes.lines:
+        _say_empty(axes)
+        return
+    axes.set_xlabel("entropy, nats per token")
+    axes.set_xlim(left=0.0)
+    if curves:
+        handles = [Line2D([], [], color=GREY, ls=style) for style, _ in curves]
+        axes.legend(handles, [words for _, words in curves], loc="best", labelcolor=INK)
+
+
+def _draw_histograms(axes: Any, title: str, unit: str, key: str, runs: Sequence[RunRecord]) -> None:
+    axes.set_title(title)
+    axes.set_ylabel("share of the responses")
+    outlines = draw_histograms(axes, runs, key, COLOURS)
+    if not axes.patches and not axes.lines:
+        _say_empty(axes)
+        return
+    axes.set_xlabel(unit)
+    if outlines:
+        handles = [Line2D([], [], color=colour) for colour, _ in outlines]
+        _legend_beside_title(axes, handles, [words for _, words in outlines])
+
+
 def _draw_times(axes: Any, runs: Sequence[RunRecord]) -> None:
     axes.set_title("Time shares")
     timed = [(run, *time_shares(run)) for run in runs]
@@ -264,6 +327,9 @@ def _legend_beside_title(axes: Any, handles: list[Line2D], names: list[str], len
 
 
 def _scale(axes: Any, scale: str, values: list[float]) -> None:
+    if scale == "symlog":
+        axes.set_yscale("symlog", linthresh=1e-3)
+        return
     positive = sorted(value for value in values if value > 0)
     if not positive or scale == "linear":
         return

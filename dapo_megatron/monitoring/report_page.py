@@ -4,10 +4,13 @@ import base64
 import html
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import yaml
 
+from dapo_megatron.monitoring.entropy_law import SHARES
+from dapo_megatron.monitoring.report_entropy import describe_law
 from dapo_megatron.monitoring.run_record import RunRecord
 from dapo_megatron.monitoring.step_text import duration
 
@@ -67,9 +70,14 @@ def _numbers_table(runs: Sequence[RunRecord]) -> str:
         ("Supervised steps", lambda run: str(len(run.supervised)) if run.supervised else ""),
         ("Validation accuracy, sampled", lambda run: _first_last_best(run, "validation/accuracy")),
         ("Validation accuracy, greedy", lambda run: _first_last_best(run, "validation/accuracy_greedy")),
+        ("Validation, any of k right", lambda run: _first_last_best(run, "validation/pass")),
+        ("Validation, majority of k", lambda run: _first_last_best(run, "validation/majority")),
+        ("Standard error of validation", lambda run: _first_tail(run, "validation/standard_error", ".3f")),
         ("Train accuracy", lambda run: _first_tail(run, "accuracy/train", ".3f")),
         ("Reward", lambda run: _first_tail(run, "reward/mean", "+.3f")),
         ("Entropy, nats", lambda run: _first_tail(run, "entropy/mean", ".3f")),
+        ("Covariance of log-prob and advantage", lambda run: _first_tail(run, "covariance/mean", ".3g")),
+        *((f"Entropy law from the first {share:.0%}", partial(describe_law, share=share)) for share in SHARES),
         ("Mean probability", lambda run: _first_tail(run, "probability/mean", ".3f")),
         ("Response length, tokens", lambda run: _first_tail(run, "response_length/mean", ".1f")),
         ("Truncated responses", lambda run: _first_tail(run, "truncated_fraction", ".1%")),
@@ -213,6 +221,8 @@ def _completion(sample: Mapping[str, Any]) -> str:
     when = {"before": "Before training", "after": "After training"}.get(str(sample.get("when")), "During training")
     step = f", step {sample['step']}" if isinstance(sample.get("step"), int) else ""
     mark = '<span class="right">right</span>' if sample.get("right") else '<span class="wrong">wrong</span>'
+    if isinstance(sample.get("reward"), int | float):
+        mark += f", reward {sample['reward']:+.3g}"
     response = _text(_cut(str(sample.get("response", ""))))
     return f'<div><div><span class="dim">{when}{step}:</span> {mark}</div><pre>{response}</pre></div>'
 

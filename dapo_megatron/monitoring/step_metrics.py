@@ -3,11 +3,16 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
+from dapo_megatron.algorithms.statistics import covariance
+from dapo_megatron.monitoring.histograms import histogram
 from dapo_megatron.policy_step import PolicyStep
 from dapo_megatron.rollout.dynamic_sampling import SampledStep
+
+QUANTILES = (10, 50, 90, 99)  # of response lengths, percent
 
 
 class Clock:
@@ -30,21 +35,37 @@ class Clock:
         }
 
 
-def rollout_metrics(sampled: SampledStep) -> dict[str, float]:
+def rollout_metrics(sampled: SampledStep) -> dict[str, Any]:
     """Over all generated responses, those of dropped groups included."""
     groups = sampled.generated
+    counts = {
+        "groups/trained": float(len(sampled.trained)),
+        "groups/reused": float(sampled.reused),
+        "groups/kept": float(len(sampled.kept)),
+        "groups/aged": float(sampled.aged),
+        "groups/shortfall": float(sampled.shortfall),
+        "groups/generated": float(len(groups)),
+        "groups/acceptance": sampled.acceptance,
+        "groups/waves": float(sampled.waves),
+    }
+    if not groups:  # surplus of earlier steps was enough
+        return counts | {"tokens/generated": 0.0}
     completions = [c for g in groups for c in g.completions]
     lengths = np.array([len(c.tokens) for c in completions])
     right = np.array([g.accuracies.mean() for g in groups])
-    return {
+    rewards = np.concatenate([g.rewards for g in groups])
+    return counts | {
         "accuracy/train": float(right.mean()),
-        "reward/mean": float(np.mean([g.rewards.mean() for g in groups])),
+        "reward/mean": float(rewards.mean(dtype=np.float64)),
         "response_length/mean": float(lengths.mean()),
+        **{f"response_length/p{q}": float(np.percentile(lengths, q)) for q in QUANTILES},
         "response_length/max": float(lengths.max()),
+        "histogram/response_length": histogram(lengths),
+        "histogram/reward": histogram(rewards),
         "groups/all_right": float((right == 1).mean()),
         "groups/all_wrong": float((right == 0).mean()),
-        "groups/trained": float(len(sampled.trained)),
-        "groups/waves": float(sampled.waves),
+        "responses/generated": float(len(completions)),
+        "reward/std": float(rewards.std()),
         "truncated_fraction": float(np.mean([c.finish_reason == "length" for c in completions])),
         "tokens/generated": float(lengths.sum()),
     }
@@ -55,6 +76,7 @@ def learner_metrics(result: PolicyStep | None) -> dict[str, float]:
     if result is None or result.trained_tokens == 0:
         return {"tokens/trained": 0.0}
     gap = (result.old_logprobs - result.rollout_logprobs).double()
+    covariance_mean, covariance_top = covariance(result.advantages, result.old_logprobs)
     return {
         "entropy/mean": float(result.entropy.double().mean()),
         "probability/mean": float(result.old_logprobs.double().exp().mean()),
@@ -64,8 +86,13 @@ def learner_metrics(result: PolicyStep | None) -> dict[str, float]:
         "ratio/mean": result.ratio,
         "loss/policy": result.loss,
         "grad_norm": result.grad_norm,
+        "covariance/mean": covariance_mean,
+        "covariance/top": covariance_top,
+        "mismatch/log_ratio_mean": float(gap.mean()),
         "mismatch/logprob_abs_mean": float(gap.abs().mean()),
         "mismatch/logprob_abs_max": float(gap.abs().max()),
+        "mismatch/weight_mean": result.engine_weight,
+        "mismatch/weight_bounded": result.engine_weight_bounded,
         "tokens/trained": float(result.trained_tokens),
         "updates": float(result.updates),
         "updates/skipped": float(result.skipped_updates),

@@ -94,7 +94,8 @@ class Pace:
         (first, began), (last, ended) = self._seen[0], self._seen[-1]
         if last > first:
             return left * (ended - began) / (last - first)
-        return None if step_seconds is None or not math.isfinite(step_seconds) else left * step_seconds
+        seconds = math.nan if step_seconds is None else left * step_seconds
+        return seconds if math.isfinite(seconds) else None
 
 
 VALIDATION = (("validation", "validation/accuracy", ".3f"), ("greedy", "validation/accuracy_greedy", ".3f"))

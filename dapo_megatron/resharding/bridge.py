@@ -9,10 +9,13 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from dapo_megatron.config import Architecture, Layout
+from dapo_megatron.resharding.links import open_link
 from dapo_megatron.resharding.megatron_layout import megatron_layout
 from dapo_megatron.resharding.plan import Plan, cached_plan
+from dapo_megatron.resharding.transport import Transport
 from dapo_megatron.resharding.vllm_layout import vllm_layout
 
 
@@ -53,6 +56,24 @@ class Bridge:
         source = megatron_layout(self.architecture, self.layout, layer_spec=self.layer_spec)
         target = vllm_layout(self.architecture, engines=self.engines, tensor=self.tensor, first_rank=self.layout.world)
         return cached_plan(source, target)
+
+    def open_transport(self, store: dist.Store, place: int, *, device: torch.device, prefix: str) -> Transport:
+        """Meet all other places at `store`, under a `prefix` that is new each time; this place's part of the plan.
+
+        Raises:
+            RequestError, RunError: as `open_link`.
+        """
+        link = open_link(store, place, self.places, device=device, time_limit_s=self.time_limit_s, prefix=prefix)
+        return Transport(
+            self.plan,
+            place,
+            dtype=self.torch_dtype,
+            device=device,
+            bucket_bytes=self.bucket_bytes,
+            window=self.window,
+            time_limit_s=self.time_limit_s,
+            link=link,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the init request of an engine."""

@@ -101,7 +101,7 @@ def write_folder(
         if i == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        file = SINGLE if len(groups) == 1 else f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
+        file = file_name(i, len(groups))
         with atomic_path(temporary / file) as path:
             save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(names, file))
@@ -110,17 +110,31 @@ def write_folder(
     if len(groups) > 1:
         index = {"metadata": {}, "weight_map": weight_map}
         write_text_atomically(temporary / INDEX, json.dumps(index, indent=2))
-    for name in SIDE_FILES:
-        if (side_files / name).is_file():
-            shutil.copyfile(side_files / name, temporary / name)
-    _set_dtype(temporary / "config.json", dtype)
+    copy_side_files(side_files, temporary, dtype)
     replace_folder(temporary, folder)
 
 
-def _set_dtype(config: Path, dtype: torch.dtype) -> None:
+def file_name(index: int, count: int) -> str:
+    """The name of file `index` (from 0) of `count` files of weights."""
+    return SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def copy_side_files(source: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Copy config.json and tokenizer. With `dtype`, config.json is rewritten if it names another.
+
+    Raises:
+        RunError: `source` has no config.json to name the dtype in.
+    """
+    for name in SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if dtype is None:
+        return
+    config = folder / "config.json"
     if not config.is_file():
         raise RunError(f"{config} is missing: the folder could not be loaded")
-    settings = json.loads(config.read_text())
+    settings = json.loads(config.read_text(encoding="utf-8"))
     key = "torch_dtype" if "torch_dtype" in settings else "dtype"
-    settings[key] = str(dtype).removeprefix("torch.")
-    write_text_atomically(config, json.dumps(settings, indent=2) + "\n")
+    if settings.get(key) != str(dtype).removeprefix("torch."):
+        settings[key] = str(dtype).removeprefix("torch.")
+        write_text_atomically(config, json.dumps(settings, indent=2) + "\n")

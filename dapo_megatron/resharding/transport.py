@@ -93,6 +93,10 @@ class Transport:
         self._target_keys = {m.target_key: m.name for m in taken}
         self._prepared = _Prepared()
 
+    def close(self) -> None:
+        """End the link: peers that wait for this place learn of it."""
+        self.link.close()
+
     @torch.no_grad()
     def run(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Transfer:
         """Move `source` (this place's local tensors by key) into `target` (likewise); blocks until this place is done.
@@ -113,7 +117,7 @@ class Transport:
             for window in self._prepared.windows:
                 self._carry(window, source, target, started, count)
         except RunError:
-            self.link.close()  # peers that wait for this place learn of it now
+            self.close()
             raise
         copied = sum(m.elements * target[m.target_key].dtype.itemsize for m in self._copies)
         return Transfer(

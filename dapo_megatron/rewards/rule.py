@@ -1,4 +1,4 @@
-"""Is a response right? The final answer is cut out of the text and compared with the reference by rule.
+"""The final answer is cut out of a response and compared with the reference by rule.
 
 Responses are written by a model and therefore hostile: nothing is evaluated, every step takes time linear in the
 length, and numbers stay strings (converting a million digits to an int would be quadratic).
@@ -25,19 +25,26 @@ _DECORATION = ' \t\r\n*`"'  # white space and markdown around an answer
 _BLANK = re.compile(r'[\s*`"]*')
 
 
-def grade(response: str, answer: str) -> bool:
-    """True when the response's final answer equals the reference.
+def compare(given: str, reference: str) -> bool | None:
+    """Whether two final answers are equal by rule: True, False, or None where the rule cannot tell.
 
-    When both are integers their values are compared: $ and LaTeX math delimiters, thousands separators (1,234 and
-    1{,}234), leading zeros, a plus sign, a trailing period, a zero fraction (142.0) and a degree mark do not matter.
-    Otherwise the normalised strings are compared: the same marks and all white space dropped, \\dfrac and \\tfrac read
-    as \\frac. An empty answer is never right.
+    When both are integers their values decide: $ and LaTeX math delimiters, thousands separators (1,234 and 1{,}234),
+    leading zeros, a plus sign, a trailing period, a zero fraction (142.0) and a degree mark do not matter. Otherwise
+    equal normalised strings are equal answers: the same marks and all white space dropped, \\dfrac and \\tfrac read as
+    \\frac; different ones leave it open. An empty answer is equal to none.
     """
-    given = extract_answer(response)
-    if given is None:
-        return False
     kind, value = _normalise(given)
-    return bool(value) and (kind, value) == _normalise(answer)
+    reference_kind, reference_value = _normalise(reference)
+    if not value or not reference_value:
+        return False
+    if (kind, value) == (reference_kind, reference_value):
+        return True
+    return False if kind == reference_kind == "integer" else None
+
+
+def is_integer(answer: str) -> bool:
+    """True for an answer whose value the integer rule reads."""
+    return _normalise(answer)[0] == "integer"
 
 
 def extract_answer(response: str) -> str | None:
@@ -88,11 +95,16 @@ def _last_box(text: str) -> tuple[int, str]:
     return best_start, text[slice(*best_content)].strip(_DECORATION)
 
 
-def _normalise(answer: str) -> tuple[str, str]:
-    """("integer", sign and digits) or ("text", normalised text). The kind keeps "4 2" from equalling 42."""
+def without_marks(answer: str) -> str:
+    """An answer without what wraps it: math delimiters, \\left and \\right, degree marks, markdown, a final period."""
     text = answer.replace("\N{MINUS SIGN}", "-").replace("{,}", ",")
     text = _THIN_SPACE.sub("", _WRAPPING.sub(" ", text))
-    text = text.strip(_DECORATION).removesuffix(".").rstrip(_DECORATION)
+    return text.strip(_DECORATION).removesuffix(".").rstrip(_DECORATION)
+
+
+def _normalise(answer: str) -> tuple[str, str]:
+    """("integer", sign and digits) or ("text", normalised text). The kind keeps "4 2" from equalling 42."""
+    text = without_marks(answer)
     number = _INTEGER.fullmatch(text)
     if number:
         digits = number[2].replace(",", "").lstrip("0") or "0"

@@ -10,12 +10,12 @@ The synchronous loop is submit, then collect everything.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
-from dapo_megatron.data.completions import Completion
+from dapo_megatron.data.completions import Completion, FinishReason
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,26 @@ class RolloutRequest:
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+
+
+@dataclass
+class PartialCompletion:
+    """What a request has produced so far: token ids, their log-probs, the policy versions that drew them."""
+
+    request: RolloutRequest
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+    def completion(self, reason: FinishReason) -> Completion:
+        """The record of it."""
+        return Completion(
+            self.request.ticket,
+            np.asarray(self.tokens, np.int32),
+            np.asarray(self.logprobs, np.float32),
+            reason,
+            np.asarray(self.versions, np.int32),
+        )
 
 
 class RolloutEngine(Protocol):

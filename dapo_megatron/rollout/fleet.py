@@ -13,11 +13,9 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
-
 from dapo_megatron.data.completions import Completion
 from dapo_megatron.errors import RunError
-from dapo_megatron.rollout.engine import RolloutRequest
+from dapo_megatron.rollout.engine import PartialCompletion, RolloutRequest
 from dapo_megatron.rollout.vllm_client import EngineFailed
 
 STEER_S = 60.0  # longest wait for a steering route
@@ -86,11 +84,6 @@ class Fleet:
     async def _make(self, address: str) -> Client:
         return self._connect(address)
 
-    @property
-    def size(self) -> int:
-        """Number of engines."""
-        return len(self._seats)
-
     # the rollout protocol
 
     def submit(self, requests: Sequence[RolloutRequest]) -> list[int]:
@@ -124,8 +117,7 @@ class Fleet:
                 ) from None
             if item is None:
                 self._put_back(done)
-                lost = {i: seat.failure for i, seat in enumerate(self._seats) if seat.failure is not None}
-                if lost:
+                if lost := self.lost():
                     raise EnginesLost(lost, lost.values())
                 continue  # replaced meanwhile
             if isinstance(item, Exception):
@@ -151,7 +143,7 @@ class Fleet:
                 out.update(running)
                 if running and seat.failure is None:
                     await seat.client.abort(running, time_limit_s=STEER_S)
-            return [_nothing_yet(r.ticket) for r in early], out
+            return [PartialCompletion(r).completion("abort") for r in early], out
 
         taken, out = self.call(take_back())
         others: list[Completion | Exception | None] = []
@@ -315,8 +307,3 @@ class Fleet:
     def _put_back(self, items: Sequence[Completion | Exception | None]) -> None:
         for item in items:
             self._done.put(item)
-
-
-def _nothing_yet(ticket: int) -> Completion:
-    empty = np.zeros(0, np.int32)
-    return Completion(ticket, empty, np.zeros(0, np.float32), "abort", empty)

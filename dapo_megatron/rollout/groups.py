@@ -8,8 +8,8 @@ import torch.distributed as dist
 from dapo_megatron.config import Recipe
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.prompts import Prompt
+from dapo_megatron.rewards.grader import Grader
 from dapo_megatron.rewards.overlong import overlong_penalties
-from dapo_megatron.rewards.pool import GraderPool
 from dapo_megatron.rollout.dispatcher import Dispatcher
 from dapo_megatron.rollout.engine import RolloutRequest, sample_seed
 from dapo_megatron.rollout.server_dispatcher import ServerDispatcher
@@ -21,7 +21,7 @@ class GroupSampler:
     Args:
         prompts: the data set; `token_ids[i]` are the prompt tokens of prompts[i].
         dispatcher: None in a run that learns from files and draws nothing.
-        grader: the worker pool on rank 0, None elsewhere; its verdicts are made known to all ranks.
+        grader: on rank 0, None elsewhere; its verdicts are made known to all ranks.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class GroupSampler:
         prompts: Sequence[Prompt],
         token_ids: Sequence[np.ndarray],
         dispatcher: Dispatcher | ServerDispatcher | None,
-        grader: GraderPool | None,
+        grader: Grader | None,
     ) -> None:
         self.recipe, self.tokenizer = recipe, tokenizer
         self.prompts, self.token_ids = prompts, token_ids
@@ -65,8 +65,8 @@ class GroupSampler:
         ]
         completions = self.dispatcher.generate(requests, group=samples)
         responses = self.tokenizer.batch_decode([c.tokens.tolist() for c in completions], skip_special_tokens=True)
-        right = self._grade(responses, [self.prompts[row].answer for row in rows for _ in range(samples)])
-        reward = self.recipe.reward
+        drawn = [self.prompts[row] for row in rows for _ in range(samples)]
+        right, rewards = self._grade(responses, [p.answer for p in drawn], [str(p.text) for p in drawn])
         groups = []
         for i, row in enumerate(rows):
             part = slice(i * samples, (i + 1) * samples)
@@ -79,7 +79,7 @@ class GroupSampler:
                     completions=completions[part],
                     responses=responses[part],
                     accuracies=right[part],
-                    rewards=np.where(right[part], reward.right, reward.wrong).astype(np.float32),
+                    rewards=rewards[part],
                 )
             )
         return groups
@@ -94,6 +94,8 @@ class GroupSampler:
             top_p=recipe.rollout.top_p,
             seed_key=(recipe.run.seed, 1, step, wave),
         )
+        for group in groups:
+            group.step = step
         overlong = recipe.reward.overlong
         for group in groups if overlong.max_length is not None else ():
             lengths = [len(c.tokens) for c in group.completions]
@@ -104,11 +106,11 @@ class GroupSampler:
             _shuffle_scores(groups, np.random.default_rng([recipe.run.seed, 2, step, wave]))
         return groups
 
-    def _grade(self, responses: list[str], answers: list[str]) -> np.ndarray:
-        verdict = [None if self.grader is None else self.grader.grade(responses, answers)]
+    def _grade(self, responses: list[str], answers: list[str], prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        scores = [None if self.grader is None else self.grader.score(responses, answers, prompts)]
         if self.dispatcher.world > 1:
-            dist.broadcast_object_list(verdict, src=0)
-        return verdict[0]
+            dist.broadcast_object_list(scores, src=0)
+        return scores[0]
 
 
 def _shuffle_scores(groups: list[PromptGroup], rng: np.random.Generator) -> None:

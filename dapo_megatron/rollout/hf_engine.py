@@ -16,27 +16,16 @@ from torch import Tensor
 
 from dapo_megatron.data.completions import Completion
 from dapo_megatron.errors import RunError
-from dapo_megatron.rollout.engine import RolloutRequest
+from dapo_megatron.rollout.engine import PartialCompletion, RolloutRequest
 
 COMPACT_BELOW = 0.75  # finished rows leave the batch once fewer than this share of its rows is alive
 
 
 @dataclass
-class _Sequence:
-    request: RolloutRequest
-    uniforms: np.ndarray
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
+class _Sequence(PartialCompletion):
+    """`uniforms`: the random numbers that draw its tokens, one each."""
 
-    def completion(self, reason: str) -> Completion:
-        return Completion(
-            self.request.ticket,
-            np.asarray(self.tokens, np.int32),
-            np.asarray(self.logprobs, np.float32),
-            reason,
-            np.asarray(self.versions, np.int32),
-        )
+    uniforms: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
 class HFEngine:
@@ -98,7 +87,7 @@ class HFEngine:
 
     def abort(self, tickets: Collection[int]) -> list[Completion]:
         wanted = set(tickets)
-        taken = [_Sequence(r, np.empty(0)) for r in self._queue if r.ticket in wanted]
+        taken = [_Sequence(r) for r in self._queue if r.ticket in wanted]
         self._queue = deque(r for r in self._queue if r.ticket not in wanted)
         for row, sequence in enumerate(self._batch):
             if sequence is not None and sequence.request.ticket in wanted:
@@ -123,9 +112,7 @@ class HFEngine:
             return False
         from transformers import DynamicCache
 
-        self._batch = [
-            _Sequence(r, np.random.Generator(np.random.Philox(r.seed)).random(r.max_new_tokens)) for r in requests
-        ]
+        self._batch = [_Sequence(r, uniforms=_uniforms(r)) for r in requests]
         longest = max(len(r.prompt_tokens) for r in requests)
         tokens = np.zeros((len(requests), longest), np.int64)
         mask = np.zeros((len(requests), longest), np.int64)
@@ -203,6 +190,10 @@ class HFEngine:
             self._mask_BS, self._next_tokens = self._mask_BS[index], self._next_tokens[index]
             self._positions_B = self._positions_B[index]
             self._batch = [self._batch[row] for row in alive]
+
+
+def _uniforms(request: RolloutRequest) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(request.seed)).random(request.max_new_tokens)
 
 
 def _nucleus(probabilities_BV: Tensor, top_p_B: Tensor) -> Tensor:

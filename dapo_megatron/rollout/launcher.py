@@ -30,7 +30,7 @@ WORLD_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PO
 class EngineSettings:
     """How to start one engine.
 
-    model: a Hugging Face folder; only config.json is read, weights come over the bridge.
+    model: a Hugging Face folder; only config.json is read and weights come over the bridge, unless `load_weights`.
     dtype: "float32", "bfloat16" or "float16". max_model_len: prompt and response (tokens). max_sequences: at once.
     devices: CUDA devices as CUDA_VISIBLE_DEVICES names them, the first `tensor` are the engine's; None on a CPU.
     memory_share: of each GPU; kv_cache_gib and threads (of a worker): on a CPU.
@@ -47,6 +47,7 @@ class EngineSettings:
     kv_cache_gib: int = 1
     sleep: bool = False
     threads: int = 1
+    load_weights: bool = False
 
 
 def engine_settings(recipe: Recipe, model: Path, devices: tuple[str, ...] | None) -> EngineSettings:
@@ -71,7 +72,7 @@ def engine_command(settings: EngineSettings, host: str, port: int) -> list[str]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     options = {
         "--model": str(settings.model),
-        "--load-format": "dummy",
+        "--load-format": "auto" if settings.load_weights else "dummy",
         "--host": host,
         "--port": str(port),
         "--dtype": settings.dtype,

@@ -6,10 +6,9 @@ same seeds.
 
 from collections.abc import Callable, Sequence
 
-import torch.distributed as dist
-
 from dapo_megatron.data.completions import Completion
 from dapo_megatron.errors import RunError
+from dapo_megatron.rollout.agreement import from_rank_zero
 from dapo_megatron.rollout.dispatcher import flatten, unflatten
 from dapo_megatron.rollout.engine import RolloutRequest
 from dapo_megatron.rollout.fleet import EnginesLost
@@ -36,10 +35,7 @@ class ServerDispatcher:
         if self.rank == 0:
             self.engines.fleet.submit(requests)
         while True:
-            outcome = [self._collect() if self.rank == 0 else None]
-            if self.world > 1:
-                dist.broadcast_object_list(outcome, src=0)
-            kind, content = outcome[0]
+            kind, content = from_rank_zero(self._collect() if self.rank == 0 else None, self.world)
             if kind == "done":
                 by_ticket = {completion.ticket: completion for completion in unflatten(*content)}
                 return [by_ticket[request.ticket] for request in requests]

@@ -8,9 +8,8 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
-
 from dapo_megatron.errors import RequestError, RunError
+from dapo_megatron.rollout.agreement import everyone, from_rank_zero
 from dapo_megatron.rollout.fleet import EnginesLost, Fleet
 from dapo_megatron.rollout.launcher import EngineProcess, EngineSettings, RunningEngine, wait_until_ready
 from dapo_megatron.rollout.vllm_client import EngineClient
@@ -51,7 +50,7 @@ class VLLMEngines:
         self.settings_of, self.host, self.servers, self.logs = settings_of, host, list(servers), logs
         self.restarts = self.restarts_left = restarts
         self.start_limit_s, self.time_limit_s = start_limit_s, time_limit_s
-        self.secret = _from_rank_zero(make_secret() if rank == 0 else None, world)
+        self.secret = from_rank_zero(make_secret() if rank == 0 else None, world)
         self.stop_tokens, self.capacity, self.sleep = stop_tokens, capacity, sleep
         self.own: dict[int, EngineProcess] = {}
         self.fleet: Fleet | None = None
@@ -152,12 +151,12 @@ class VLLMEngines:
                 wait_until_ready([mine[e] for e in engines if e in mine], self.start_limit_s)
             except RunError as error:
                 problem = str(error)
-        told = _gather((problem, {engine: e.address for engine, e in mine.items()}), self.world)
+        told = everyone((problem, {engine: e.address for engine, e in mine.items()}), self.world)
         problems = [text for text, _ in told if text is not None]
         if problems:
             raise RunError("\n".join(problems), on_every_rank=True)
-        everyone = {engine: address for _, addresses in told for engine, address in addresses.items()}
-        return {engine: everyone[engine] for engine in engines}
+        found = {engine: address for _, addresses in told for engine, address in addresses.items()}
+        return {engine: found[engine] for engine in engines}
 
 
 def visible_devices(there: int) -> tuple[str, ...]:
@@ -165,18 +164,3 @@ def visible_devices(there: int) -> tuple[str, ...]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [name.strip() for name in visible.split(",")] if visible else [str(i) for i in range(there)]
     return tuple(names[:there])
-
-
-def _from_rank_zero(value: str | None, world: int) -> str:
-    box = [value]
-    if world > 1:
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _gather(value: object, world: int) -> list:
-    if world == 1:
-        return [value]
-    everyone: list = [None] * world
-    dist.all_gather_object(everyone, value)
-    return everyone

@@ -6,34 +6,15 @@ Starts in seconds, but cannot die alone and computes only while `collect` runs: 
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 
-import numpy as np
 from torch import Tensor
 
 from dapo_megatron.data.completions import Completion
 from dapo_megatron.errors import RunError
-from dapo_megatron.rollout.engine import RolloutRequest
-from dapo_megatron.rollout.launcher import EngineSettings, engine_environment
+from dapo_megatron.rollout.engine import PartialCompletion, RolloutRequest
+from dapo_megatron.rollout.launcher import CPU_BATCHED_TOKENS, EngineSettings, engine_environment
 from dapo_megatron.rollout.vllm_client import sampling_parameters
 from dapo_megatron.rollout.vllm_plugin import BACKEND
-
-
-@dataclass
-class _Running:
-    request: RolloutRequest
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-
-    def completion(self, reason: str) -> Completion:
-        return Completion(
-            self.request.ticket,
-            np.array(self.tokens, np.int32),
-            np.array(self.logprobs, np.float32),
-            reason,
-            np.array(self.versions, np.int32),
-        )
 
 
 class InProcessEngine:
@@ -48,7 +29,6 @@ class InProcessEngine:
         if settings.tensor != 1 or settings.devices is not None:
             raise RunError("rollout: an engine in this process has tensor size 1 and runs on the CPU")
         os.environ.update(engine_environment(settings, "of no use without a server"))
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
 
         self._llm = LLM(
@@ -57,7 +37,7 @@ class InProcessEngine:
             dtype=settings.dtype,
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_sequences,
-            max_num_batched_tokens=max(settings.max_model_len, 4096),
+            max_num_batched_tokens=max(settings.max_model_len, CPU_BATCHED_TOKENS),
             enable_chunked_prefill=False,
             enforce_eager=True,
             skip_tokenizer_init=True,
@@ -68,7 +48,7 @@ class InProcessEngine:
         )
         self._engine = self._llm.llm_engine
         self._stops = sorted(stop_tokens)
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, PartialCompletion] = {}
         self._done: list[Completion] = []
         self._version: int | None = None
         self._paused = False
@@ -97,7 +77,7 @@ class InProcessEngine:
             parameters = SamplingParams(**sampling_parameters(request, self._stops))
             prompt = {"prompt_token_ids": request.prompt_tokens.tolist()}
             self._engine.add_request(str(request.ticket), prompt, parameters)
-            self._running[str(request.ticket)] = _Running(request)
+            self._running[str(request.ticket)] = PartialCompletion(request)
         return [request.ticket for request in requests]
 
     def collect(self, until: int | None = None, *, time_limit_s: float) -> list[Completion]:

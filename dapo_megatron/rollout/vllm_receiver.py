@@ -25,7 +25,6 @@ from vllm.distributed.weight_transfer.base import (
 from dapo_megatron.errors import RunError
 from dapo_megatron.resharding.bridge import Bridge
 from dapo_megatron.resharding.checksum import checksum
-from dapo_megatron.resharding.links import Link, open_link
 from dapo_megatron.resharding.shared_memory import Puller, open_export
 from dapo_megatron.resharding.transport import Transport, local_view
 from dapo_megatron.resharding.vllm_layout import vllm_local_shapes
@@ -58,7 +57,6 @@ class ShardReceiver(WeightTransferEngine[JoinInfo, UpdateInfo]):
     supports_draft_weight_update = False
 
     store: dist.Store | None = None
-    link: Link | None = None
     mover: Transport | Puller | None = None
 
     def init_transfer_engine(self, init_info: JoinInfo) -> None:
@@ -95,32 +93,15 @@ class ShardReceiver(WeightTransferEngine[JoinInfo, UpdateInfo]):
 
     def shutdown(self) -> None:
         """Let go of the learner; generation goes on."""
-        if self.link is not None:
-            self.link.close()
-        self.store = self.link = self.mover = None
+        if isinstance(self.mover, Transport):
+            self.mover.close()
+        self.store = self.mover = None
 
     def _join(self) -> dict[str, Any]:
         bridge = self.bridge
         self.parameters = self._checked_parameters()
         if bridge.transport == "group":
-            self.link = open_link(
-                self.store,
-                self.place,
-                bridge.places,
-                device=self.device,
-                time_limit_s=bridge.time_limit_s,
-                prefix=self.epoch,
-            )
-            self.mover = Transport(
-                bridge.plan,
-                self.place,
-                dtype=bridge.torch_dtype,
-                device=self.device,
-                bucket_bytes=bridge.bucket_bytes,
-                window=bridge.window,
-                time_limit_s=bridge.time_limit_s,
-                link=self.link,
-            )
+            self.mover = bridge.open_transport(self.store, self.place, device=self.device, prefix=self.epoch)
             return {}
         sources = {move.source_rank for move in bridge.plan.moves if move.target_rank == self.place}
         opened = {}

@@ -1,10 +1,12 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dapo_megatron.algorithms.mini_batch import aggregate, batch_of_groups, mini_batches
+from dapo_megatron.algorithms.mini_batch import aggregate, batch_of_groups, correct_engine_mismatch, mini_batches
 from dapo_megatron.data.completions import Completion, PromptGroup
 
 
@@ -72,6 +74,46 @@ def test_sequence_mean_by_hand():
     assert aggregate(batch, [0, 1, 2], "sequence-mean") == 2.0
     expected = [0, 1 / 2, 1 / 2, 0, 0, 0, 0, 1 / 3, 1 / 3, 1 / 3, 0, 1, 1, 0]
     torch.testing.assert_close(batch.loss_weights_T, torch.tensor(expected))
+
+
+def test_constant_length_by_hand():
+    batch = batch_of_groups(two_groups(), overlong_filtering=True, advantage_epsilon=1e-6)
+    before = batch.loss_weights_T.clone()
+    # the filtered response counts: the denominator depends on nothing that was drawn
+    assert aggregate(batch, [0, 1, 2], "constant-length", constant_length=10) == 30.0
+    assert aggregate(batch, [1], "constant-length", constant_length=10) == 0.0, "no token is trained"
+    assert torch.equal(batch.loss_weights_T, before)
+
+
+def test_without_the_division_the_advantage_is_the_distance_to_the_mean():
+    batch = batch_of_groups(two_groups(), overlong_filtering=False, advantage_epsilon=1e-6, advantage="group-mean")
+    assert batch.advantages_T.tolist() == [0, 1, 1, 0, 0, -1, 0, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_old_logprobs_travel_with_the_group():
+    groups = two_groups()
+    assert not batch_of_groups(groups, overlong_filtering=False, advantage_epsilon=1e-6).old_logprobs_T.any()
+    for g in groups:
+        g.old_logprobs = [c.logprobs - 1 for c in g.completions]
+    batch = batch_of_groups(groups, overlong_filtering=False, advantage_epsilon=1e-6)
+    trained = batch.loss_weights_T > 0
+    torch.testing.assert_close(batch.old_logprobs_T[trained], batch.rollout_logprobs_T[trained] - 1)
+    assert not batch.old_logprobs_T[~trained].any()
+
+
+def test_truncated_importance_sampling_by_hand():
+    batch = batch_of_groups(two_groups(), overlong_filtering=True, advantage_epsilon=1e-6)
+    trained = batch.loss_weights_T > 0
+    steps = torch.tensor([0.0, 0.5, 1.0, -1.0, 100.0, -100.0, 0.25])  # 7 trained tokens
+    batch.old_logprobs_T = batch.rollout_logprobs_T.clone()
+    batch.old_logprobs_T[trained] += steps
+    assert aggregate(batch, range(4), "token-mean") == 7.0
+    mean, bounded = correct_engine_mismatch(batch, 2.0)
+    expected = torch.tensor([1, math.exp(0.5), 2, math.exp(-1), 2, math.exp(-20), math.exp(0.25)])
+    torch.testing.assert_close(batch.loss_weights_T[trained], expected)
+    assert mean == pytest.approx(float(expected.mean())) and bounded == pytest.approx(2 / 7)
+    assert torch.equal(batch.loss_weights_T > 0, trained), "a small weight does not take a token out of the count"
+    assert aggregate(batch, range(4), "token-mean") == 7.0
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "sequence-mean"])

@@ -263,7 +263,10 @@ def test_a_dumped_recipe_loads_back_equal(tmp_path, recipe):
 def test_a_dump_shows_every_section_with_its_defaults(recipe_file):
     shown = yaml.safe_load(dump_recipe(load_recipe(recipe_file)))
     assert list(shown) == list(Recipe.model_fields)
-    assert shown["algorithm"]["dynamic_sampling"] == {"enabled": True, "max_waves": 10, "metric": "accuracy"}
+    assert shown["algorithm"]["dynamic_sampling"] == {
+        "enabled": True, "max_waves": 10, "over_sampling": 1.0, "adaptive": True, "keep_surplus": True, "max_age": 2,
+        "metric": "accuracy",
+    }  # fmt: skip
 
 
 plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()

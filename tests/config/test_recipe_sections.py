@@ -42,7 +42,7 @@ def test_the_names_outside_scripts_rely_on():
         "parallel": "tensor pipeline virtual_pipeline context sequence",
         "optimizer": "learning_rate warmup_rollout_steps weight_decay",
         "algorithm": "eps_low eps_high eps_dual mini_batch_prompts loss_aggregation overlong_filtering",
-        "algorithm.dynamic_sampling": "enabled max_waves metric",
+        "algorithm.dynamic_sampling": "enabled max_waves over_sampling adaptive keep_surplus max_age metric",
         "reward.overlong": "max_length cache_length",
         "rollout": "engine placement tensor engines samples_per_prompt prompts_per_step max_response_length "
         "temperature top_p",

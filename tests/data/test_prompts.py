@@ -129,7 +129,7 @@ def test_unreadable_files_are_refused(tmp_path: Path):
     with pytest.raises(RequestError, match=r"missing.jsonl: no such file"):
         read_prompts(tmp_path / "missing.jsonl", **COLUMNS)
     (tmp_path / "data.csv").write_text("prompt,answer\n")
-    with pytest.raises(RequestError, match=r"data.csv: unknown extension '.csv'; use .jsonl or .parquet"):
+    with pytest.raises(RequestError, match=r"data.csv: unknown extension '.csv'; use .jsonl, .parquet or .json"):
         read_prompts(tmp_path / "data.csv", **COLUMNS)
     (tmp_path / "not.parquet").write_text("PAR1 nothing more")
     with pytest.raises(RequestError, match=r"not.parquet: not a readable parquet file"):
@@ -228,3 +228,76 @@ def test_published_data_sets(name: str, rows: int):
     assert len(prompts) == rows
     assert [prompt.id for prompt in prompts] == list(range(rows))
     assert all(prompt.messages[-1].role == "user" and prompt.text == prompt.messages[-1].content for prompt in prompts)
+
+
+def test_a_json_list(tmp_path: Path):
+    path = tmp_path / "amc.json"
+    path.write_text(json.dumps([{"prompt": "a", "answer": 142.0}, {"prompt": TURNS, "answer": "7"}]))
+    first, second = read_prompts(path, **COLUMNS)
+    assert (first.answer, second.messages[-1].content) == ("142", "1+1?")
+    for text, message in (
+        ("{}", "must be a JSON list of objects"),
+        ("[1]", r"row 0 \(from 0\): must be a JSON object"),
+    ):
+        path.write_text(text)
+        with pytest.raises(RequestError, match=rf"amc.json.*{message}"):
+            read_prompts(path, **COLUMNS)
+
+
+def test_the_answer_behind_a_mark(file: Path):
+    write(file, [{"prompt": "a", "answer": "#### 3 and\n#### 1,080 "}, {"prompt": "b", "answer": "no mark"}])
+    with pytest.raises(RequestError, match=r"column answer: no '####' in the answer, which data.answer_after asks for"):
+        read_prompts(file, **COLUMNS, answer_after="####")
+    write(file, [{"prompt": "a", "answer": "#### 3 and\n#### 1,080 "}])
+    assert read_prompts(file, **COLUMNS, answer_after="####")[0].answer == "1,080"
+    write(file, [{"prompt": "a", "answer": "5 ####"}])
+    with pytest.raises(RequestError, match="no answer"):
+        read_prompts(file, **COLUMNS, answer_after="####")
+
+
+def test_an_answer_that_must_be_an_integer(file: Path):
+    write(file, [{"prompt": "a", "answer": "025"}, {"prompt": "b", "answer": "1/2"}])
+    assert len(read_prompts(file, **COLUMNS)) == 2
+    place = r"line 2" if file.suffix == ".jsonl" else r"row 1 \(from 0\)"
+    with pytest.raises(RequestError, match=rf"{file.name}, {place}, column answer: .*'1/2' is not an integer"):
+        read_prompts(file, **COLUMNS, integer_answers=True)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="no data sets beside the repository")
+@pytest.mark.parametrize(
+    ("name", "rows", "columns"),
+    [
+        ("amc.json", 83, {"prompt_column": "problem", "answer_column": "answer", "integer_answers": True}),
+        ("math500.jsonl", 500, {"prompt_column": "problem", "answer_column": "answer"}),
+        (
+            "gsm8k-test.jsonl",
+            1319,
+            {
+                "prompt_column": "question",
+                "answer_column": "answer",
+                "answer_after": "####",
+                "integer_answers": True,
+            },
+        ),
+        (
+            "aime25.parquet",
+            30,
+            {"prompt_column": "prompt", "answer_column": "reward_model.ground_truth", "integer_answers": True},
+        ),
+        (
+            "dapo-math-17k.parquet",
+            17_917,
+            {"prompt_column": "prompt", "answer_column": "reward_model.ground_truth", "integer_answers": True},
+        ),
+    ],
+)
+def test_published_forms(name: str, rows: int, columns: dict):
+    prompts = read_prompts(DATA / name, **columns)
+    assert len(prompts) == rows
+    assert all(len(prompt.answer) < 100 and "####" not in prompt.answer for prompt in prompts)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="no data sets beside the repository")
+def test_an_answer_of_math500_that_is_no_integer_is_refused_where_integers_are_demanded():
+    with pytest.raises(RequestError, match=r"math500.jsonl, line 1, column answer: .*is not an integer"):
+        read_prompts(DATA / "math500.jsonl", prompt_column="problem", answer_column="answer", integer_answers=True)

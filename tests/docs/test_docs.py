@@ -89,7 +89,7 @@ def test_values_listed_as_refused_are_refused():
 def test_commands_in_the_readme_exist_with_their_options():
     commands = _commands(README)
     assert {" ".join(names) for names, _ in commands} == {
-        "train", "plan", "serve", "report", "convert hf-to-megatron", "convert megatron-to-hf",
+        "train", "plan", "serve", "evaluate", "report", "convert hf-to-megatron", "convert megatron-to-hf",
         "convert hf-to-hf", "convert megatron-to-megatron",
     }  # fmt: skip
     for names, words in commands:

@@ -27,7 +27,7 @@ def batch_file(tmp_path_factory):
     return str(path)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(("world", "layouts"), [(2, ["tp2pp1", "tp2pp1sp", "tp1pp2"]), (4, ["tp2pp2sp"])])
 def test_the_same_steps_with_every_kernel(batch_file, tmp_path, monkeypatch, tied, world, layouts):
     pytest.importorskip("triton")

@@ -136,3 +136,35 @@ def test_any_history_is_taken_and_the_book_agrees_with_the_function(history):
         now = set(fired(history[:end], mismatch_bound=0.5))
         assert fresh == now - before
         before = now
+
+
+@pytest.mark.parametrize("key", ["loss/policy", "grad_norm", "entropy/mean", "reward/mean"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_a_number_is_told(key, value):
+    assert fired([HEALTHY, {**HEALTHY, key: value}]) == ["not a number"]
+    # of the last step alone: older ones have been told
+    assert fired([{**HEALTHY, key: value}, HEALTHY]) == []
+
+
+@pytest.mark.parametrize(
+    ("counts", "responses", "expected"),
+    [
+        ([11], 1000, ["grader failures"]),
+        ([10], 1000, []),
+        ([50, 60], 1000, []),  # the counter runs on through a run
+        ([50, 61], 1000, ["grader failures"]),
+        ([50, 11], 1000, ["grader failures"]),  # and starts anew when it is resumed
+        ([1], 4, ["grader failures"]),
+        ([5], None, []),
+    ],
+)
+def test_grader_failures_are_a_share_of_the_step(counts, responses, expected):
+    rows = [{"grader/failures": count, "responses/generated": responses} for count in counts]
+    assert fired([HEALTHY, *rows]) == expected
+
+
+def test_shortfall():
+    assert fired([{**HEALTHY, "groups/shortfall": 0.0}]) == []
+    (text,) = alerts_for([{**HEALTHY, "groups/shortfall": 3.0}])
+    assert text.startswith("shortfall: 3 groups fewer than rollout.prompts_per_step")
+    assert fired([{**HEALTHY, "groups/shortfall": 3.0}, HEALTHY]) == []

@@ -3,7 +3,7 @@ import math
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapo_megatron.monitoring import Console, step_text
@@ -59,6 +59,7 @@ def test_a_validation_step_line_shows_both_accuracies():
     assert "  validation 0.830  greedy 0.950  " in second
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(st.sampled_from([key for key in STEP if key != "step"]), st.none() | st.floats()),
     st.integers(0, 50),

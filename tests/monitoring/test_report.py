@@ -9,7 +9,9 @@ import pytest
 
 from dapo_megatron.errors import RequestError
 from dapo_megatron.monitoring import MetricsFile, write_report
+from dapo_megatron.monitoring.histograms import histogram
 from dapo_megatron.monitoring.report_figure import draw_report, time_shares
+from dapo_megatron.monitoring.report_page import render_page
 from dapo_megatron.monitoring.run_record import read_runs
 
 HOSTILE = (
@@ -85,7 +87,7 @@ def test_the_report_holds_the_picture_the_numbers_and_the_recipe(tmp_path):
     run = make_run(tmp_path / "tiny", supervised=5)
     png, html = write_report([run])
     assert (png, html) == (run / "report.png", run / "report.html")
-    assert png_size(png.read_bytes()) == (1600, 2000)
+    assert png_size(png.read_bytes()) == (1600, 3000)
     page = Page(html.read_text(encoding="utf-8"))
     (image,) = [attributes for tag, attributes in page.tags if tag == "img"]
     head, encoded = image["src"].split(",")
@@ -171,7 +173,8 @@ def test_the_panels_hold_the_curves_of_both_runs(tmp_path, monkeypatch):
     figure, panels = drawn_axes(runs, monkeypatch)
     assert set(panels) == {
         *("Accuracy", "Reward", "Entropy", "Mean probability", "Response length", "Clip fractions", "Outcomes"),
-        *("Time shares", "Gradient norm", "Mismatch"),
+        *("Time shares", "Gradient norm", "Mismatch", "Entropy change", "Covariance", "Entropy law"),
+        *("Response length, quantiles", "Lengths of a step", "Rewards of a step"),
     }
     curves = [list(line.get_ydata()) for line in panels["Entropy"].lines]
     assert curves == [[pytest.approx(0.4 / step) for step in range(1, 7)], [0.125] * 6]
@@ -217,7 +220,7 @@ def test_a_run_that_has_hardly_begun_still_has_a_report(tmp_path, lines):
     for line in lines:
         metrics.append(line)
     png, html = write_report([tmp_path / "r"])
-    assert png_size(png.read_bytes()) == (1600, 2000)
+    assert png_size(png.read_bytes()) == (1600, 3000)
     assert "Sample completions" in html.read_text(encoding="utf-8")
 
 
@@ -244,3 +247,51 @@ def test_refusals_name_the_folder_and_what_would_do(tmp_path):
     with pytest.raises(RequestError, match="is a file; name a folder"):
         write_report([tmp_path / "runs" / "tiny"], tmp_path / "runs" / "tiny" / "config.yaml")
     assert not (tmp_path / "runs" / "tiny" / "report.png").exists()
+
+
+def test_the_entropy_law_is_drawn_and_told(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", steps=0)
+    for step in range(1, 21):
+        entropy = 1.0 - 0.04 * step
+        accuracy = -0.5 * math.exp(entropy) + 1.5 + (0.1 if step > 8 else 0.0)
+        MetricsFile(run / "metrics.jsonl").append({"step": step, "entropy/mean": entropy, "accuracy/train": accuracy})
+    runs = read_runs([run])
+    _, panels = drawn_axes(runs, monkeypatch)
+    fitted, rest, early, late = panels["Entropy law"].get_lines()
+    assert (len(fitted.get_xdata()), len(rest.get_xdata())) == (8, 12)
+    assert [early.get_ydata()[0], late.get_ydata()[0]] == pytest.approx([1.0, 1.0])
+    # 20 %: the rest holds 4 steps of the law and 12 that are 0.1 off
+    words = [text.get_text() for text in panels["Entropy law"].get_legend().get_texts()]
+    assert words == ["20%: ceiling 1.000, error on the rest 0.087", "40%: ceiling 1.000, error on the rest 0.100"]
+    page = Page(render_page(runs, b"")).text
+    assert "R = -0.5·exp(H) +1.5; ceiling 1.000, error on the rest 0.100" in page
+
+
+def test_histograms_are_of_the_first_the_middle_and_the_last_step(tmp_path, monkeypatch):
+    values = {"histogram/reward": histogram([-1.0, -1.0, 1.0]), "histogram/response_length": histogram([7, 7])}
+    runs = read_runs([make_run(tmp_path / "run", **values)])
+    _, panels = drawn_axes(runs, monkeypatch)
+    outlines = panels["Rewards of a step"].patches
+    assert len(outlines) == 3
+    shares, edges, _ = outlines[0].get_data()
+    assert (shares[0], shares[-1], edges[0], edges[-1]) == (pytest.approx(2 / 3), pytest.approx(1 / 3), -1, 1)
+    words = [text.get_text() for text in panels["Rewards of a step"].get_legend().get_texts()]
+    assert words == ["step 1", "step 4", "step 6"]
+    assert {line.get_xdata()[0] for line in panels["Lengths of a step"].lines} == {7}  # all are equal
+
+
+@pytest.mark.parametrize("broken", [3, {}, {"low": 0, "high": 1, "counts": ["x"]}, {"low": 0, "high": 1, "counts": []}])
+def test_what_is_no_histogram_is_not_drawn(tmp_path, broken):
+    write_report([make_run(tmp_path / "run", **{"histogram/reward": broken})])
+
+
+def test_a_histogram_counts_every_value():
+    assert histogram([3, 3, 3]) == {"low": 3.0, "high": 3.0, "counts": [3] + [0] * 19}
+    found = histogram(range(40))
+    assert (found["low"], found["high"], found["counts"]) == (0.0, 39.0, [2] * 20)
+
+
+def test_a_sample_shows_its_reward_and_verdict(tmp_path):
+    run = make_run(tmp_path / "run", samples=[{**sample("after", "7-1=6", right=True), "reward": 0.5}])
+    page = Page(write_report([run])[1].read_text(encoding="utf-8")).text
+    assert "After training, step 0: right, reward +0.5" in page

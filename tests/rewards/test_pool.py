@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dapo_megatron.errors import RequestError, RunError
-from dapo_megatron.rewards.pool import GraderPool
+from dapo_megatron.rewards.pool import GraderPool, RewardContractError, Score
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,6 +30,8 @@ def troubled_grade(response: str, answer: str) -> bool:
         raise ValueError("on purpose")
     if response == "deep":
         return troubled_grade(response, answer)
+    if response == "greedy":
+        return len(bytearray(700 * 2**20)) > 0
     return response == answer
 
 
@@ -93,6 +95,63 @@ def test_only_the_guilty_items_fail(workers: int):
         # and the pool still works
         assert pool.grade(["a", "b", "raise"], ["a", "a", "a"]).tolist() == [True, False, False]
         assert pool.failures == 6
+
+
+def test_an_item_over_the_memory_limit_fails_alone():
+    responses = ["fine"] * 70
+    responses[5] = responses[66] = "greedy"
+    with GraderPool(2, 20.0, troubled_grade, memory_limit_mib=256) as pool:
+        assert pool.grade(responses, ["fine"] * 70).tolist() == [response == "fine" for response in responses]
+        assert (pool.out_of_memory, pool.crashed, pool.timed_out, pool.failures) == (2, 0, 0, 2)
+    with GraderPool(1, 20.0, troubled_grade) as pool:  # without a limit it is graded
+        assert pool.grade(["greedy"], ["x"]).tolist() == [True]
+        assert pool.failures == 0
+
+
+class Careful:
+    """A grader that needs longer to get ready than an item may take."""
+
+    def prepare(self) -> None:
+        time.sleep(1.0)
+
+    def __call__(self, response: str, answer: str) -> bool:
+        return troubled_grade(response, answer)
+
+
+def test_getting_ready_does_not_count_as_grading():
+    with GraderPool(1, 0.5, Careful()) as pool:
+        assert pool.grade(["a", "exit", "b"], ["a", "a", "b"]).tolist() == [True, False, True]
+        assert (pool.timed_out, pool.crashed) == (0, 1)
+
+
+class Half:
+    """Gives half a point; of several items at once only when none of them is odd."""
+
+    def __call__(self, response: str, answer: str, prompt: str) -> Score:
+        if response == "raise":
+            raise ValueError("on purpose")
+        if response == "break":
+            raise RewardContractError("reward.custom=x.py:f broke its word")
+        return Score(response == answer, 0.5 if prompt == "half" else 0.25)
+
+    def score_many(self, items: list[tuple[str, str, str]]) -> list[Score]:
+        assert len(items) > 1
+        return [self(*item) for item in items]
+
+
+def test_scores_and_several_items_at_once():
+    with GraderPool(1, 20.0, Half()) as pool:
+        scores = pool.score(["a", "b"], ["a", "a"], ["half", "other"])
+        assert scores.right_B.tolist() == [True, False]
+        assert scores.rewards_B.tolist() == [0.5, 0.25]
+        scores = pool.score(["a", "raise", "b"], ["a", "a", "b"], ["half"] * 3)
+        assert scores.right_B.tolist() == [True, False, True]
+        assert scores.rewards_B[[0, 2]].tolist() == [0.5, 0.5] and np.isnan(scores.rewards_B[1])
+        assert pool.crashed == 1
+        with pytest.raises(RunError, match=r"reward\.custom=x\.py:f broke its word"):
+            pool.score(["a", "break"], ["a", "a"], ["half"] * 2)
+        with pytest.raises(ValueError, match="2 responses but 2, 1 answers"):
+            pool.score(["a", "b"], ["a", "a"], ["half"])
 
 
 def test_one_item_alone_may_fail():
@@ -252,6 +311,11 @@ def test_a_grade_function_that_workers_cannot_import_is_reported():
 def test_bad_settings_are_refused(workers: int, limit: float, message: str):
     with pytest.raises(RequestError, match=message):
         GraderPool(workers, limit)
+
+
+def test_too_little_memory_is_refused():
+    with pytest.raises(RequestError, match=r"reward\.memory_limit_mib=10 .*at least 64"):
+        GraderPool(1, 1.0, memory_limit_mib=10)
 
 
 def test_lengths_must_agree():

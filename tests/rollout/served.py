@@ -113,7 +113,9 @@ def is_greedy(model: torch.nn.Module, prompt: np.ndarray, tokens: np.ndarray) ->
 class Learner:
     """All ranks of a learner, its weights plain tensors; does what `EngineSync` does, a step at a time."""
 
-    def __init__(self, model: Path, fleet: Fleet, *, tensor: int, transport: str, time_limit_s: float = 60.0) -> None:
+    def __init__(
+        self, model: Path, fleet: Fleet, *, tensor: int, transport: str, engines: int = 1, time_limit_s: float = 60.0
+    ) -> None:
         self.fleet = fleet
         architecture = read_architecture(model)
         layout = layout_for(architecture, tensor=2, pipeline=2)
@@ -121,7 +123,7 @@ class Learner:
             architecture=architecture,
             layout=layout,
             layer_spec="local",
-            engines=fleet.size,
+            engines=engines,
             tensor=tensor,
             dtype="float32",
             transport=transport,

@@ -154,6 +154,7 @@ def check_finished(run: Run, steps: int) -> None:
     assert run.nothing_left(), run.processes()
 
 
+@pytest.mark.slow
 def test_a_run_with_vllm_needs_no_embedded_engine(tmp_path):
     with started(tmp_path / "run", "run.steps=2") as run:
         check_finished(run, 2)

@@ -1,0 +1,227 @@
+"""`dapo-megatron evaluate`: k samples of every problem of a file by a model, graded; one process, no learner."""
+
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing, redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dapo_megatron.config import Recipe, load_recipe, read_architecture
+from dapo_megatron.config.load import build_recipe
+from dapo_megatron.errors import RequestError
+from dapo_megatron.evaluation import Scores, problem_records, sample_problems, score
+from dapo_megatron.files import atomic_path
+from dapo_megatron.learner.manifest import MANIFEST, newest_checkpoint
+
+KEPT_SECTIONS = ("data", "reward")  # how a run put its questions and graded the answers holds for its checkpoints too
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation found. `model`: the folder that was evaluated. `failures`: items without a verdict."""
+
+    model: Path
+    recipe: Recipe
+    scores: Scores
+    problems: list[dict[str, Any]]
+    failures: int
+    seconds: float
+
+
+def find_model(model: Path) -> tuple[Path, Path | None, list[str]]:
+    """(Hugging Face folder or checkpoint, the run it belongs to, what there is to say) for what --model names.
+
+    A run stands for its newest sound checkpoint, or for RUN/hf where it has none.
+
+    Raises:
+        RequestError: neither a Hugging Face folder, nor a checkpoint, nor a run with something to evaluate.
+    """
+    if not model.is_dir():
+        raise RequestError(f"--model {model} is not a folder; give a Hugging Face folder, a run, or RUN/checkpoints/…")
+    if (model / MANIFEST).is_file():
+        above = model.resolve().parent.parent
+        return model, above if (above / "config.yaml").is_file() else None, []
+    if (model / "config.json").is_file():
+        return model, None, []
+    if not (model / "config.yaml").is_file():
+        raise RequestError(
+            f"--model {model} has neither config.json (a Hugging Face folder), {MANIFEST} (a checkpoint), nor "
+            "config.yaml (a run)"
+        )
+    newest, lines = newest_checkpoint(model)
+    if newest is None and (model / "hf" / "config.json").is_file():
+        newest = model / "hf"
+    if newest is None:
+        raise RequestError("\n".join([*lines, f"--model {model} is a run without a sound checkpoint"]))
+    return newest, model, lines
+
+
+def evaluation_recipe(
+    folder: Path, run: Path | None, settings: Mapping[str, Mapping[str, Any]], overrides: Sequence[str]
+) -> Recipe:
+    """The recipe of an evaluation: defaults, the `data` and `reward` sections of `run`, `settings`, then `overrides`.
+
+    Raises:
+        RequestError: unknown keys, values out of bounds; samples that greedy decoding would make all equal.
+    """
+    merged: dict[str, dict[str, Any]] = {"run": {"directory": str(run or folder), "steps": 0}}
+    if run is not None:
+        whole = load_recipe(run / "config.yaml").model_dump()
+        merged |= {name: dict(whole[name]) for name in KEPT_SECTIONS}
+        merged["data"] |= {"train": None, "generate": None}
+        merged["rollout"] = {"max_response_length": whole["rollout"]["max_response_length"]}
+    for section, values in settings.items():
+        merged[section] = merged.get(section, {}) | {k: v for k, v in values.items() if v is not None}
+    merged["model"] = {"path": str(folder)}
+    recipe = build_recipe(merged, overrides)
+    if recipe.evaluation.temperature == 0 and recipe.evaluation.samples > 1:
+        raise RequestError(
+            f"--temperature 0 decodes greedily: all --samples {recipe.evaluation.samples} of a problem would be equal; "
+            "use --samples 1 or a temperature above 0"
+        )
+    return recipe
+
+
+def evaluate_model(model: Path, settings: Mapping[str, Mapping[str, Any]], overrides: Sequence[str] = ()) -> Evaluated:
+    """Sample and grade; see `evaluation_recipe` for the settings. `data.validation` names the problems.
+
+    Nothing but messages is printed, to standard error.
+
+    Raises:
+        RequestError: a model, data file or setting that cannot work.
+        RunError: an engine or the grader failed.
+    """
+    started = time.perf_counter()
+    found, run, lines = find_model(model)
+    recipe = evaluation_recipe(found, run, settings, overrides)
+    for line in lines:
+        print(line, file=sys.stderr)
+    # vLLM and the conversion talk on standard output, which belongs to the result
+    with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(prefix="dapo-evaluate-") as scratch:
+        folder = _hugging_face(found, Path(scratch))
+        groups, failures = _sample(recipe, folder, Path(scratch) / "engines")
+    return Evaluated(found, recipe, score(groups), problem_records(groups), failures, time.perf_counter() - started)
+
+
+def as_json(found: Evaluated) -> dict[str, Any]:
+    """The result as one JSON-able object; a standard error of one problem is null."""
+    scores, recipe = found.scores, found.recipe
+    values = asdict(scores) | {"pass_at_k": scores.pass_at_k, "pass_at": {str(k): p for k, p in scores.pass_at.items()}}
+    if math.isnan(scores.standard_error):
+        values["standard_error"] = None
+    return values | {
+        "model": str(found.model),
+        "data": recipe.data.validation,
+        "temperature": recipe.evaluation.temperature,
+        "top_p": recipe.evaluation.top_p,
+        "max_tokens": recipe.rollout.max_response_length,
+        "seed": recipe.evaluation.seed,
+        "engine": recipe.rollout.engine,
+        "grader_failures": found.failures,
+        "seconds": round(found.seconds, 3),
+    }
+
+
+def print_scores(found: Evaluated) -> None:
+    """The result for people."""
+    scores, recipe = found.scores, found.recipe
+    k, e = scores.samples, recipe.evaluation
+    error = "" if math.isnan(scores.standard_error) else f" ± {scores.standard_error:.4f}"
+    rows = [
+        ("model", str(found.model)),
+        ("data", f"{recipe.data.validation}: {scores.problems} problems, {k} samples each"),
+        (
+            "sampling",
+            f"temperature {e.temperature:g}, top-p {e.top_p:g}, at most {recipe.rollout.max_response_length} tokens",
+        ),
+        (f"avg@{k}", f"{scores.avg_at_k:.4f}{error}   (standard error over problems)"),
+        (f"pass@{k}", f"{scores.pass_at_k:.4f}   (at {', '.join(f'{n}: {p:.4f}' for n, p in scores.pass_at.items())})"),
+        (f"maj@{k}", f"{scores.maj_at_k:.4f}"),
+        ("length", f"mean {scores.length_mean:.1f}, longest {scores.length_max} tokens"),
+        ("truncated", f"{scores.truncated_fraction:.1%} of the responses; {scores.answered:.1%} give a final answer"),
+    ]
+    if found.failures:
+        rows.append(("grader", f"{found.failures} responses got no verdict and count as wrong"))
+    for name, text in rows:
+        print(f"{name:<10} {text}")
+
+
+def check_output(output: Path, data: Path) -> None:
+    """Refuse a file that could not be written in the end, or that is the data file itself."""
+    if output.is_dir():
+        raise RequestError(f"--output {output} is a folder; name a .jsonl file")
+    if not output.absolute().parent.is_dir():
+        raise RequestError(f"--output {output}: there is no folder {output.absolute().parent}")
+    if output.exists() and data.exists() and output.samefile(data):
+        raise RequestError(f"--output {output} is the data file; name another")
+
+
+def write_problems(output: Path, found: Evaluated) -> None:
+    """One JSON line a problem."""
+    with atomic_path(output) as temporary:
+        temporary.write_text("".join(json.dumps(problem) + "\n" for problem in found.problems), encoding="utf-8")
+
+
+def _hugging_face(found: Path, scratch: Path) -> Path:
+    """`found` itself, or the weights of a checkpoint as a Hugging Face folder in `scratch`."""
+    if not (found / MANIFEST).is_file():
+        return found
+    import torch
+
+    from dapo_megatron.conversion.command import convert
+
+    threads = torch.get_num_threads()
+    convert("megatron-to-hf", found, scratch / "hf")  # compares the manifest before it parses anything
+    torch.set_num_threads(threads)
+    return scratch / "hf"
+
+
+def _sample(recipe: Recipe, folder: Path, logs: Path) -> tuple[list, int]:
+    """Graded groups and the number of items without a verdict."""
+    from dapo_megatron.assemble import stop_tokens
+    from dapo_megatron.data.tokenizer import load_tokenizer
+    from dapo_megatron.evaluation_engine import check_engine, open_engine
+    from dapo_megatron.prepare import encode_prompts
+    from dapo_megatron.resharding.hf_layout import check_checkpoint
+    from dapo_megatron.rewards.grader import Grader
+    from dapo_megatron.rollout.groups import GroupSampler
+
+    architecture = read_architecture(folder)
+    check_checkpoint(folder, architecture)
+    check_engine(recipe, architecture)
+    tokenizer = load_tokenizer(folder)
+    prompts, token_ids = encode_prompts(tokenizer, recipe, Path(recipe.data.validation), "validation")
+    used = token_ids[: recipe.evaluation.max_prompts]
+    _check_fit(recipe, architecture.max_positions, architecture.vocab, used)
+    stops = stop_tokens(architecture, tokenizer)
+    if not stops:
+        raise RequestError(f"{folder}: neither config.json nor the tokenizer names an end-of-sequence token")
+    longest = max(map(len, used))
+    with (
+        closing(Grader(recipe.reward)) as grader,
+        open_engine(recipe, architecture, folder, stop_tokens=stops, longest_prompt=longest, logs=logs) as dispatcher,
+    ):
+        sampler = GroupSampler(recipe, tokenizer, prompts, token_ids, dispatcher, grader)
+        return sample_problems(sampler, recipe), grader.failures
+
+
+def _check_fit(recipe: Recipe, positions: int, vocabulary: int, token_ids: Sequence) -> None:
+    longest, most = max(map(len, token_ids)), recipe.rollout.max_response_length
+    if longest + most > positions:
+        room = positions - longest
+        advice = f"use --max-tokens {room} or less" if room > 0 else "the prompt alone does not fit"
+        raise RequestError(
+            f"--max-tokens {most} after the longest prompt of {longest} tokens exceeds the model's {positions} "
+            f"positions; {advice}"
+        )
+    highest = max(int(ids.max()) for ids in token_ids)
+    if highest >= vocabulary:
+        raise RequestError(
+            f"the tokenizer makes the token {highest} and the model has {vocabulary} vocabulary rows; it is not the "
+            "model's tokenizer"
+        )

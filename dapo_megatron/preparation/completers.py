@@ -1,0 +1,182 @@
+"""Who answers requests in text: an OpenAI-compatible server, or a Hugging Face folder in this process."""
+
+import asyncio
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from dapo_megatron.errors import RequestError, RunError
+
+MOST_BYTES = 1 << 20  # of one answer
+CONNECT_S = 10.0
+FATAL = (400, 401, 403, 404, 405, 422)  # asking again would not help
+
+
+class Completer(Protocol):
+    """`name` is kept in the journal: replies of different models are not mixed."""
+
+    name: str
+
+    def complete(self, requests: Sequence[str]) -> list[str | None]:
+        """One reply to each request, in order; None where none came."""
+        ...
+
+
+@dataclass
+class ChatCompletions:
+    """POST {url}/chat/completions of an OpenAI-compatible server, one user turn each, greedy.
+
+    url: "http://host:port/v1". model: its name there. key: sent as bearer token when not empty. concurrency: requests
+    under way at once. time_limit_s: of one try. tries: with waits of backoff_s, doubling, after connection failures,
+    time-outs and the statuses 429 and 5xx.
+
+    Raises:
+        RequestError: url is no http address.
+    """
+
+    url: str
+    model: str
+    key: str = ""
+    concurrency: int = 16
+    time_limit_s: float = 300.0
+    tries: int = 4
+    backoff_s: float = 1.0
+    max_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", self.url):
+            raise RequestError(f"{self.url!r} is not an address like http://host:8000/v1")
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} at {self.url}"
+
+    def complete(self, requests: Sequence[str]) -> list[str | None]:
+        """See `Completer`.
+
+        Raises:
+            RequestError: the server refuses the request itself.
+            RunError: not one request was answered.
+        """
+        return asyncio.run(self._all(requests))
+
+    async def _all(self, requests: Sequence[str]) -> list[str | None]:
+        import aiohttp
+
+        failures: list[str] = []
+        slots = asyncio.Semaphore(self.concurrency)
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        limit = aiohttp.ClientTimeout(total=self.time_limit_s, sock_connect=CONNECT_S)
+
+        async def ask(http: aiohttp.ClientSession, request: str) -> str | None:
+            async with slots:
+                for attempt in range(self.tries):
+                    if attempt:
+                        await asyncio.sleep(self.backoff_s * 2 ** (attempt - 1))
+                    try:
+                        return await self._once(http, request)
+                    except (aiohttp.ClientError, OSError, TimeoutError, _Failed) as error:
+                        failures.append(str(error) or type(error).__name__)
+                return None
+
+        async with aiohttp.ClientSession(headers=headers, timeout=limit) as http:
+            tasks = [asyncio.create_task(ask(http, request)) for request in requests]
+            try:
+                replies = await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+        if requests and all(reply is None for reply in replies):
+            raise RunError(f"{self.url} answered none of {len(requests)} requests: {failures[-1]}")
+        return replies
+
+    async def _once(self, http: Any, request: str) -> str:
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": request}],
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+        }
+        async with http.post(f"{self.url.rstrip('/')}/chat/completions", json=body, allow_redirects=False) as response:
+            answer = await _limited(response)
+            if response.status in FATAL:
+                said = " ".join(answer[:200].decode("utf-8", "replace").split())
+                raise RequestError(f"{self.url} refuses the request with status {response.status}: {said}")
+            if response.status != 200:
+                raise _Failed(f"status {response.status}")
+        return _text_of(answer)
+
+
+class HuggingFaceModel:
+    """A model in this process, greedy, through the embedded engine. time_limit_s: of one call of `complete`."""
+
+    def __init__(self, folder: Path, *, max_tokens: int = 2048, batch: int = 32, time_limit_s: float = 3600.0) -> None:
+        import torch
+
+        from dapo_megatron.config.architecture import read_architecture
+        from dapo_megatron.data.tokenizer import load_tokenizer
+        from dapo_megatron.resharding.hf_files import folder_dtype, read_placements
+        from dapo_megatron.resharding.hf_layout import check_checkpoint, whole_layout
+        from dapo_megatron.rollout.hf_engine import HFEngine
+
+        self.name = str(folder)
+        self._max_tokens, self._time_limit_s = max_tokens, time_limit_s
+        architecture = read_architecture(folder)
+        check_checkpoint(folder, architecture)
+        self._positions = architecture.max_positions
+        self._tokenizer = load_tokenizer(folder)
+        ends = {*architecture.eos_token_ids, self._tokenizer.eos_token_id} - {None}
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._engine = HFEngine(
+            folder, dtype=folder_dtype(folder), device=device, stop_tokens=ends, max_batch_sequences=batch
+        )
+        read_placements(folder, whole_layout(architecture, [0]).placements[0], self._engine.weights)
+        self._engine.update_weights(0)
+
+    def complete(self, requests: Sequence[str]) -> list[str | None]:
+        """See `Completer`; None for a request that leaves no room for an answer.
+
+        Raises:
+            RunError: not done within the time limit.
+        """
+        from dapo_megatron.data.prompts import Prompt, encode_prompt
+        from dapo_megatron.rollout.engine import RolloutRequest
+
+        chat = bool(self._tokenizer.chat_template)
+        replies: list[str | None] = [None] * len(requests)
+        asked = []
+        for i, request in enumerate(requests):
+            tokens = encode_prompt(self._tokenizer, Prompt(i, request, ""), chat)
+            room = min(self._max_tokens, self._positions - len(tokens))
+            if room > 0:
+                asked.append(RolloutRequest(i, tokens, seed=0, max_new_tokens=room, temperature=0.0))
+        self._engine.submit(asked)
+        for completion in self._engine.collect(time_limit_s=self._time_limit_s):
+            replies[completion.ticket] = self._tokenizer.decode(completion.tokens.tolist(), skip_special_tokens=True)
+        return replies
+
+
+class _Failed(Exception):
+    """A try that another one may mend."""
+
+
+async def _limited(response: Any) -> bytes:
+    parts, size = [], 0
+    async for part in response.content.iter_chunked(1 << 16):
+        size += len(part)
+        if size > MOST_BYTES:
+            raise _Failed(f"an answer of more than {MOST_BYTES} bytes")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _text_of(answer: bytes) -> str:
+    """The content of the first choice; an empty text, which no check accepts, where it holds something else."""
+    try:
+        content = json.loads(answer)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise _Failed(f"not a chat completion: {type(error).__name__}") from None
+    return content if isinstance(content, str) else ""
