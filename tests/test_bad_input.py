@@ -130,8 +130,8 @@ def own_model(tmp_path):
 
     model = write_model(tmp_path / "model", "qwen2", tied=False)
     build_tokenizer(model)
-    rows = [{"prompt": "1+2=", "answer": "3"}, {"prompt": "2+2=", "answer": "4"}]
-    for name in ("train", "validation"):
+    for name, other in (("train", 1), ("validation", 4)):
+        rows = [{"prompt": f"{i}+{other}=", "answer": str(i + other)} for i in (2, 3)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return (
         "train", RECIPE, f"run.directory={tmp_path / 'run'}", "model.scratch=null", f"model.path={model}",
