@@ -164,7 +164,7 @@ def test_the_debug_halves_make_the_whole(finished, tmp_path):
     """Rollouts of the first step saved, then learned from: the same update as in the whole run."""
     whole, _ = finished
     saved, learned = tmp_path / "saved", tmp_path / "learned"
-    shared = (*SMALL, *LEARNABLE, "run.steps=1", "checkpoint.hugging_face=false", "evaluation.every=0")
+    shared = (*SMALL, *LEARNABLE, *SURPLUS, "run.steps=1", "checkpoint.hugging_face=false", "evaluation.every=0")
     result = run_command("train", RECIPE, f"run.directory={saved}", *shared, "--debug-rollout-only")
     assert result.returncode == 0, result.stderr
     assert "tokens/trained" not in metrics_of(saved)[-1] and not (saved / "hf").exists()
