@@ -67,8 +67,8 @@ def linear_clipped_policy_loss(
     Args:
         hidden: [N, H] bf16, fp16, fp32 or fp64; with `sequence_parallel` this rank's N/TP rows of it.
         weight: [V/TP, H], same dtype.
-        targets, old_logprobs, advantages, loss_mask, reference_logprobs: [N], the same on every rank of the group. Rows of weight 0 are
-            dropped before the product; without `rows`, finding them is the one wait for the device.
+        targets, old_logprobs, advantages, loss_mask, reference_logprobs: [N], the same on every rank of the group. Rows
+            of weight 0 are dropped before the product; without `rows`, finding them is the one wait for the device.
         sequence_parallel: gather hidden's rows over the group, and scatter its gradient back.
         chunk_rows: rows of logits alive at a time; memory is chunk_rows · V/TP elements.
         gradient_scale: the factor that backward will receive (a loss scale). Only `main_grad` depends on it; another

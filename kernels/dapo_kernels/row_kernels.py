@@ -61,8 +61,8 @@ def _asked(mask_ptr, row, exists):
 # everything but the logits and their gradient: N, V and where a per-row vector starts must not cause a compilation
 _UNSPECIALISED = [
     "targets_ptr", "mask_ptr", "inverse_temperature_ptr", "statistics_ptr", "parts_ptr", "old_ptr", "advantages_ptr",
-    "reference_ptr", "denominator_ptr", "terms_ptr", "values_ptr", "clips_ptr", "flags_ptr", "g_l_ptr", "g_h_ptr", "scale_ptr",
-    "rows", "column_units", "valid", "first", "vocabulary", "temperature_stride",
+    "reference_ptr", "denominator_ptr", "terms_ptr", "values_ptr", "clips_ptr", "flags_ptr", "g_l_ptr", "g_h_ptr",
+    "scale_ptr", "rows", "column_units", "valid", "first", "vocabulary", "temperature_stride",
 ]  # fmt: skip
 
 
@@ -215,11 +215,11 @@ def clipped_loss_kernel(
     RANKS: tl.constexpr, RANKS_POWER: tl.constexpr, GRADIENT: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Per row w·(L − β_H·H + β·k)/denominator → terms [N]; (l, ratio, H) → values [3, N]; (low, high, dual) → clips [3, N]
-    uint8; with GRADIENT its derivative → gradient [N, V_local], which may be the logits themselves.
+    """Per row w·(L − β_H·H + β·k)/denominator → terms [N]; (l, ratio, H) → values [3, N]; (low, high, dual) → clips
+    [3, N] uint8; with GRADIENT its derivative → gradient [N, V_local], which may be the logits themselves.
 
-    `mask_ptr` holds the weights w; KL names the estimator k, 0 for none. A weight that is negative or NaN, a denominator or temperature that is not above 0
-    sets flag 2 and makes the row's term NaN.
+    `mask_ptr` holds the weights w; KL names the estimator k, 0 for none. A weight that is negative or NaN, a
+    denominator or temperature that is not above 0 sets flag 2 and makes the row's term NaN.
     """
     columns = column_units * UNIT
     row, exists = _row_numbers(rows, ROWS)

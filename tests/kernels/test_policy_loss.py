@@ -398,7 +398,7 @@ def test_the_three_estimators_by_hand():
 
 
 def test_the_kl_term_reaches_clipped_rows_and_ignores_untrained_ones():
-    logits, targets, old, advantages, weights = batch(6, 9, 4, drift=0.0)
+    logits, targets, old, _, _ = batch(6, 9, 4, drift=0.0)
     weights = torch.tensor([1.0, 1.0, 1.0, 0.0, 2.0, 1.0], dtype=torch.float64)
     reference = old - 0.7
     reference[3] = float("nan")
