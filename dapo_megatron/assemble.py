@@ -18,6 +18,7 @@ from dapo_megatron.launch import World
 from dapo_megatron.learner.distributed import choose_device, form_groups
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.model import DTYPES, choose_layer_spec
+from dapo_megatron.learner.reference import ReferenceWeights
 from dapo_megatron.prepare import RunPaths, encode_prompts, run_paths
 from dapo_megatron.prompt_files import Side
 from dapo_megatron.rewards.grader import Grader
@@ -30,9 +31,10 @@ from dapo_megatron.weight_sync import WeightSync
 
 @dataclass
 class Run:
-    """One rank's parts. `grader` lives on rank 0; `engines` are servers, None with the embedded engine.
-    `data_lines`: what is to be said about the training prompts. `step`, `updates`, `supervised_done` say where the run
-    stands; `surplus` are mixed groups kept for the next step, `acceptance` is the running share of mixed groups."""
+    """One rank's parts. `grader` lives on rank 0; `engines` are servers, None with the embedded engine; `reference` is
+    there with a KL term. `data_lines`: what is to be said about the training prompts. `step`, `updates`,
+    `supervised_done` say where the run stands; `surplus` are mixed groups kept for the next step, `acceptance` is the
+    running share of mixed groups."""
 
     recipe: Recipe
     paths: RunPaths
@@ -54,6 +56,7 @@ class Run:
     supervised_done: list[int] = field(default_factory=list)
     surplus: list[PromptGroup] = field(default_factory=list)
     acceptance: float = 1.0
+    reference: ReferenceWeights | None = None
 
     def close(self) -> None:
         """End what runs beside this rank: grader, engines."""
