@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from dapo_megatron.config.reward import RewardModel
+from dapo_megatron.data.tokenizer import vocabulary_size
 from dapo_megatron.errors import RequestError
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def check_reward_model(settings: RewardModel) -> None:
@@ -33,8 +32,13 @@ def check_reward_model(settings: RewardModel) -> None:
         raise RequestError(f"{what} has num_labels={labels}; a reward model has one label, so use num_labels=1")
     if not any(folder.glob("*.safetensors")):
         raise RequestError(f"{what} has no .safetensors file; save the model again with safetensors")
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise RequestError(f"{what} has no tokenizer; put the model's tokenizer.json beside its weights")
+    try:
+        tokens = vocabulary_size(folder)
+    except RequestError as error:
+        raise RequestError(f"{what} has no tokenizer that can be read: {error}") from None
+    rows = config.get("vocab_size")
+    if isinstance(rows, int) and tokens > rows:
+        raise RequestError(f"{what}: its tokenizer has ids up to {tokens - 1} and its model {rows} vocabulary rows")
     if settings.chat_template and not _has_chat_template(folder):
         raise RequestError(f"{what}: its tokenizer has no chat template; use reward.model.chat_template=false")
 

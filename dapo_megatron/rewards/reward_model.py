@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dapo_megatron.config.reward import RewardModel
+from dapo_megatron.data.tokenizer import load_tokenizer
 from dapo_megatron.errors import RunError
 from dapo_megatron.rewards.model_folder import check_reward_model
 from dapo_megatron.rewards.pool import Scores
@@ -27,21 +28,23 @@ class ModelReward:
     """
 
     def __init__(self, settings: RewardModel, device: torch.device) -> None:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
+        from transformers.utils.logging import disable_progress_bar
 
         check_reward_model(settings)
         self.settings, self.device = settings, device
-        place = {"local_files_only": True, "trust_remote_code": False}
+        self._tokenizer = load_tokenizer(settings.path)
+        disable_progress_bar()
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(settings.path, **place)
             self._model, loaded = AutoModelForSequenceClassification.from_pretrained(
                 settings.path,
                 dtype=torch.float32 if device.type == "cpu" else "auto",
                 use_safetensors=True,
                 output_loading_info=True,
-                **place,
+                local_files_only=True,
+                trust_remote_code=False,
             )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except Exception as error:  # transformers and safetensors raise bare ones, too
             raise RunError(f"reward.model.path={settings.path} cannot be loaded: {_first_line(error)}") from error
         # transformers would fill what is missing with random numbers, the score's own layer too
         if missing := sorted(loaded["missing_keys"]):
