@@ -13,7 +13,7 @@ from dapo_megatron.data.arithmetic import generate_task
 from dapo_megatron.errors import RequestError
 from dapo_megatron.files import write_text_atomically
 from dapo_megatron.prepare import RunPaths, run_paths
-from dapo_megatron.scratch import build_scratch_model
+from dapo_megatron.scratch import ARITHMETIC, build_scratch_model
 
 
 def claim_run_directory(recipe: Recipe, *, resume: bool, overwrite: bool, needed: Sequence[Path] = ()) -> None:
@@ -86,7 +86,8 @@ def _write(recipe: Recipe, paths: RunPaths) -> None:
 
 def _inputs(recipe: Recipe, paths: RunPaths) -> list[Path]:
     """Files and folders outside the run directory's own that the request reads."""
-    inputs = [] if recipe.model.scratch is not None else [paths.model]
+    scratch = recipe.model.scratch
+    inputs = [paths.model] if scratch is None else [] if scratch.tokenizer == ARITHMETIC else [Path(scratch.tokenizer)]
     if recipe.data.generate is None:
         stages = [paths.supervised(stage.data) for stage in recipe.supervised.stages]
         inputs += [path for path in (paths.train, paths.validation, *stages) if path is not None]

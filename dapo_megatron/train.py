@@ -91,7 +91,7 @@ def warm_start(run: Run, journal: Journal, stop: StopSignal) -> None:
         run_stage(
             run.learner,
             stage,
-            encode_examples(run.tokenizer, run.recipe, run.paths.supervised(stage.data)),
+            encode_examples(run.tokenizer, run.recipe, stage),
             seed=run.recipe.run.seed,
             done=run.supervised_done[i],
             report=report,
