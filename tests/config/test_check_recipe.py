@@ -82,6 +82,7 @@ def test_what_is_allowed(sections):
             ["reward.overlong.cache_length=101", "reward.overlong.max_length=100", "use 100 or less"],
         ),
         ({"data": {}}, ["run.steps=100", "data.train or data.generate"]),
+        ({"data": {"generate": {}}, "reward": {"grader": "code"}}, ["reward.grader=code", "data.generate", "rule"]),
     ],
 )
 def test_refusals(sections, words):
