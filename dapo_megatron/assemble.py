@@ -11,7 +11,7 @@ import torch
 from dapo_megatron.config import Architecture, Layout, Recipe, derive_layout, read_architecture
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.sampler import PromptSampler
-from dapo_megatron.data.tokenizer import load_tokenizer
+from dapo_megatron.data.tokenizer import load_tokenizer, stop_tokens
 from dapo_megatron.engine_assembly import assemble_engines
 from dapo_megatron.engine_sync import EngineSync
 from dapo_megatron.launch import World
@@ -30,9 +30,9 @@ from dapo_megatron.weight_sync import WeightSync
 
 @dataclass
 class Run:
-    """One rank's parts. `grader` lives on rank 0; `engines` are servers, None with the embedded engine. `step`,
-    `updates`, `supervised_done` say where the run stands; `surplus` are mixed groups kept for the next
-    step, `acceptance` is the running share of mixed groups."""
+    """One rank's parts. `grader` lives on rank 0; `engines` are servers, None with the embedded engine.
+    `data_lines`: what is to be said about the training prompts. `step`, `updates`, `supervised_done` say where the run
+    stands; `surplus` are mixed groups kept for the next step, `acceptance` is the running share of mixed groups."""
 
     recipe: Recipe
     paths: RunPaths
@@ -48,6 +48,7 @@ class Run:
     training: GroupSampler | None
     validation: GroupSampler | None
     prompt_order: PromptSampler | None
+    data_lines: list[str]
     step: int = 0
     updates: int = 0
     supervised_done: list[int] = field(default_factory=list)
@@ -117,16 +118,19 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
     form_groups(layout, seed=recipe.run.seed, time_limit_s=recipe.learner.time_limit_s)
     tokenizer = load_tokenizer(paths.model)
     learner = build_learner(recipe, architecture, layout, device, paths.model)
-    stops = stop_tokens(architecture, tokenizer)
+    stops = stop_tokens(architecture.eos_token_ids, tokenizer)
     engines = sync = dispatcher = None
     if rollouts:
         engines, sync, dispatcher = _rollout_side(recipe, world, learner, paths, stops)
     grader = Grader(recipe.reward) if world.rank == 0 else None
 
+    data_lines: list[str] = []
+
     def sampler(path: Path | None, side: Side) -> GroupSampler | None:
         if path is None:
             return None
-        prompts, token_ids = encode_prompts(tokenizer, recipe, path, side)
+        prompts, token_ids, lines = encode_prompts(tokenizer, recipe, path, side)
+        data_lines.extend(lines)
         return GroupSampler(recipe, tokenizer, prompts, token_ids, dispatcher, grader)
 
     training = sampler(paths.train, "train")
@@ -147,6 +151,7 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
         prompt_order=None
         if training is None
         else PromptSampler(len(training.prompts), recipe.run.seed, recipe.data.shuffle),
+        data_lines=data_lines,
         supervised_done=[0] * len(recipe.supervised.stages),
     )
 
@@ -168,14 +173,6 @@ def _rollout_side(
     )
     dispatcher = Dispatcher(engine, rank=world.rank, world=world.size, time_limit_s=recipe.rollout.time_limit_s)
     return None, WeightSync(recipe, learner, engine, world.rank), dispatcher
-
-
-def stop_tokens(architecture: Architecture, tokenizer) -> set[int]:
-    """Ends of sequence: those of config.json and the tokenizer's own."""
-    stops = set(architecture.eos_token_ids)
-    if tokenizer.eos_token_id is not None:
-        stops.add(tokenizer.eos_token_id)
-    return stops
 
 
 def append_samples(run: Run, groups: Sequence, when: str) -> None:

@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -183,8 +183,7 @@ def _hugging_face(found: Path, scratch: Path) -> Path:
 
 def _sample(recipe: Recipe, folder: Path, logs: Path) -> tuple[list, int]:
     """Graded groups and the number of items without a verdict."""
-    from dapo_megatron.assemble import stop_tokens
-    from dapo_megatron.data.tokenizer import load_tokenizer
+    from dapo_megatron.data.tokenizer import load_tokenizer, stop_tokens
     from dapo_megatron.evaluation_engine import check_engine, open_engine
     from dapo_megatron.prepare import encode_prompts
     from dapo_megatron.resharding.hf_layout import check_checkpoint
@@ -195,16 +194,16 @@ def _sample(recipe: Recipe, folder: Path, logs: Path) -> tuple[list, int]:
     check_checkpoint(folder, architecture)
     check_engine(recipe, architecture)
     tokenizer = load_tokenizer(folder)
-    prompts, token_ids = encode_prompts(tokenizer, recipe, Path(recipe.data.validation), "validation")
+    prompts, token_ids, _ = encode_prompts(tokenizer, recipe, Path(recipe.data.validation), "validation")
     used = token_ids[: recipe.evaluation.max_prompts]
     _check_fit(recipe, architecture.max_positions, architecture.vocab, used)
-    stops = stop_tokens(architecture, tokenizer)
+    stops = stop_tokens(architecture.eos_token_ids, tokenizer)
     if not stops:
         raise RequestError(f"{folder}: neither config.json nor the tokenizer names an end-of-sequence token")
     longest = max(map(len, used))
     with (
-        closing(Grader(recipe.reward)) as grader,
-        open_engine(recipe, architecture, folder, stop_tokens=stops, longest_prompt=longest, logs=logs) as dispatcher,
+        Grader(recipe.reward) as grader,
+        open_engine(recipe, folder, stop_tokens=stops, longest_prompt=longest, logs=logs) as dispatcher,
     ):
         sampler = GroupSampler(recipe, tokenizer, prompts, token_ids, dispatcher, grader)
         return sample_problems(sampler, recipe), grader.failures

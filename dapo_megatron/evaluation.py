@@ -9,7 +9,7 @@ import numpy as np
 from dapo_megatron.algorithms.estimators import clustered_standard_error, majority_at_k, pass_at_k
 from dapo_megatron.config import Recipe
 from dapo_megatron.data.completions import PromptGroup
-from dapo_megatron.rewards.final_answer import final_answer
+from dapo_megatron.rewards.rule import final_answer
 from dapo_megatron.rollout.groups import GroupSampler
 
 

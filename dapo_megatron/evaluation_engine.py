@@ -11,10 +11,9 @@ from dapo_megatron.config import Architecture, Recipe
 from dapo_megatron.config.check import cpu_engine_problem
 from dapo_megatron.config.derive import vllm_tensor_problems
 from dapo_megatron.errors import RequestError
-from dapo_megatron.resharding.hf_files import folder_dtype, read_placements
-from dapo_megatron.resharding.hf_layout import whole_layout
+from dapo_megatron.resharding.hf_files import folder_dtype
 from dapo_megatron.rollout.dispatcher import Dispatcher
-from dapo_megatron.rollout.hf_engine import HFEngine
+from dapo_megatron.rollout.hf_engine import engine_of_folder
 from dapo_megatron.rollout.launcher import engine_settings
 from dapo_megatron.rollout.server_dispatcher import ServerDispatcher
 from dapo_megatron.rollout.vllm_engines import VLLMEngines, visible_devices
@@ -46,7 +45,6 @@ def check_engine(recipe: Recipe, architecture: Architecture) -> None:
 @contextmanager
 def open_engine(
     recipe: Recipe,
-    architecture: Architecture,
     folder: Path,
     *,
     stop_tokens: Collection[int],
@@ -62,24 +60,15 @@ def open_engine(
     Raises:
         RunError: vLLM does not start within rollout.start_limit_s.
     """
-    rollout, dtype = recipe.rollout, folder_dtype(folder)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    rollout = recipe.rollout
     if rollout.engine == "hf":
-        engine = HFEngine(
-            folder,
-            dtype=dtype,
-            device=device,
-            stop_tokens=stop_tokens,
-            max_batch_sequences=rollout.max_batch_sequences,
-        )
-        read_placements(folder, whole_layout(architecture, [0]).placements[0], engine.weights)
-        engine.update_weights(0)
+        engine = engine_of_folder(folder, stop_tokens=stop_tokens, max_batch_sequences=rollout.max_batch_sequences)
         yield Dispatcher(engine, rank=0, world=1, time_limit_s=rollout.time_limit_s)
         return
-    devices = visible_devices(torch.cuda.device_count())[: rollout.tensor] if device.type == "cuda" else None
+    devices = visible_devices(torch.cuda.device_count())[: rollout.tensor] if torch.cuda.is_available() else None
     settings = replace(
         engine_settings(recipe, folder, devices),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(folder_dtype(folder)).removeprefix("torch."),
         max_model_len=longest_prompt + rollout.max_response_length,
         sleep=False,
         load_weights=True,

@@ -108,17 +108,18 @@ def planned_architecture(recipe: Recipe) -> Architecture:
 
 def encode_prompts(
     tokenizer, recipe: Recipe, path: Path, side: Side = "train"
-) -> tuple[list[Prompt], list[np.ndarray]]:
-    """(prompts, their token ids) of a data file; refuses prompts longer than data.max_prompt_length."""
+) -> tuple[list[Prompt], list[np.ndarray], list[str]]:
+    """(prompts, their token ids, lines about repeats) of a data file; refuses prompts longer than
+    data.max_prompt_length."""
     data = recipe.data
-    prompts, _ = load_prompts(recipe, path, side)
+    prompts, lines = load_prompts(recipe, path, side)
     token_ids = [encode_prompt(tokenizer, prompt, data.chat_template) for prompt in prompts]
     for prompt, ids in zip(prompts, token_ids, strict=True):
         if len(ids) == 0:
             raise RequestError(f"{path} row {prompt.id} (from 0): the prompt has no tokens")
     rows = [prompt.id for prompt in prompts]
     check_prompt_lengths([len(ids) for ids in token_ids], data.max_prompt_length, path, rows)
-    return prompts, token_ids
+    return prompts, token_ids, lines
 
 
 def encode_examples(tokenizer, recipe: Recipe, path: Path) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -14,7 +14,6 @@ from dapo_megatron.monitoring import write_report
 from dapo_megatron.monitoring.journal import Journal
 from dapo_megatron.monitoring.metrics import read_metrics
 from dapo_megatron.prepare import check_request
-from dapo_megatron.prompt_files import load_prompts
 from dapo_megatron.rollout.agreement import from_rank_zero
 from dapo_megatron.run_directory import claim_run_directory, lay_out_run
 from dapo_megatron.stop import StopSignal
@@ -64,7 +63,7 @@ def run_rank(recipe: Recipe, world: World, mode: Mode) -> int:
 
 def _train(run: Run, mode: Mode) -> int:
     stop = StopSignal(run.device)
-    lines = _data_lines(run) + (_resume(run) if mode.resume else [])
+    lines = run.data_lines + (_resume(run) if mode.resume else [])
     journal = Journal(run.recipe, rank=run.world.rank, step=run.step, supervised_step=sum(run.supervised_done))
     try:
         for line in lines:
@@ -98,13 +97,6 @@ def _prepare_on_rank_zero(recipe: Recipe, world: World, mode: Mode) -> None:
     refusal = from_rank_zero(refusal, world.size)
     if refusal is not None:
         raise RequestError(refusal)
-
-
-def _data_lines(run: Run) -> list[str]:
-    """Rank 0: what is to be said about the training prompts."""
-    if run.world.rank != 0 or run.paths.train is None:
-        return []
-    return load_prompts(run.recipe, run.paths.train)[1]
 
 
 def _resume(run: Run) -> list[str]:

@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from dapo_megatron.data.group_files import load_groups
 from dapo_megatron.launch import World, world_from_environment
 from tests.command_line import RECIPE, ROOT, SMALL, command, environment, run_command
 from tests.tiny_models import load_model, write_model
@@ -177,8 +179,10 @@ def test_the_debug_halves_make_the_whole(finished, tmp_path):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     step, expected = metrics_of(learned)[-1], metrics_of(whole)[1]
-    for key in ("loss/policy", "grad_norm", "entropy/mean", "reward/mean", "tokens/trained"):
+    for key in ("loss/policy", "grad_norm", "entropy/mean", "probability/mean", "tokens/trained"):
         assert step[key] == expected[key], key
+    rewards = [group.rewards for group in load_groups(files[0])]
+    assert step["reward/mean"] == pytest.approx(np.concatenate(rewards).mean())
 
 
 def test_weights_that_never_reach_the_engine_are_noticed(tmp_path):

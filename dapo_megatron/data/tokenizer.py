@@ -1,6 +1,7 @@
 """Tokenizers from a Hugging Face folder: tokenizer.json, or SentencePiece's tokenizer.model. Never from the network."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,11 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     if not fast:
         _check_against_sentencepiece(tokenizer, folder)
     return tokenizer
+
+
+def stop_tokens(eos_token_ids: Iterable[int], tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Ends of sequence: those of config.json and the tokenizer's own."""
+    return {*eos_token_ids, tokenizer.eos_token_id} - {None}
 
 
 def vocabulary_size(folder: str | Path) -> int:

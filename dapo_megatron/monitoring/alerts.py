@@ -32,18 +32,18 @@ def alerts_for(history: Sequence[Mapping[str, Any]], *, mismatch_bound: float | 
 class AlertBook:
     """Remembers which alerts hold, so that each is told once until it clears.
 
-    `history`: the metrics of a resumed run so far; an alert that held then is told once more.
+    `history`: the metrics of the run so far, at first those of a resumed one; an alert that held then is told again.
     """
 
     def __init__(self, mismatch_bound: float | None = None, history: Sequence[Mapping[str, Any]] = ()) -> None:
         self._mismatch_bound = mismatch_bound
-        self._history = list(history)
+        self.history = list(history)
         self._holding: set[str] = set()
 
     def update(self, metrics: Mapping[str, Any]) -> list[str]:
         """Add the metrics of a step; returns the alerts that hold now and did not hold before it."""
-        self._history.append(dict(metrics))
-        holding = _holding(self._history, self._mismatch_bound)
+        self.history.append(dict(metrics))
+        holding = _holding(self.history, self._mismatch_bound)
         fresh = [text for kind, text in holding.items() if kind not in self._holding]
         self._holding = set(holding)
         return fresh

@@ -39,14 +39,12 @@ class Journal:
         )
         history = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
         self.alerts = AlertBook(recipe.resharding.max_logprob_gap, history)
-        self.history = history
 
     def step(self, metrics: Mapping[str, float]) -> None:
         """A rollout step (or the validation before the first, step 0); what earlier steps foretold of it is added."""
         if not self.speaks:
             return
-        metrics = {**metrics, **entropy_change(self.history, metrics)}
-        self.history.append(metrics)
+        metrics = {**metrics, **entropy_change(self.alerts.history, metrics)}
         for tracker in self.trackers:
             tracker.log(metrics, int(metrics["step"]))
         self.console.step(metrics)

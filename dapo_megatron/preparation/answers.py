@@ -9,7 +9,6 @@ from dapo_megatron.preparation.expressions import ExpressionError, as_integer, e
 
 _COMMANDS = re.compile(r"\\([a-zA-Z]+)")
 _KNOWN = {"cdot": "*", "times": "*", "pi": "pi ", "left": "", "right": ""}
-_THOUSANDS = re.compile(r",\\!\s*")
 _ARGUMENT = re.compile(r"\s*(?:\{([^{}]*)\}|([0-9a-z]))")
 # innermost first: arguments without braces inside
 _CALL = re.compile(r"\\(frac|sqrt)\s*(?=[{0-9a-z])")
@@ -22,7 +21,7 @@ def exact_integer(answer: str) -> int | None:
     Integers: "025", 142.0, 1{,}234, 336^\\circ, \\frac{6}{3}, \\sqrt{16}, 2^{10}.
     Units, equations, tuples, mixed numbers and numbers of another base are not guessed at.
     """
-    value = read_integer(_THOUSANDS.sub(",", answer))
+    value = read_integer(answer)
     if value is not None:
         return value
     try:
@@ -37,7 +36,7 @@ def exact_value(answer: str) -> sympy.Expr:
     Raises:
         ExpressionError: not a number, or one that is written in a way not understood here.
     """
-    whole = read_integer(_THOUSANDS.sub(",", answer))
+    whole = read_integer(answer)
     return sympy.Integer(whole) if whole is not None else evaluate(arithmetic_of(answer))
 
 

@@ -114,27 +114,17 @@ class HuggingFaceModel:
     """A model in this process, greedy, through the embedded engine. time_limit_s: of one call of `complete`."""
 
     def __init__(self, folder: Path, *, max_tokens: int = 2048, batch: int = 32, time_limit_s: float = 3600.0) -> None:
-        import torch
-
         from dapo_megatron.config.architecture import read_architecture
-        from dapo_megatron.data.tokenizer import load_tokenizer
-        from dapo_megatron.resharding.hf_files import folder_dtype, read_placements
-        from dapo_megatron.resharding.hf_layout import check_checkpoint, whole_layout
-        from dapo_megatron.rollout.hf_engine import HFEngine
+        from dapo_megatron.data.tokenizer import load_tokenizer, stop_tokens
+        from dapo_megatron.rollout.hf_engine import engine_of_folder
 
         self.name = str(folder)
         self._max_tokens, self._time_limit_s = max_tokens, time_limit_s
         architecture = read_architecture(folder)
-        check_checkpoint(folder, architecture)
         self._positions = architecture.max_positions
         self._tokenizer = load_tokenizer(folder)
-        ends = {*architecture.eos_token_ids, self._tokenizer.eos_token_id} - {None}
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._engine = HFEngine(
-            folder, dtype=folder_dtype(folder), device=device, stop_tokens=ends, max_batch_sequences=batch
-        )
-        read_placements(folder, whole_layout(architecture, [0]).placements[0], self._engine.weights)
-        self._engine.update_weights(0)
+        ends = stop_tokens(architecture.eos_token_ids, self._tokenizer)
+        self._engine = engine_of_folder(folder, stop_tokens=ends, max_batch_sequences=batch)
 
     def complete(self, requests: Sequence[str]) -> list[str | None]:
         """See `Completer`; None for a request that leaves no room for an answer.

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dapo_megatron.data.integers import read_integer
 from dapo_megatron.data.prompts import Prompt
 from dapo_megatron.data.repeats import find_overlap, find_repeats, repeats_to_drop, short
 from dapo_megatron.preparation.answers import exact_integer
@@ -103,7 +104,7 @@ def drop_other_answers(items: Sequence[Item]) -> tuple[list[Item], list[Drop]]:
     """(kept, dropped): answers that are not integers; after `respell_integers`."""
     kept, drops = [], []
     for item in items:
-        if exact_integer(item.prompt.answer) is None:
+        if read_integer(item.prompt.answer) is None:
             drops.append(Drop(item, "not an integer", f"answer {short(item.prompt.answer)}"))
         else:
             kept.append(item)

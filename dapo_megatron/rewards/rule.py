@@ -7,21 +7,16 @@ length, and numbers stay strings (converting a million digits to an int would be
 import re
 from collections import deque
 
+from dapo_megatron.data.integers import DECORATION, split_integer, without_marks
+
 # Lower case is prose ("we check our answer: 3 · 4 = 12"). Markdown may stand between the word and its
 # colon ("**Answer**: 7"); Chinese responses write a full-width colon.
 _ANSWER_MARK = re.compile(r"(?:Answer|ANSWER)\**\s*[:\uff1a]")
 # Escaped braces are LaTeX set braces and do not nest.
 _BRACE = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
 
-_INTEGER = re.compile(r"([+-]?)\s*([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.0*)?")
-# Marks that wrap a number become a space, so that they cannot glue two numbers together; thin spaces vanish.
-_WRAPPING = re.compile(
-    r"\^\s*(?:\{\s*)?\\circ(?:\s*\})?|\\degree|°|\\[()\[\]]|\\?\$|\\left(?![a-zA-Z])|\\right(?![a-zA-Z])"
-)
-_THIN_SPACE = re.compile(r"\\[!,]")
 _DISPLAY_FRACTION = re.compile(r"\\[dt]frac(?![a-zA-Z])")
 _SPACE = re.compile(r"\s+")
-_DECORATION = ' \t\r\n*`"'  # white space and markdown around an answer
 _BLANK = re.compile(r'[\s*`"]*')
 
 
@@ -61,6 +56,12 @@ def extract_answer(response: str) -> str | None:
     return box if box_start > line_start else line
 
 
+def final_answer(response: str) -> str | None:
+    """The final answer as a majority counts it: "025", "25." and "$25$" are one answer. None when there is none."""
+    given = extract_answer(response)
+    return None if given is None else _normalise(given)[1] or None
+
+
 def _last_answer_line(text: str) -> tuple[int, str]:
     """(start of the mark, what follows it), start −1 when no mark is followed by anything."""
     # a mark before another one is always followed by something, so the last two decide and no line is read twice
@@ -74,7 +75,7 @@ def _last_answer_line(text: str) -> tuple[int, str]:
 
 def _line_at(text: str, start: int) -> str:
     end = text.find("\n", start)
-    return text[start : end if end >= 0 else len(text)].strip(_DECORATION)
+    return text[start : end if end >= 0 else len(text)].strip(DECORATION)
 
 
 def _last_box(text: str) -> tuple[int, str]:
@@ -92,21 +93,13 @@ def _last_box(text: str) -> tuple[int, str]:
             open_braces.append((-1, token.end()))
         elif symbol[1] == "b":
             open_braces.append((token.start(), token.end()))
-    return best_start, text[slice(*best_content)].strip(_DECORATION)
-
-
-def without_marks(answer: str) -> str:
-    """An answer without what wraps it: math delimiters, \\left and \\right, degree marks, markdown, a final period."""
-    text = answer.replace("\N{MINUS SIGN}", "-").replace("{,}", ",")
-    text = _THIN_SPACE.sub("", _WRAPPING.sub(" ", text))
-    return text.strip(_DECORATION).removesuffix(".").rstrip(_DECORATION)
+    return best_start, text[slice(*best_content)].strip(DECORATION)
 
 
 def _normalise(answer: str) -> tuple[str, str]:
     """("integer", sign and digits) or ("text", normalised text). The kind keeps "4 2" from equalling 42."""
     text = without_marks(answer)
-    number = _INTEGER.fullmatch(text)
-    if number:
-        digits = number[2].replace(",", "").lstrip("0") or "0"
-        return "integer", "-" + digits if number[1] == "-" and digits != "0" else digits
+    integer = split_integer(text)
+    if integer is not None:
+        return "integer", "".join(integer)
     return "text", _SPACE.sub("", _DISPLAY_FRACTION.sub(r"\\frac", text))

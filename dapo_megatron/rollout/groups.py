@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch.distributed as dist
 
 from dapo_megatron.config import Recipe
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.prompts import Prompt
 from dapo_megatron.rewards.grader import Grader
 from dapo_megatron.rewards.overlong import overlong_penalties
+from dapo_megatron.rollout.agreement import from_rank_zero
 from dapo_megatron.rollout.dispatcher import Dispatcher
 from dapo_megatron.rollout.engine import RolloutRequest, sample_seed
 from dapo_megatron.rollout.server_dispatcher import ServerDispatcher
@@ -107,10 +107,8 @@ class GroupSampler:
         return groups
 
     def _grade(self, responses: list[str], answers: list[str], prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        scores = [None if self.grader is None else self.grader.score(responses, answers, prompts)]
-        if self.dispatcher.world > 1:
-            dist.broadcast_object_list(scores, src=0)
-        return scores[0]
+        scores = None if self.grader is None else self.grader.score(responses, answers, prompts)
+        return from_rank_zero(scores, self.dispatcher.world)
 
 
 def _shuffle_scores(groups: list[PromptGroup], rng: np.random.Generator) -> None:
