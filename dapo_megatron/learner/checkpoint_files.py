@@ -77,8 +77,8 @@ def load_surplus(folder: Path) -> list[PromptGroup]:
 
 
 def write_checkpoint(content: Content, group: dist.ProcessGroup) -> None:
-    """Write it; collective over `group`, all ranks on gloo. Rank 0 returns when the checkpoint has its name, others when
-    their share is written.
+    """Write it; collective over `group`, all ranks on gloo. Rank 0 returns when the checkpoint has its name, others
+    when their share is written.
 
     Raises:
         RunError: a file could not be written, here or, on rank 0, on any rank; nothing is left then.
@@ -187,7 +187,7 @@ def _why(error: Exception, folder: Path) -> str:
     if isinstance(error, RunError):
         return str(error)
     if isinstance(error, OSError) and error.errno in FULL:
-        free = shutil.disk_usage(folder.parent).free
+        free = f"{shutil.disk_usage(folder.parent).free} bytes are free in {folder.parent}"
         return (
             told + f"{error.strerror} ({free} bytes are free in {folder.parent}); make room and continue with --resume"
         )

@@ -1,4 +1,4 @@
-"""The state of every random number generator of a rank, as tensors for a file: torch on CPU and GPU, megatron's tracker,
+"""The states of a rank's random number generators, as tensors for a file: torch on CPU and GPU, megatron's tracker,
 numpy, Python.
 
 Samples have seeds of their own and the models no dropout, so today a run draws from none of them; what draws tomorrow
