@@ -1,6 +1,6 @@
 """The loop: submit → collect → score → advantages → update → reshard → log."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -10,8 +10,6 @@ from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.debug_batches import load_batches, save_batch
 from dapo_megatron.errors import RunError
 from dapo_megatron.evaluation import evaluate
-from dapo_megatron.learner.checkpoint import save_checkpoint
-from dapo_megatron.learner.manifest import checkpoint_folder
 from dapo_megatron.learner.optimizer import scheduled_rate
 from dapo_megatron.mismatch import check_gap
 from dapo_megatron.monitoring.journal import Journal
@@ -32,8 +30,13 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
     with checkpoint_on_failure(run):
         run.sync.push(run.updates)
     if run.step == 0 and not stop.requested():
-        journal.step({"step": 0, **validate(run, "before")})
+        metrics = {"step": 0, **validate(run, "before")}
+        journal.step(metrics)
+        improved(run, metrics)
+        if checkpoint.every and run.updates and run.step < steps and not rollout_only:
+            save(run)  # the warm start is not to be lost
     while run.step < steps and not stop.requested():
+        run.saver.check()
         clock = Clock()
         with clock.phase("rollout"), checkpoint_on_failure(run):
             sampled = roll_out(run)
@@ -56,9 +59,11 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
             metrics |= validate(run, "after" if run.step == steps else "during")
         journal.step(metrics)
         check_gap(run.recipe, metrics.get("mismatch/logprob_abs_mean", 0.0), run.step)
-        if checkpoint.every and run.step % checkpoint.every == 0 and run.step < steps:
+        best = improved(run, metrics) and checkpoint.keep_best
+        if checkpoint.every and (best or run.step % checkpoint.every == 0) and run.step < steps:
             save(run)
     save(run)
+    run.saver.wait()
 
 
 def train_from_files(run: Run, journal: Journal, stop: StopSignal, files: Sequence[Path]) -> None:
@@ -74,6 +79,7 @@ def train_from_files(run: Run, journal: Journal, stop: StopSignal, files: Sequen
         run.step += 1
         journal.step(metrics | rollout_metrics(SampledStep(groups, groups, 1)) | clock.metrics())
     save(run)
+    run.saver.wait()
 
 
 def warm_start(run: Run, journal: Journal, stop: StopSignal) -> None:
@@ -165,20 +171,26 @@ def checkpoint_on_failure(run: Run, tell: Callable[[], None] | None = None) -> I
             raise
         if order is not None:
             run.prompt_order.load_state(order)
-        save(run)
+        told = f"{error}\nthe state after step {run.step} is saved; continue with --resume"
+        try:
+            save(run)
+            run.saver.wait()
+        except RunError as second:
+            told = f"{error}\n{second}"
         if tell is not None:
             tell()
-        told = f"{error}\nthe state after step {run.step} is saved; continue with --resume"
         raise RunError(told, on_every_rank=True) from None
 
 
+def improved(run: Run, metrics: Mapping[str, float]) -> bool:
+    """Whether this step's validation is better than all before; remembered if so."""
+    accuracy = metrics.get("validation/accuracy")
+    if accuracy is None or (run.best is not None and accuracy <= run.best["accuracy"]):
+        return False
+    run.best = {"step": run.step, "accuracy": accuracy}
+    return True
+
+
 def save(run: Run) -> None:
-    """A checkpoint of where the run stands; collective."""
-    save_checkpoint(
-        checkpoint_folder(run.paths.run, run.step),
-        run.learner,
-        run.state(),
-        side_files=run.paths.model,
-        groups=run.surplus,
-        keep=run.recipe.checkpoint.keep,
-    )
+    """Begin a checkpoint of where the run stands; collective."""
+    run.saver.save(run.state(), run.surplus)
