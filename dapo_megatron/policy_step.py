@@ -64,8 +64,8 @@ def score_old_policy(
     new = [group for group in groups if not group.old_logprobs]
     for group, logprobs, entropies in _score(learner, new, overlong_filtering):
         group.old_logprobs, group.entropies = logprobs, entropies
-    if reference is not None:
-        new = [group for group in groups if not group.reference_logprobs]
+    new = [group for group in groups if not group.reference_logprobs]
+    if reference is not None and new:
         with reference.in_place():
             for group, logprobs, _ in _score(learner, new, overlong_filtering):
                 group.reference_logprobs = logprobs

@@ -96,6 +96,29 @@ def test_without_the_division_the_advantage_is_the_distance_to_the_mean():
     assert batch.advantages_T.tolist() == [0, 1, 1, 0, 0, -1, 0, 0, 0, 0, 0, 0, 0, 0]
 
 
+def test_a_penalty_is_taken_from_the_reward_before_the_advantage():
+    groups = two_groups()
+    penalties = [np.array([0.5, 0.0]), np.array([0.0, 3.0])]
+    batch = batch_of_groups(
+        groups, overlong_filtering=False, advantage_epsilon=1e-6, advantage="group-mean", penalties=penalties
+    )
+    # rewards 0.5 and −1: mean −0.25; 1 and −2: mean −0.5
+    assert batch.advantages_T.tolist() == [0, 0.75, 0.75, 0, 0, -0.75, 0, 1.5, 1.5, 1.5, 0, -1.5, -1.5, 0]
+    assert [g.rewards.tolist() for g in groups] == [[1, -1], [1, 1]], "a kept group would be charged twice"
+
+
+def test_reference_logprobs_lie_where_the_old_ones_do():
+    groups = two_groups()
+    assert batch_of_groups(groups, overlong_filtering=False, advantage_epsilon=1e-6).reference_logprobs_T is None
+    groups[0].reference_logprobs = [c.logprobs - 1 for c in groups[0].completions]
+    assert batch_of_groups(groups, overlong_filtering=False, advantage_epsilon=1e-6).reference_logprobs_T is None
+    groups[1].reference_logprobs = [c.logprobs - 1 for c in groups[1].completions]
+    batch = batch_of_groups(groups, overlong_filtering=False, advantage_epsilon=1e-6)
+    trained = batch.loss_weights_T > 0
+    torch.testing.assert_close(batch.reference_logprobs_T[trained], batch.rollout_logprobs_T[trained] - 1)
+    assert not batch.reference_logprobs_T[~trained].any()
+
+
 def test_old_logprobs_travel_with_the_group():
     groups = two_groups()
     assert not batch_of_groups(groups, overlong_filtering=False, advantage_epsilon=1e-6).old_logprobs_T.any()
