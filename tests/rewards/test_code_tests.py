@@ -106,8 +106,9 @@ def direct(**changes) -> code_tests.CodeTests:
     return code_tests.CodeTests(**settings | changes)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def here():
+    """A sandbox in this process, as a worker has it."""
     yield
     code_tests.close_sandbox()
 
