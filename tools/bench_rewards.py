@@ -86,8 +86,8 @@ class Row:
 
 
 def tasks(items: int) -> Iterator[Task]:
-    """What is graded: `items` integer answers; a fifth as many behind long responses, a fortieth in LaTeX, a hundredth as
-    many tests."""
+    """What is graded: `items` integer answers; a fifth as many behind long responses, a fortieth in LaTeX, and a
+    hundredth as many tests."""
     source = random.Random(0)
     numbers = [source.randrange(10**6) for _ in range(items)]
     right = [source.random() < 0.5 for _ in numbers]
