@@ -15,9 +15,11 @@ from dapo_megatron.data.tokenizer import load_tokenizer, stop_tokens
 from dapo_megatron.engine_assembly import assemble_engines
 from dapo_megatron.engine_sync import EngineSync
 from dapo_megatron.launch import World
+from dapo_megatron.learner.checkpoint_saver import CheckpointSaver
 from dapo_megatron.learner.distributed import choose_device, form_groups
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.model import DTYPES, choose_layer_spec
+from dapo_megatron.learner.reference import ReferenceWeights
 from dapo_megatron.prepare import RunPaths, encode_prompts, run_paths
 from dapo_megatron.prompt_files import Side
 from dapo_megatron.rewards.grader import Grader
@@ -30,9 +32,10 @@ from dapo_megatron.weight_sync import WeightSync
 
 @dataclass
 class Run:
-    """One rank's parts. `grader` lives on rank 0; `engines` are servers, None with the embedded engine.
-    `data_lines`: what is to be said about the training prompts. `step`, `updates`, `supervised_done` say where the run
-    stands; `surplus` are mixed groups kept for the next step, `acceptance` is the running share of mixed groups."""
+    """One rank's parts. `grader` lives on rank 0; `engines` are servers, None with the embedded engine; `reference` is
+    there with a KL term. `data_lines`: what is to be said about the training prompts. `step`, `updates`,
+    `supervised_done` say where the run stands; `surplus` are mixed groups kept for the next step, `acceptance` is the
+    running share of mixed groups, `best` the step of the best validation and its accuracy."""
 
     recipe: Recipe
     paths: RunPaths
@@ -49,14 +52,18 @@ class Run:
     validation: GroupSampler | None
     prompt_order: PromptSampler | None
     data_lines: list[str]
+    saver: CheckpointSaver
     step: int = 0
     updates: int = 0
     supervised_done: list[int] = field(default_factory=list)
     surplus: list[PromptGroup] = field(default_factory=list)
     acceptance: float = 1.0
+    reference: ReferenceWeights | None = None
+    best: dict | None = None
 
     def close(self) -> None:
-        """End what runs beside this rank: grader, engines."""
+        """End what runs beside this rank: a checkpoint being written, grader, engines."""
+        self.saver.close(self.recipe.checkpoint.time_limit_s)
         if self.sync is not None:
             self.sync.close()
         if self.engines is not None:
@@ -69,15 +76,22 @@ class Run:
         return {
             "step": self.step,
             "updates": self.updates,
-            "supervised_done": self.supervised_done,
+            "supervised_done": list(self.supervised_done),
             "acceptance": self.acceptance,
+            "best": self.best,
+            "layout": self.ranks(),
             "prompt_order": None if self.prompt_order is None else self.prompt_order.state(),
         }
+
+    def ranks(self) -> dict:
+        """How the ranks share the model: what states of each rank depend on."""
+        layout = self.layout
+        return {"tensor": layout.tensor, "pipeline": layout.pipeline, "context": layout.context, "data": layout.data}
 
     def load_state(self, state: dict) -> None:
         """Stand where `state` was taken."""
         self.step, self.updates = state["step"], state["updates"]
-        self.acceptance = state.get("acceptance", 1.0)
+        self.acceptance, self.best = state.get("acceptance", 1.0), state.get("best")
         done = state["supervised_done"]
         self.supervised_done = [*done, *[0] * (len(self.recipe.supervised.stages) - len(done))]
         if self.prompt_order is not None and state["prompt_order"] is not None:
@@ -152,6 +166,7 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
         if training is None
         else PromptSampler(len(training.prompts), recipe.run.seed, recipe.data.shuffle),
         data_lines=data_lines,
+        saver=CheckpointSaver(recipe.checkpoint, learner, paths.run, side_files=paths.model),
         supervised_done=[0] * len(recipe.supervised.stages),
     )
 

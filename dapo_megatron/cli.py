@@ -50,6 +50,9 @@ def train(
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported, here and in the ranks
     world = world_from_environment()
     if world is not None:
+        from dapo_megatron.learner import megatron_cpu
+
+        megatron_cpu.install()  # before megatron is imported, which it makes quicker
         from dapo_megatron.worker import Mode, run_rank
 
         mode = Mode(resume, overwrite, PREPARED in os.environ, debug_rollout_only, files)

@@ -1,8 +1,9 @@
-"""What the learner does with one rollout step: old log-probs, then its gradient updates."""
+"""What the learner does with one rollout step: old and reference log-probs, then its gradient updates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,8 +12,10 @@ from dapo_megatron.config import Recipe
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.packing import packing_efficiency
 from dapo_megatron.data.records import SequenceBatch, spread_over_responses
+from dapo_megatron.divergence import Divergence, divergence, reward_penalties
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.losses import POLICY_SUMS, policy_loss
+from dapo_megatron.learner.reference import ReferenceWeights
 
 
 @dataclass(frozen=True)
@@ -35,25 +38,46 @@ class PolicyStep:
     entropy: Tensor
     rollout_logprobs: Tensor
     advantages: Tensor
+    divergence: Divergence | None = None  # with a KL term
 
 
-def score_old_policy(learner: Learner, groups: Sequence[PromptGroup], *, overlong_filtering: bool) -> None:
+def score_old_policy(
+    learner: Learner,
+    groups: Sequence[PromptGroup],
+    *,
+    overlong_filtering: bool,
+    reference: ReferenceWeights | None = None,
+) -> None:
     """Leave log-probs and entropies of the present policy in every group that has none yet: before the first update.
 
     A group drawn by an earlier policy keeps that policy's. Filtered responses are not scored: theirs stay 0.
+    `reference`: leave its log-probs too, once a group.
     """
     new = [group for group in groups if not group.old_logprobs]
-    if not new:
-        return
-    batch = batch_of_groups(new, overlong_filtering=overlong_filtering, advantage_epsilon=0.0)
+    for group, logprobs, entropies in _score(learner, new, overlong_filtering):
+        group.old_logprobs, group.entropies = logprobs, entropies
+    if reference is not None:
+        new = [group for group in groups if not group.reference_logprobs]
+        with reference.in_place():
+            for group, logprobs, _ in _score(learner, new, overlong_filtering):
+                group.reference_logprobs = logprobs
+
+
+def _score(
+    learner: Learner, groups: Sequence[PromptGroup], overlong_filtering: bool
+) -> list[tuple[PromptGroup, list[np.ndarray], list[np.ndarray]]]:
+    """(group, log-probs, entropies) of the model as it is, fp32 [L] a completion."""
+    if not groups:
+        return []
+    batch = batch_of_groups(groups, overlong_filtering=overlong_filtering, advantage_epsilon=0.0)
     logprobs_T, entropy_T = (values.numpy() for values in learner.score(batch))
     places = iter(batch.offsets.tolist())
-    for group in new:
-        for completion in group.completions:
-            first = next(places) + len(group.prompt_tokens) - 1
-            rows = slice(first, first + len(completion.tokens))
-            group.old_logprobs.append(logprobs_T[rows].copy())
-            group.entropies.append(entropy_T[rows].copy())
+    found = []
+    for group in groups:
+        firsts = [next(places) + len(group.prompt_tokens) - 1 for _ in group.completions]
+        rows = [slice(i, i + len(c.tokens)) for i, c in zip(firsts, group.completions, strict=True)]
+        found.append((group, [logprobs_T[r].copy() for r in rows], [entropy_T[r].copy() for r in rows]))
+    return found
 
 
 def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, *, learning_rate: float) -> PolicyStep:
@@ -62,11 +86,14 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
     A mini-batch without a trained token is skipped and counted.
     """
     algorithm, samples = recipe.algorithm, len(groups[0].completions)
+    kl = algorithm.kl
+    penalties = reward_penalties(groups, kl)
     batch = batch_of_groups(
         groups,
         overlong_filtering=algorithm.overlong_filtering,
         advantage_epsilon=algorithm.advantage_epsilon,
         advantage=algorithm.advantage,
+        penalties=penalties,
     )
     entropy_T = spread_over_responses(
         batch,
@@ -98,12 +125,18 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
             eps_high=algorithm.eps_high,
             eps_dual=algorithm.eps_dual,
             entropy_coefficient=algorithm.entropy_coefficient,
+            kl_coefficient=kl.coefficient if kl.place == "loss" else 0.0,
+            kl_estimator=kl.estimator,
         )
         sums += learner.gradients(batch, sequences, loss)
         norms.append(learner.step(learning_rate, recipe.optimizer.weight_decay))
         efficiencies.append(_efficiency(learner, batch, sequences))
     named = dict(zip(POLICY_SUMS, sums.tolist(), strict=True))
     tokens = max(1.0, named["tokens"])
+    apart = None
+    if kl.coefficient > 0 and bool(trained.any()):
+        log_ratio_T = (batch.old_logprobs_T - batch.reference_logprobs_T)[trained]
+        apart = divergence(log_ratio_T, kl, loss=named["kl_loss"] / max(1, len(norms)), penalties=penalties)
     return PolicyStep(
         loss=named["loss"] / max(1, len(norms)),
         grad_norm=sum(norms) / max(1, len(norms)),
@@ -121,6 +154,7 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
         entropy=entropy_T[trained],
         rollout_logprobs=batch.rollout_logprobs_T[trained],
         advantages=batch.advantages_T[trained],
+        divergence=apart,
     )
 
 

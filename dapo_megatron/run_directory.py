@@ -2,6 +2,7 @@
 
 RUN/config.yaml     the resolved recipe          RUN/model/    a model made from scratch, if the recipe asks for one
 RUN/data/           a generated task, likewise   RUN/checkpoints/, metrics.jsonl, samples.jsonl, report.{html,png}, hf/
+RUN/reference/      the policy after supervised stages, where `algorithm.kl` needs it
 """
 
 import shutil
@@ -117,6 +118,13 @@ def _check_same_start(recipe: Recipe, run: Path) -> None:
     if now[: len(before)] != before:
         problems.append(
             f"supervised.stages differ from those in {run / 'config.yaml'}; --resume may only add stages behind them"
+        )
+    kl_before, kl_now = begun.algorithm.kl, recipe.algorithm.kl
+    if kl_now.coefficient > 0 and (kl_before.coefficient == 0 or kl_before.place != kl_now.place):
+        problems.append(
+            f"algorithm.kl.coefficient={kl_now.coefficient} in algorithm.kl.place={kl_now.place} differs from "
+            f"coefficient={kl_before.coefficient} in place={kl_before.place} in {run / 'config.yaml'}; only a new run "
+            "may turn the KL term on or move it; use those, or coefficient=0"
         )
     if problems:
         raise RequestError("\n".join(problems))

@@ -1,6 +1,6 @@
 """The loop: submit → collect → score → advantages → update → reshard → log."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -10,14 +10,13 @@ from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.debug_batches import load_batches, save_batch
 from dapo_megatron.errors import RunError
 from dapo_megatron.evaluation import evaluate
-from dapo_megatron.learner.checkpoint import save_checkpoint
-from dapo_megatron.learner.manifest import checkpoint_folder
 from dapo_megatron.learner.optimizer import scheduled_rate
 from dapo_megatron.mismatch import check_gap
 from dapo_megatron.monitoring.journal import Journal
 from dapo_megatron.monitoring.step_metrics import Clock, learner_metrics, rollout_metrics
 from dapo_megatron.policy_step import PolicyStep, learn_step, score_old_policy
 from dapo_megatron.prepare import encode_examples
+from dapo_megatron.reference_policy import keep_reference
 from dapo_megatron.rollout.dynamic_sampling import SampledStep, sample_step
 from dapo_megatron.stop import StopSignal
 from dapo_megatron.supervised import run_stage
@@ -27,11 +26,17 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
     """Train until run.steps or a stop signal; every rank calls it. A checkpoint is left in both cases."""
     steps, checkpoint, evaluation = run.recipe.run.steps, run.recipe.checkpoint, run.recipe.evaluation
     warm_start(run, journal, stop)
+    run.reference = None if stop.requested() else keep_reference(run)
     with checkpoint_on_failure(run):
         run.sync.push(run.updates)
     if run.step == 0 and not stop.requested():
-        journal.step({"step": 0, **validate(run, "before")})
+        metrics = {"step": 0, **validate(run, "before")}
+        journal.step(metrics)
+        improved(run, metrics)
+        if checkpoint.every and run.updates and run.step < steps and not rollout_only:
+            save(run)  # the warm start is not to be lost
     while run.step < steps and not stop.requested():
+        run.saver.check()
         clock = Clock()
         with clock.phase("rollout"), checkpoint_on_failure(run):
             sampled = roll_out(run)
@@ -54,13 +59,16 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
             metrics |= validate(run, "after" if run.step == steps else "during")
         journal.step(metrics)
         check_gap(run.recipe, metrics.get("mismatch/logprob_abs_mean", 0.0), run.step)
-        if checkpoint.every and run.step % checkpoint.every == 0 and run.step < steps:
+        best = improved(run, metrics) and checkpoint.keep_best
+        if checkpoint.every and (best or run.step % checkpoint.every == 0) and run.step < steps:
             save(run)
     save(run)
+    run.saver.wait()
 
 
 def train_from_files(run: Run, journal: Journal, stop: StopSignal, files: Sequence[Path]) -> None:
     """Learn from batches that `--debug-rollout-only` saved; no engine is asked for anything."""
+    run.reference = keep_reference(run)
     for groups in load_batches(files):
         if stop.requested():
             break
@@ -71,6 +79,7 @@ def train_from_files(run: Run, journal: Journal, stop: StopSignal, files: Sequen
         run.step += 1
         journal.step(metrics | rollout_metrics(SampledStep(groups, groups, 1)) | clock.metrics())
     save(run)
+    run.saver.wait()
 
 
 def warm_start(run: Run, journal: Journal, stop: StopSignal) -> None:
@@ -111,10 +120,12 @@ def roll_out(run: Run) -> SampledStep:
 
 
 def learn(run: Run, groups: Sequence[PromptGroup], kept: Sequence[PromptGroup] = ()) -> PolicyStep | None:
-    """Old log-probs of all groups, of those `kept` for later too, then the step's gradient updates; None when there is
-    nothing to learn from."""
-    filtering = run.recipe.algorithm.overlong_filtering
-    score_old_policy(run.learner, [*groups, *kept], overlong_filtering=filtering)
+    """Old log-probs of all groups, of those `kept` for later too, and the reference's; then the step's gradient
+    updates; None when there is nothing to learn from."""
+    algorithm = run.recipe.algorithm
+    # a KL penalty in the reward is that of every response: filtered ones count in their group's mean
+    filtering = algorithm.overlong_filtering and not (algorithm.kl.coefficient and algorithm.kl.place == "reward")
+    score_old_policy(run.learner, [*groups, *kept], overlong_filtering=filtering, reference=run.reference)
     if not groups:
         return None
     result = learn_step(run.learner, groups, run.recipe, learning_rate=learning_rate(run))
@@ -160,20 +171,26 @@ def checkpoint_on_failure(run: Run, tell: Callable[[], None] | None = None) -> I
             raise
         if order is not None:
             run.prompt_order.load_state(order)
-        save(run)
+        told = f"{error}\nthe state after step {run.step} is saved; continue with --resume"
+        try:
+            save(run)
+            run.saver.wait()
+        except RunError as second:
+            told = f"{error}\n{second}"
         if tell is not None:
             tell()
-        told = f"{error}\nthe state after step {run.step} is saved; continue with --resume"
         raise RunError(told, on_every_rank=True) from None
 
 
+def improved(run: Run, metrics: Mapping[str, float]) -> bool:
+    """Whether this step's validation is better than all before; remembered if so."""
+    accuracy = metrics.get("validation/accuracy")
+    if accuracy is None or (run.best is not None and accuracy <= run.best["accuracy"]):
+        return False
+    run.best = {"step": run.step, "accuracy": accuracy}
+    return True
+
+
 def save(run: Run) -> None:
-    """A checkpoint of where the run stands; collective."""
-    save_checkpoint(
-        checkpoint_folder(run.paths.run, run.step),
-        run.learner,
-        run.state(),
-        side_files=run.paths.model,
-        groups=run.surplus,
-        keep=run.recipe.checkpoint.keep,
-    )
+    """Begin a checkpoint of where the run stands; collective."""
+    run.saver.save(run.state(), run.surplus)

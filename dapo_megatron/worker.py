@@ -7,9 +7,11 @@ from dapo_megatron.assemble import Run, assemble
 from dapo_megatron.config import Recipe
 from dapo_megatron.errors import RequestError
 from dapo_megatron.launch import World
-from dapo_megatron.learner.checkpoint import load_checkpoint, load_surplus
+from dapo_megatron.learner.checkpoint import load_checkpoint
+from dapo_megatron.learner.checkpoint_files import load_surplus, random_states_file
 from dapo_megatron.learner.distributed import choose_device, join_world, leave_world
-from dapo_megatron.learner.manifest import newest_checkpoint, read_state
+from dapo_megatron.learner.manifest import newest_checkpoint, read_state, set_aside_later, tidy_up
+from dapo_megatron.learner.random_states import read_random_states, restore_random_states
 from dapo_megatron.monitoring import write_report
 from dapo_megatron.monitoring.journal import Journal
 from dapo_megatron.monitoring.metrics import read_metrics
@@ -21,6 +23,7 @@ from dapo_megatron.train import train, train_from_files
 from dapo_megatron.weight_sync import export_hugging_face
 
 RESHARDING_SLACK_S = 300.0  # rank 0 settles with the engines after a transfer
+SAVING_SLACK_S = 300.0  # ranks come to the end of a save one after the other
 SHOWN_CHARACTERS = 300  # of a sample completion on the console
 
 
@@ -47,6 +50,7 @@ def run_rank(recipe: Recipe, world: World, mode: Mode) -> int:
         recipe.learner.time_limit_s,
         recipe.rollout.time_limit_s + recipe.rollout.start_limit_s,
         2 * recipe.resharding.time_limit_s + RESHARDING_SLACK_S,
+        recipe.checkpoint.time_limit_s + SAVING_SLACK_S,
     )
     join_world(world, device=device, time_limit_s=limit)
     try:
@@ -101,16 +105,30 @@ def _prepare_on_rank_zero(recipe: Recipe, world: World, mode: Mode) -> None:
 
 def _resume(run: Run) -> list[str]:
     """Load the newest sound checkpoint, chosen by rank 0; returns what there is to say about it."""
-    choice = newest_checkpoint(run.paths.run) if run.world.rank == 0 else None
-    folder, lines = from_rank_zero(choice, run.world.size)
+    folder, lines = from_rank_zero(_choose(run) if run.world.rank == 0 else None, run.world.size)
     if folder is None and lines:
         raise RequestError("\n".join([*lines, "no sound checkpoint is left; start anew with --overwrite"]))
     if folder is None:
         return [*lines, "no checkpoint to resume from; starting at step 0"]
     load_checkpoint(folder, run.learner)
-    run.load_state(read_state(folder))
+    state = read_state(folder)
+    run.load_state(state)
     run.surplus = load_surplus(folder)
+    if state.get("layout") == run.ranks():
+        restore_random_states(read_random_states(random_states_file(folder, run.world.rank)), run.device)
+        run.saver.holds(run.state())
+    else:
+        lines = [*lines, "the checkpoint is of another layout: metrics will agree to rounding, not to the bit"]
     return [*lines, f"resumed from {folder}"]
+
+
+def _choose(run: Run) -> tuple[Path | None, list[str]]:
+    """Rank 0: the checkpoint to resume from; damaged ones that it replaces are set aside."""
+    tidy_up(run.paths.run)
+    folder, lines = newest_checkpoint(run.paths.run)
+    if folder is not None:
+        set_aside_later(folder)
+    return folder, lines
 
 
 def _conclude(run: Run, journal: Journal) -> None:

@@ -13,12 +13,19 @@ LOG_RATIO_LIMIT = 20.0  # as in the loss
 
 
 def batch_of_groups(
-    groups: Sequence[PromptGroup], *, overlong_filtering: bool, advantage_epsilon: float, advantage: str = "group"
+    groups: Sequence[PromptGroup],
+    *,
+    overlong_filtering: bool,
+    advantage_epsilon: float,
+    advantage: str = "group",
+    penalties: Sequence[np.ndarray] = (),
 ) -> SequenceBatch:
     """All completions of the groups, group after group: A_i on every response token, weight 1, or 0 for a truncated
-    response. `advantage`: "group", or "group-mean" for A = R − mean R.
+    response. `advantage`: "group", or "group-mean" for A = R − mean R. `penalties`: [G] of each group, taken from its
+    rewards here and nowhere else.
 
-    Old log-probs are the groups' own where they carry them (all or none do), else 0.
+    Old log-probs are the groups' own where they carry them (all or none do), else 0; those of the reference are there
+    if all groups carry them.
     A truncated response that is filtered leaves the loss and its denominator, yet counts in its group's mean and std.
     """
     completions = [c for g in groups for c in g.completions]
@@ -26,8 +33,11 @@ def batch_of_groups(
     prompt_lengths = [len(p) for p in prompts]
     batch = sequence_batch(prompts, [c.tokens for c in completions])
     divide = advantage == "group"
+    rewards = [g.rewards for g in groups]
+    if penalties:
+        rewards = [r.astype(np.float64) - p for r, p in zip(rewards, penalties, strict=True)]
     advantages = np.concatenate(
-        [group_advantages(g.rewards[None], epsilon=advantage_epsilon, divide=divide)[0] for g in groups]
+        [group_advantages(r[None], epsilon=advantage_epsilon, divide=divide)[0] for r in rewards]
     )
     batch.advantages_T = spread_over_responses(
         batch, [np.full(len(c.tokens), a) for c, a in zip(completions, advantages, strict=True)], prompt_lengths
@@ -36,6 +46,10 @@ def batch_of_groups(
     if groups[0].old_logprobs:
         batch.old_logprobs_T = spread_over_responses(
             batch, [values for g in groups for values in g.old_logprobs], prompt_lengths
+        )
+    if all(g.reference_logprobs for g in groups):
+        batch.reference_logprobs_T = spread_over_responses(
+            batch, [values for g in groups for values in g.reference_logprobs], prompt_lengths
         )
     if overlong_filtering:
         for i, completion in enumerate(completions):

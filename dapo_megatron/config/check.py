@@ -126,8 +126,16 @@ def _algorithm(recipe: Recipe) -> Iterator[str]:
     algorithm, samples = recipe.algorithm, recipe.rollout.samples_per_prompt
     if algorithm.eps_dual is not None and algorithm.eps_dual <= 1:
         yield f"algorithm.eps_dual={algorithm.eps_dual} must be more than 1; use 3.0, 10.0 or null"
-    if algorithm.advantage == "group" and samples < 2:
-        yield f"rollout.samples_per_prompt={samples} leaves every group advantage 0; use 2 or more"
+    if samples < 2:
+        yield (
+            f"rollout.samples_per_prompt={samples} leaves every advantage 0: algorithm.advantage="
+            f"{algorithm.advantage} subtracts the group's mean; use 2 or more"
+        )
+    if algorithm.kl.coefficient > 0 and algorithm.kl.place == "loss" and algorithm.kl.estimator == "k1":
+        yield (
+            "algorithm.kl.estimator=k1 in algorithm.kl.place=loss has expected gradient 0 and would hold nothing back; "
+            "use estimator=k3 or k2, or place=reward"
+        )
 
 
 def _data(recipe: Recipe) -> Iterator[str]:

@@ -20,7 +20,7 @@ from dapo_megatron.conversion.sources import Source, open_hugging_face, open_meg
 from dapo_megatron.conversion.streams import HashedFile
 from dapo_megatron.conversion.workspace import Workspace
 from dapo_megatron.files import write_text_atomically
-from dapo_megatron.learner.manifest import MANIFEST, file_sums, read_state
+from dapo_megatron.learner.manifest import MANIFEST, read_state, write_manifest
 from dapo_megatron.resharding.hf_files import TORCH_DTYPES, copy_side_files
 
 
@@ -119,7 +119,7 @@ class MegatronTarget:
         state["dtype"] = next(name for name, dtype in TORCH_DTYPES.items() if dtype is self.dtype)
         write_text_atomically(content / "state.json", json.dumps(state, indent=2))
         known = {name: entry["sha256"] for name, entry in workspace.finished.items()}
-        write_text_atomically(content / MANIFEST, json.dumps(file_sums(content, known), indent=2))
+        write_manifest(content, known)
 
     def open(self, content: Path) -> Source:
         """See Target."""

@@ -22,6 +22,7 @@ class SequenceBatch:
     advantages_T: fp32.
     old_logprobs_T: fp32, the learner's before the step's first update.
     rollout_logprobs_T: fp32, the engine's.
+    reference_logprobs_T: fp32, the reference policy's; None without one.
     """
 
     tokens_T: Tensor
@@ -30,6 +31,7 @@ class SequenceBatch:
     advantages_T: Tensor
     old_logprobs_T: Tensor
     rollout_logprobs_T: Tensor
+    reference_logprobs_T: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -47,12 +49,13 @@ class SequenceBatch:
         """A batch of the given sequences, in the given order (copies)."""
         index = flat_rows(self.offsets, sequences)
         offsets = offsets_of([int(self.offsets[s + 1] - self.offsets[s]) for s in sequences])
-        flat = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "offsets"}
+        flat = {name: tensor[index] for name, tensor in self.state().items() if name != "offsets"}
         return SequenceBatch(offsets=offsets, **flat)
 
     def state(self) -> dict[str, Tensor]:
         """Tensors by name, for safetensors."""
-        return {f.name: getattr(self, f.name).contiguous() for f in fields(self)}
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
 
 
 def offsets_of(lengths: Sequence[int]) -> Tensor:

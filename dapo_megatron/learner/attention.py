@@ -5,6 +5,7 @@ scaled_dot_product_attention with `is_causal`. Right padding is never seen by a 
 """
 
 import inspect
+from contextlib import suppress
 from functools import lru_cache
 from itertools import pairwise
 
@@ -15,12 +16,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-try:  # on CUDA: one variable-length flash-attention call, where this torch has it with shared heads
-    from torch.nn.attention.varlen import varlen_attn
+HAVE_VARLEN = False
+if torch.cuda.is_available():  # elsewhere the import alone would cost a second
+    with suppress(ImportError):  # one variable-length flash-attention call, where this torch has it with shared heads
+        from torch.nn.attention.varlen import varlen_attn
 
-    HAVE_VARLEN = "enable_gqa" in inspect.signature(varlen_attn).parameters
-except ImportError:
-    HAVE_VARLEN = False
+        HAVE_VARLEN = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 PADDING_ALLOWED = 1.25  # a group of sequences is padded to its longest as long as that costs at most this factor
 

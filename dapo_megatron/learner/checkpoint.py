@@ -1,17 +1,6 @@
-"""Checkpoints of a run: megatron shards (`dist_checkpointing`), the run's own state, and a manifest of SHA-256 sums.
+"""A learner's checkpoint: written while the caller waits, and loaded at any layout. checkpoint_saver.py saves beside
+training, checkpoint_files.py says which files there are."""
 
-    checkpoints/step-000010/
-        shards/        model and optimizer, loadable at another TP/PP/DP
-        hf/            config.json and tokenizer, so that the folder can be converted alone
-        surplus.safetensors   groups kept for the next step, if any
-        state.json     rollout step, optimizer updates, supervised steps, place in the prompt order, dtype
-        manifest.json  SHA-256 of every other file: nothing is parsed before it agrees (shard metadata is pickle)
-
-A checkpoint is written beside its final name and renamed, so one that is there is whole.
-"""
-
-import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,16 +13,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dapo_megatron.data.completions import PromptGroup
-from dapo_megatron.data.group_files import load_groups, save_groups
 from dapo_megatron.errors import RequestError
-from dapo_megatron.files import replace_folder, write_text_atomically
+from dapo_megatron.learner.checkpoint_files import Content, write_checkpoint
 from dapo_megatron.learner.learner import Learner
-from dapo_megatron.learner.manifest import MANIFEST, file_sums, list_checkpoints, read_state
-from dapo_megatron.learner.optimizer import set_rates
-from dapo_megatron.resharding.hf_files import TORCH_DTYPES, copy_side_files
-
-SURPLUS = "surplus.safetensors"
-OPTIMIZER_FORMAT = "fully_reshardable"  # loadable at another TP, PP and DP
+from dapo_megatron.learner.manifest import read_state
+from dapo_megatron.learner.snapshot import ensure_state, model_state, optimizer_state, parts, set_steps, take_snapshot
+from dapo_megatron.resharding.hf_files import TORCH_DTYPES
 
 
 def save_checkpoint(
@@ -43,38 +28,21 @@ def save_checkpoint(
     *,
     side_files: Path,
     groups: Sequence[PromptGroup] = (),
-    keep: int | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Write a checkpoint of all ranks; collective.
+    """Write a checkpoint of all ranks and return when it is there; collective over the world, on its gloo `group`.
 
-    `groups`: those kept for the next step. `keep`: older siblings beyond the newest `keep` are deleted.
+    `groups`: those kept for the next step.
+
+    Raises:
+        RunError: it could not be written; on rank 0, whichever rank it was.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "shards").mkdir(parents=True)
-        (temporary / "hf").mkdir()
-    dist.barrier()
-    dist_checkpointing.save(_sharded_state(learner), str(temporary / "shards"), validate_access_integrity=True)
-    dist.barrier()
-    if first:
-        copy_side_files(side_files, temporary / "hf")
-        dtype = next(name for name, dtype in TORCH_DTYPES.items() if dtype is learner.dtype)
-        write_text_atomically(temporary / "state.json", json.dumps({**state, "dtype": dtype}, indent=2))
-        if groups:
-            save_groups(temporary / SURPLUS, groups)
-        write_text_atomically(temporary / MANIFEST, json.dumps(file_sums(temporary), indent=2))
-        replace_folder(temporary, folder)
-        if keep is not None:
-            for old in list_checkpoints(folder.parent)[:-keep]:
-                shutil.rmtree(old)
-    dist.barrier()
-
-
-def load_surplus(folder: Path) -> list[PromptGroup]:
-    """The groups that a checkpoint keeps for the next step."""
-    return load_groups(folder / SURPLUS) if (folder / SURPLUS).exists() else []
+    dtype = next(name for name, dtype in TORCH_DTYPES.items() if dtype is learner.dtype)
+    build = take_snapshot(learner, None)
+    content = Content(folder, build, {**state, "dtype": dtype}, None, groups, side_files)
+    group = group or dist.group.WORLD
+    write_checkpoint(content, group)
+    dist.barrier(group)
 
 
 def load_checkpoint(folder: Path, learner: Learner) -> None:
@@ -84,7 +52,10 @@ def load_checkpoint(folder: Path, learner: Learner) -> None:
         RequestError: the checkpoint is of another model, or has no optimizer state where one is wanted.
     """
     optimizer = learner.optimizer
-    template = _sharded_state(learner, loading=True)
+    if optimizer is not None:
+        ensure_state(optimizer)
+    models = model_state(learner)
+    template = models | optimizer_state(optimizer, models, loading=True)
     with torch.no_grad():
         try:
             loaded = dist_checkpointing.load(template, str(folder / "shards"))
@@ -94,43 +65,10 @@ def load_checkpoint(folder: Path, learner: Learner) -> None:
             model.load_state_dict(loaded[f"model{v}"], strict=False)
         if optimizer is not None:
             updates = int(read_state(folder)["updates"])
-            for part in _parts(optimizer):
+            for part in parts(optimizer):
                 _tolerate_step(part, loaded["optimizer"], updates)
             optimizer.load_state_dict(loaded["optimizer"])
-            _set_steps(optimizer, updates)
-
-
-def _sharded_state(learner: Learner, *, loading: bool = False) -> dict:
-    if learner.optimizer is not None:
-        _ensure_state(learner.optimizer)
-    state = {}
-    for v, model in enumerate(learner.models):
-        # chunks of a virtual pipeline number their layers globally, so one name space serves all
-        state[f"model{v}"] = model.sharded_state_dict()
-    if learner.optimizer is not None:
-        model_state = {f"model{v}": state[f"model{v}"] for v in range(len(learner.models))}
-        merged = model_state["model0"] if len(learner.models) == 1 else model_state
-        state["optimizer"] = learner.optimizer.sharded_state_dict(
-            merged, is_loading=loading, metadata={"distrib_optim_sharding_type": OPTIMIZER_FORMAT}
-        )
-    return state
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    return getattr(optimizer, "chained_optimizers", [optimizer])
-
-
-def _ensure_state(optimizer: MegatronOptimizer) -> None:
-    """AdamW has no moments before its first step, and megatron's sharded state needs them: zeros, weights untouched."""
-    for part in _parts(optimizer):
-        if part.optimizer.state:
-            continue
-        if isinstance(part, DistributedOptimizer):
-            set_rates(part, 0.0, 0.0)
-            part._init_optimizer_states_with_dummy_values()
-        else:
-            part.init_state_fn(part.optimizer, part.config)
-        _set_steps(part, 0)
+            set_steps(optimizer, updates)
 
 
 def _tolerate_step(part: MegatronOptimizer, loaded: dict, updates: int) -> None:
@@ -147,15 +85,3 @@ def _tolerate_step(part: MegatronOptimizer, loaded: dict, updates: int) -> None:
         load(part, model_param, {**{key: state[key] for key in ("step",) if key in state}, **tensors})
 
     part._set_main_param_and_optimizer_states = load_with_step
-
-
-def _set_steps(optimizer: MegatronOptimizer, updates: int) -> None:
-    """megatron leaves a wrong `step`, or none, in torch's AdamW after loading: bias correction would drift."""
-    for part in _parts(optimizer):
-        inner = part.optimizer
-        for state in inner.state.values():
-            if isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
-                state["step"] = torch.tensor(float(updates))
-        for group in inner.param_groups:
-            if "step" in group:
-                group["step"] = updates

@@ -41,11 +41,25 @@ class _TorchOnCpu:
         return getattr(torch, name)
 
 
+def _import_uncompiled() -> None:
+    """Import megatron with torch.compile left out of its decorators: the fused functions behind them are not used on a
+    CPU, and torch's compiler takes seconds to import."""
+    compiled = torch.compile
+    torch.compile = lambda function=None, **_: function if function is not None else lambda given: given
+    try:
+        import megatron.core.models.gpt.gpt_model
+        import megatron.core.optimizer  # noqa: F401
+    finally:
+        torch.compile = compiled
+
+
 def install() -> None:
     """Patch once; does nothing where a GPU is present."""
     if torch.cuda.is_available() or getattr(torch, "_dapo_megatron_on_cpu", False):
         return
     torch._dapo_megatron_on_cpu = True
+
+    _import_uncompiled()
 
     # 1. the current device is the CPU
     torch.cuda.current_device = lambda: _CPU

@@ -77,7 +77,7 @@ def learner_metrics(result: PolicyStep | None) -> dict[str, float]:
         return {"tokens/trained": 0.0}
     gap = (result.old_logprobs - result.rollout_logprobs).double()
     covariance_mean, covariance_top = covariance(result.advantages, result.old_logprobs)
-    return {
+    return _divergence_metrics(result) | {
         "entropy/mean": float(result.entropy.double().mean()),
         "probability/mean": float(result.old_logprobs.double().exp().mean()),
         "clip_fraction/low": result.clip_low,
@@ -98,3 +98,12 @@ def learner_metrics(result: PolicyStep | None) -> dict[str, float]:
         "updates/skipped": float(result.skipped_updates),
         "packing/efficiency": result.packing_efficiency,
     }
+
+
+def _divergence_metrics(result: PolicyStep) -> dict[str, float]:
+    """kl/mean is k3, kl/k1 or kl/k2 the recipe's estimator where it is another; nothing without a KL term."""
+    apart = result.divergence
+    if apart is None:
+        return {}
+    chosen = {} if apart.estimator == "k3" else {f"kl/{apart.estimator}": apart.chosen}
+    return {"kl/mean": apart.mean, "kl/loss": apart.loss, "kl/reward": apart.penalty, **chosen}

@@ -14,7 +14,7 @@ from dapo_megatron.conversion.command import convert
 from dapo_megatron.conversion.options import Options, parse_size
 from dapo_megatron.conversion.shard_reader import METADATA, read_metadata
 from dapo_megatron.errors import RequestError, RunError
-from dapo_megatron.learner.manifest import MANIFEST, file_sums
+from dapo_megatron.learner.manifest import MANIFEST, write_manifest
 from dapo_megatron.resharding.hf_layout import SINGLE
 from tests.tiny_models import write_model
 
@@ -156,7 +156,7 @@ def test_a_changed_shard(made, tmp_path):
 
 def with_new_sums(folder):
     """What somebody who changes a checkpoint on purpose would do."""
-    (folder / MANIFEST).write_text(json.dumps(file_sums(folder)))
+    write_manifest(folder)
 
 
 @pytest.mark.parametrize("cut", [100, -40])

@@ -1,28 +1,34 @@
 """A checkpoint continues exactly under its own layout, and to rounding under every other one."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dapo_megatron.data.records import sequence_batch
+from dapo_megatron.data.records import SequenceBatch, sequence_batch
 from tests.ranks import run_ranks
 from tests.tiny_models import write_model
 
 pytestmark = pytest.mark.distributed
 
 
+def make_batch() -> SequenceBatch:
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(low: int, high: int) -> np.ndarray:
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(0, 100, (length,), generator=generator).numpy()
+
+    batch = sequence_batch([draw(3, 9) for _ in range(8)], [draw(5, 30) for _ in range(8)])
+    batch.advantages_T = torch.randn(batch.advantages_T.shape, generator=generator)
+    batch.old_logprobs_T = -4 + torch.randn(batch.old_logprobs_T.shape, generator=generator)
+    return batch
+
+
 @pytest.fixture(scope="module")
 def payload(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoint")
-    generator = torch.Generator().manual_seed(7)
-
-    def draw(low, high):
-        return torch.randint(0, 100, (int(torch.randint(low, high, (1,), generator=generator)),), generator=generator)
-
-    batch = sequence_batch([draw(3, 9).numpy() for _ in range(8)], [draw(5, 30).numpy() for _ in range(8)])
-    batch.advantages_T = torch.randn(batch.advantages_T.shape, generator=generator)
-    batch.old_logprobs_T = -4 + torch.randn(batch.old_logprobs_T.shape, generator=generator)
-    save_file(batch.state(), root / "batch.safetensors")
+    save_file(make_batch().state(), root / "batch.safetensors")
     return {
         "model": str(write_model(root / "model", "qwen2", tied=True)),
         "other": str(write_model(root / "other", "qwen2", tied=True, intermediate_size=128)),

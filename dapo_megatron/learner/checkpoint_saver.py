@@ -1,0 +1,137 @@
+"""Checkpoints beside training: the training thread copies the state, a thread of this rank's writes it.
+
+The threads of all ranks meet on a gloo group that nothing else uses, so they never mix with training. One save is under
+way at a time: the next one waits for it. What fails in a thread is told on all ranks at the next `check` or `wait`.
+"""
+
+import threading
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dapo_megatron.config.checkpoint import Checkpoint
+from dapo_megatron.data.completions import PromptGroup
+from dapo_megatron.errors import RunError
+from dapo_megatron.learner.checkpoint_files import Content, write_checkpoint
+from dapo_megatron.learner.learner import Learner
+from dapo_megatron.learner.manifest import checkpoint_folder, prune
+from dapo_megatron.learner.random_states import take_random_states
+from dapo_megatron.learner.snapshot import HostMemory, take_snapshot
+from dapo_megatron.resharding.hf_files import TORCH_DTYPES
+
+TOGETHER_S = 60.0  # ranks come this much apart to a wait
+
+
+class _Writing(threading.Thread):
+    """One checkpoint being written."""
+
+    def __init__(self, content: Content, group: dist.ProcessGroup, settings: Checkpoint) -> None:
+        super().__init__(name=f"save {content.folder.name}", daemon=True)
+        self.content, self.group, self.settings = content, group, settings
+        self.failure: str | None = None
+
+    def run(self) -> None:
+        try:
+            write_checkpoint(self.content, self.group)
+            if dist.get_rank() == 0:
+                best = self.content.state.get("best") if self.settings.keep_best else None
+                folder = self.content.folder.parent
+                prune(folder, keep=self.settings.keep, best=None if best is None else best["step"])
+        except RunError as error:
+            self.failure = str(error)
+        except Exception as error:  # told by the training thread
+            self.failure = f"checkpoint {self.content.folder.name} could not be written: {error or type(error)}"
+
+
+class CheckpointSaver:
+    """Saves a learner under `run`/checkpoints; `side_files`: a Hugging Face folder with its config.json and tokenizer.
+
+    Every rank calls every method, `close` apart; all but `close` are collective.
+    """
+
+    def __init__(self, settings: Checkpoint, learner: Learner, run: Path, *, side_files: Path) -> None:
+        self._settings, self._learner, self._run, self._side_files = settings, learner, run, side_files
+        self._memory = HostMemory() if settings.asynchronous else None
+        self._group: dist.ProcessGroup | None = None
+        self._writing: _Writing | None = None
+        self._saved: dict | None = None
+
+    def holds(self, state: dict) -> None:
+        """The newest checkpoint is of `state`: it need not be written again."""
+        self._saved = state
+
+    def save(self, state: dict, groups: Sequence[PromptGroup] = ()) -> None:
+        """Begin a checkpoint of the present weights and optimizer; `state` and `groups` as `Content` has them. Returns
+        once the state is copied; without `checkpoint.asynchronous` once it is written. Nothing is done when the last
+        checkpoint was of the same state.
+
+        Raises:
+            RunError: an earlier checkpoint could not be written, on every rank alike; this one is not begun.
+        """
+        self.wait()
+        if state == self._saved:
+            return
+        if self._group is None:
+            limit = timedelta(seconds=self._settings.time_limit_s)
+            self._group = dist.new_group(backend="gloo", timeout=limit)
+        learner = self._learner
+        dtype = next(name for name, dtype in TORCH_DTYPES.items() if dtype is learner.dtype)
+        content = Content(
+            folder=checkpoint_folder(self._run, state["step"]),
+            build=take_snapshot(learner, self._memory),
+            state={**state, "dtype": dtype},
+            random=take_random_states(learner.device),
+            groups=list(groups),
+            side_files=self._side_files,
+        )
+        self._saved = state
+        self._writing = _Writing(content, self._group, self._settings)
+        if self._settings.asynchronous:
+            self._writing.start()
+        else:
+            self._writing.run()
+            self._settle(0.0)
+
+    def check(self) -> None:
+        """Does not wait for the disk.
+
+        Raises:
+            RunError: the checkpoint under way could not be written on some rank; on every rank alike.
+        """
+        if self._writing is None:
+            return
+        states: list = [None] * dist.get_world_size()
+        dist.all_gather_object(states, (self._writing.is_alive(), self._writing.failure is not None))
+        if any(failed for _, failed in states) or not any(alive for alive, _ in states):
+            self._settle(TOGETHER_S)
+
+    def wait(self) -> None:
+        """Until the checkpoint under way has its name.
+
+        Raises:
+            RunError: it could not be written, or not within `checkpoint.time_limit_s`; on every rank alike.
+        """
+        if self._writing is not None:
+            self._settle(self._settings.time_limit_s + TOGETHER_S)
+
+    def close(self, time_limit_s: float) -> None:
+        """Give the checkpoint under way its time, without the other ranks: for the way out after an error."""
+        if self._writing is not None and self._writing.is_alive():
+            self._writing.join(time_limit_s)
+
+    def _settle(self, time_limit_s: float) -> None:
+        """Agree on how the checkpoint ended."""
+        writing, self._writing = self._writing, None
+        if writing.ident is not None:
+            writing.join(time_limit_s)
+        ends: list = [None] * dist.get_world_size()
+        dist.all_gather_object(ends, (writing.is_alive(), writing.failure))
+        told = next((failure for _, failure in ends if failure is not None), None)
+        if told is None and any(alive for alive, _ in ends):
+            limit = self._settings.time_limit_s
+            told = f"checkpoint {writing.content.folder.name} is not written after checkpoint.time_limit_s={limit:g} s"
+        if told is not None:
+            self._saved = None
+            raise RunError(f"{told}; older checkpoints are untouched", on_every_rank=True)
