@@ -1,6 +1,6 @@
 """Answers graded a second on one core: in this process, and through the pool of one worker that a run uses.
 
-    python tools/bench_rewards.py [--items 4000] [--repeats 7] [--output FILE.csv]
+    python tools/bench_rewards.py [--items 20000] [--repeats 7] [--output FILE.csv]
 
 Integer answers by the rule, at the end of a short and of a long response; LaTeX answers that only math-verify can
 compare; programs by test cases, where an item is one test in a sandbox of its own. Every verdict is checked. Rates are
@@ -38,7 +38,7 @@ from dapo_megatron.rewards.equivalence import load as load_mathematics  # noqa: 
 from dapo_megatron.rewards.grader import Grader  # noqa: E402
 
 INTEGERS_WANTED = 2000.0  # a second a core
-LONG = 20_000  # characters, some 5,000 tokens
+SHORT, LONG = 500, 20_000  # characters of a response; the latter are some 5,000 tokens
 TESTS_A_PROGRAM = 10
 LATEX = [
     (r"\sqrt{12}", r"2\sqrt{3}"), (r"1/\sqrt{3}", r"\frac{\sqrt{3}}{3}"), ("1+3x", "3x+1"), (r"3\pi", r"2\pi"),
@@ -86,17 +86,19 @@ class Row:
 
 
 def tasks(items: int) -> Iterator[Task]:
-    """What is graded: `items` integer answers, an eighth as many in LaTeX, a twentieth as many tests."""
+    """What is graded: `items` integer answers; a fifth as many behind long responses, a fortieth in LaTeX, and a
+    hundredth as many tests."""
     source = random.Random(0)
     numbers = [source.randrange(10**6) for _ in range(items)]
     right = [source.random() < 0.5 for _ in numbers]
     written = [f"{n if r else n + 1:,}" for n, r in zip(numbers, right, strict=True)]
     step = "Then 12 + 30 = 42, so we check $x^{2}$ again. "
-    for length, name in ((500, "integers, 500 characters"), (LONG, "integers, 20,000 characters")):
+    for length, count in ((SHORT, items), (LONG, max(1, items // 5))):
         text = (step * (length // len(step) + 1))[:length]
-        responses = [f"{text}\nAnswer: {answer}" for answer in written]
-        yield Task(name, RULE, responses, [str(n) for n in numbers], right)
-    pairs = [LATEX[i % len(LATEX)] for i in range(max(len(LATEX), items // 8))]
+        responses = [f"{text}\nAnswer: {answer}" for answer in written[:count]]
+        name = f"integers, {length:,} characters"
+        yield Task(name, RULE, responses, [str(n) for n in numbers[:count]], right[:count])
+    pairs = [LATEX[i % len(LATEX)] for i in range(max(len(LATEX), items // 40))]
     responses = [f"so \\boxed{{{given}}}" for given, _ in pairs]
     yield Task(
         "LaTeX, math-verify",
@@ -105,7 +107,7 @@ def tasks(items: int) -> Iterator[Task]:
         [b for _, b in pairs],
         [given not in LATEX_WRONG for given, _ in pairs],
     )
-    programs = max(1, items // 20 // TESTS_A_PROGRAM)
+    programs = max(1, items // 100 // TESTS_A_PROGRAM)
     sums = [(source.randrange(1000), source.randrange(1000)) for _ in range(TESTS_A_PROGRAM)]
     stdin = {"inputs": [f"{a} {b}\n" for a, b in sums], "outputs": [f"{a + b}\n" for a, b in sums]}
     calls = {"fn_name": "add", "inputs": [[a, b] for a, b in sums], "outputs": [a + b for a, b in sums]}
@@ -141,7 +143,7 @@ def measure(task: Task, place: str, repeats: int) -> Row:
         seconds_p20=_quantile(seconds, 0.2),
         seconds_p80=_quantile(seconds, 0.8),
         per_second=items / median,
-        per_cpu_second=items / statistics.median(cpu_seconds),
+        per_cpu_second=items / max(statistics.median(cpu_seconds), 0.001),
         repeats=repeats,
         machine=_processor(),
         cores=os.cpu_count() or 0,
@@ -176,9 +178,11 @@ def _grading(task: Task, place: str) -> Iterator[Callable[[], list[bool]]]:
 
 
 def _cpu_seconds() -> float:
-    """CPU time so far of this process and all below it, those that ended included."""
-    total = 0.0
-    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+    """CPU time so far of this process and all below it, those that ended included; of others in ticks of 10 ms."""
+    me = psutil.Process()
+    ended = me.cpu_times()
+    total = time.process_time() + ended.children_user + ended.children_system
+    for process in me.children(recursive=True):
         times = process.cpu_times()
         total += times.user + times.system + times.children_user + times.children_system
     return total
@@ -237,7 +241,7 @@ def _commit() -> str:
 def main() -> None:
     """Parse, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--items", type=int, default=4000, help="integer answers; others in proportion")
+    parser.add_argument("--items", type=int, default=20_000, help="integer answers; others in proportion")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "benchmarks" / "rewards-cpu.csv")
     options = parser.parse_args()

@@ -27,7 +27,7 @@ def fenced(program: str) -> str:
 
 @pytest.fixture(scope="module")
 def grader():
-    code = Code(score="fraction", time_limit_s=2.0, memory_limit_mib=256)
+    code = Code(score="fraction", time_limit_s=20.0, memory_limit_mib=256)
     with Grader(Reward(grader="code", code=code, right=3.0, wrong=1.0)) as grader:
         yield grader
 
@@ -100,14 +100,15 @@ def test_nothing_forges_a_result_or_hurts_the_worker(grader: Grader):
 
 def direct(**changes) -> code_tests.CodeTests:
     settings = {
-        "time_limit_s": 1.0, "memory_limit_mib": 256, "max_tests": 20, "fraction": True, "right_reward": 1.0,
+        "time_limit_s": 20.0, "memory_limit_mib": 256, "max_tests": 20, "fraction": True, "right_reward": 1.0,
         "wrong_reward": -1.0,
     }  # fmt: skip
     return code_tests.CodeTests(**settings | changes)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def here():
+    """A sandbox in this process, as a worker has it."""
     yield
     code_tests.close_sandbox()
 
@@ -123,7 +124,7 @@ def test_all_pass_and_the_number_of_tests(here):
 def test_a_late_test_ends_the_grading(here):
     answer = json.dumps({"inputs": ["1", "2", "3", "4"], "outputs": ["1"] * 4})
     program = "import time\nn = input()\nif n == '2': time.sleep(600)\nprint(1)"
-    assert direct()(fenced(program), answer) == (False, -0.5)
+    assert direct(time_limit_s=2.0)(fenced(program), answer) == (False, -0.5)
 
 
 def test_a_sandbox_that_is_gone_costs_one_item(here):
