@@ -5,13 +5,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from dapo_megatron.algorithms.mini_batch import aggregate, batch_of_groups, correct_engine_mismatch, mini_batches
+from dapo_megatron.algorithms.mini_batch import (
+    aggregate,
+    batch_of_groups,
+    correct_engine_mismatch,
+    mini_batches,
+    response_rows,
+    scoring_batch,
+)
+from dapo_megatron.algorithms.statistics import TokenStatistics, token_statistics
 from dapo_megatron.config import Recipe
 from dapo_megatron.data.completions import PromptGroup
+from dapo_megatron.data.group_files import GROUP_ARRAYS
 from dapo_megatron.data.packing import packing_efficiency
-from dapo_megatron.data.records import SequenceBatch, spread_over_responses
+from dapo_megatron.data.records import SequenceBatch
 from dapo_megatron.divergence import Divergence, divergence, reward_penalties
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.losses import POLICY_SUMS, policy_loss
@@ -20,7 +28,7 @@ from dapo_megatron.learner.reference import ReferenceWeights
 
 @dataclass(frozen=True)
 class PolicyStep:
-    """Means over the updates of the step, and the old policy's log-probs and entropies of the trained tokens."""
+    """Means over the updates of the step, and over its trained tokens."""
 
     loss: float
     grad_norm: float
@@ -34,10 +42,7 @@ class PolicyStep:
     packing_efficiency: float
     engine_weight: float  # mean of the truncated importance weights, 1 without them
     engine_weight_bounded: float  # share of tokens at their bound
-    old_logprobs: Tensor
-    entropy: Tensor
-    rollout_logprobs: Tensor
-    advantages: Tensor
+    tokens: TokenStatistics | None  # None when nothing was trained
     divergence: Divergence | None = None  # with a KL term
 
 
@@ -45,22 +50,28 @@ def score_old_policy(
     learner: Learner,
     groups: Sequence[PromptGroup],
     *,
+    kept: Sequence[PromptGroup] = (),
     overlong_filtering: bool,
     reference: ReferenceWeights | None = None,
 ) -> None:
     """Leave log-probs and entropies of the present policy in every group that has none yet: before the first update.
 
-    A group drawn by an earlier policy keeps that policy's. Filtered responses are not scored: theirs stay 0.
+    A group drawn by an earlier policy keeps that policy's. Filtered responses are not scored: theirs stay 0. Those of
+    `groups` share the memory of the whole step, those `kept` for a later one have memory of their own.
     `reference`: leave its log-probs too, once a group.
     """
+    groups = [*groups, *kept]
     new = [group for group in groups if not group.old_logprobs]
     for group, logprobs, entropies in _score(learner, new, overlong_filtering):
         group.old_logprobs, group.entropies = logprobs, entropies
-    if reference is not None:
-        new = [group for group in groups if not group.reference_logprobs]
+    new = [group for group in groups if not group.reference_logprobs]
+    if reference is not None and new:
         with reference.in_place():
             for group, logprobs, _ in _score(learner, new, overlong_filtering):
                 group.reference_logprobs = logprobs
+    for group in kept:
+        for name in GROUP_ARRAYS:
+            setattr(group, name, [values if values.base is None else values.copy() for values in getattr(group, name)])
 
 
 def _score(
@@ -69,15 +80,14 @@ def _score(
     """(group, log-probs, entropies) of the model as it is, fp32 [L] a completion."""
     if not groups:
         return []
-    batch = batch_of_groups(groups, overlong_filtering=overlong_filtering, advantage_epsilon=0.0)
+    batch = scoring_batch(groups, overlong_filtering=overlong_filtering)
     logprobs_T, entropy_T = (values.numpy() for values in learner.score(batch))
-    places = iter(batch.offsets.tolist())
-    found = []
-    for group in groups:
-        firsts = [next(places) + len(group.prompt_tokens) - 1 for _ in group.completions]
-        rows = [slice(i, i + len(c.tokens)) for i, c in zip(firsts, group.completions, strict=True)]
-        found.append((group, [logprobs_T[r].copy() for r in rows], [entropy_T[r].copy() for r in rows]))
-    return found
+    found: dict[int, tuple[PromptGroup, list[np.ndarray], list[np.ndarray]]] = {}
+    for rows, group, _ in response_rows(batch, groups):
+        _, logprobs, entropies = found.setdefault(id(group), (group, [], []))
+        logprobs.append(logprobs_T[rows])
+        entropies.append(entropy_T[rows])
+    return list(found.values())
 
 
 def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, *, learning_rate: float) -> PolicyStep:
@@ -95,15 +105,10 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
         advantage=algorithm.advantage,
         penalties=penalties,
     )
-    entropy_T = spread_over_responses(
-        batch,
-        [values for g in groups for values in g.entropies],
-        [len(g.prompt_tokens) for g in groups for _ in g.completions],
-    )
+    statistics = token_statistics(batch, groups)
     engine_weight = (1.0, 0.0)
     if algorithm.importance_bound is not None:
-        engine_weight = correct_engine_mismatch(batch, algorithm.importance_bound)
-    trained = batch.loss_weights_T > 0
+        engine_weight = correct_engine_mismatch(batch, groups, algorithm.importance_bound)
     sums = torch.zeros(len(POLICY_SUMS), dtype=torch.float64)
     norms: list[float] = []
     efficiencies: list[float] = []
@@ -134,7 +139,8 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
     named = dict(zip(POLICY_SUMS, sums.tolist(), strict=True))
     tokens = max(1.0, named["tokens"])
     apart = None
-    if kl.coefficient > 0 and bool(trained.any()):
+    if kl.coefficient > 0 and statistics is not None:
+        trained = batch.loss_weights_T > 0
         log_ratio_T = (batch.old_logprobs_T - batch.reference_logprobs_T)[trained]
         apart = divergence(log_ratio_T, kl, loss=named["kl_loss"] / max(1, len(norms)), penalties=penalties)
     return PolicyStep(
@@ -150,10 +156,7 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
         packing_efficiency=sum(efficiencies) / max(1, len(efficiencies)),
         engine_weight=engine_weight[0],
         engine_weight_bounded=engine_weight[1],
-        old_logprobs=batch.old_logprobs_T[trained],
-        entropy=entropy_T[trained],
-        rollout_logprobs=batch.rollout_logprobs_T[trained],
-        advantages=batch.advantages_T[trained],
+        tokens=statistics,
         divergence=apart,
     )
 

@@ -30,8 +30,8 @@ def claim_run_directory(recipe: Recipe, *, resume: bool, overwrite: bool, needed
         return
     if not run.is_dir():
         raise RequestError(f"run.directory={run} is not a directory; choose another")
-    if not any(run.iterdir()):
-        return
+    if all(path.name.startswith(".") and path.suffix == ".tmp" for path in run.iterdir()):
+        return  # empty, or killed before its first file had a name
     if not (run / "config.yaml").is_file():
         raise RequestError(f"run.directory={run} exists and is not a run; choose a new or empty directory")
     if resume:

@@ -125,7 +125,7 @@ def learn(run: Run, groups: Sequence[PromptGroup], kept: Sequence[PromptGroup] =
     algorithm = run.recipe.algorithm
     # a KL penalty in the reward is that of every response: filtered ones count in their group's mean
     filtering = algorithm.overlong_filtering and not (algorithm.kl.coefficient and algorithm.kl.place == "reward")
-    score_old_policy(run.learner, [*groups, *kept], overlong_filtering=filtering, reference=run.reference)
+    score_old_policy(run.learner, groups, kept=kept, overlong_filtering=filtering, reference=run.reference)
     if not groups:
         return None
     result = learn_step(run.learner, groups, run.recipe, learning_rate=learning_rate(run))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,22 +51,34 @@ LEARNABLE = ("reward.overlong.max_length=12", "reward.overlong.cache_length=11")
 SURPLUS = (
     "algorithm.dynamic_sampling={enabled: true, metric: reward_std, max_waves: 2, over_sampling: 2, adaptive: false}",
     "algorithm.importance_bound=2.0",
+    "algorithm.kl={coefficient: 0.1, place: loss, estimator: k2}",
 )
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     run = tmp_path_factory.mktemp("finished") / "run"
-    result = run_command("train", RECIPE, f"run.directory={run}", *SMALL, *LEARNABLE, *SURPLUS)
+    result = run_command("train", RECIPE, f"run.directory={run}", *SMALL, *LEARNABLE, *SURPLUS, "checkpoint.every=2")
     assert result.returncode == 0, result.stdout + result.stderr
     return run, result.stdout
+
+
+def killed_after_step_2(whole: Path, run: Path) -> None:
+    """A copy of a finished run as it would be, had it been killed while it saved and told of step 4."""
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "hf")
+    (run / "checkpoints" / "step-000004").rename(run / "checkpoints" / ".step-000004.tmp")
+    lines = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(lines[: lines.rindex('{"step": 4') + 20])
 
 
 def test_a_run_leaves_what_it_promises(finished):
     run, output = finished
     for name in ("config.yaml", "metrics.jsonl", "report.html", "report.png", "hf/model.safetensors", "samples.jsonl"):
         assert (run / name).is_file(), name
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000004"]
+    # the last two, and the best: a random model's first validation is not surpassed
+    assert sorted(p.name for p in (run / "checkpoints").glob("step-*")) == ["step-000000", "step-000002", "step-000004"]
+    assert json.loads((run / "checkpoints" / "best.json").read_text()) == {"step": 0, "folder": "step-000000"}
     lines = metrics_of(run)
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     assert all("validation/accuracy" in lines[i] for i in (0, 2, 4))
@@ -73,6 +86,10 @@ def test_a_run_leaves_what_it_promises(finished):
     assert trained, "nothing was trained"
     assert all(set(line) >= CONTRACT for line in trained if line["groups/generated"])
     assert all(line["mismatch/logprob_abs_mean"] < 1e-5 for line in trained)
+    # the first step is drawn by the reference itself
+    assert trained[0]["kl/mean"] == trained[0]["kl/k2"] == 0.0
+    assert all(line["kl/mean"] > 0 and line["kl/k2"] > 0 and line["kl/loss"] > 0 for line in trained[1:])
+    assert (run / "reference" / "manifest.json").is_file()
     assert "report.png" in output and "before:" in output and "after:" in output
     assert len(re.findall(r"^step +\d", output, re.M)) == 5
 
@@ -88,20 +105,39 @@ def test_the_exported_model_is_the_trained_one(finished):
 def test_resuming_is_exact(finished, tmp_path):
     whole, _ = finished
     run = tmp_path / "run"
-    shared = ("train", RECIPE, f"run.directory={run}", *SMALL, *LEARNABLE, *SURPLUS)
-    assert run_command(*shared, "run.steps=2").returncode == 0
+    killed_after_step_2(whole, run)
     lines = metrics_of(whole)
     reused = next(line for line in lines if line["step"] == 3)
     assert reused["groups/reused"] > 0, "the checkpoint must carry groups for this test to mean something"
     assert (run / "checkpoints" / "step-000002" / "surplus.safetensors").is_file()
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"step": 3, "accuracy/train": 0.5}\n{"step": 4, "accu')  # as a run killed later would leave it
-    result = run_command(*shared, "--resume")
+    result = run_command(
+        "train", RECIPE, f"run.directory={run}", *SMALL, *LEARNABLE, *SURPLUS, "checkpoint.every=2", "--resume"
+    )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "resumed from" in result.stdout
+    assert f"resumed from {run / 'checkpoints' / 'step-000002'}" in result.stdout
     assert without_times(metrics_of(run)) == without_times(metrics_of(whole))
+    assert (run / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    assert not list((run / "checkpoints").glob(".*"))
     resumed, expected = load_file(run / "hf" / "model.safetensors"), load_file(whole / "hf" / "model.safetensors")
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_resuming_under_another_layout_is_close(finished, tmp_path):
+    whole, _ = finished
+    run = tmp_path / "run"
+    killed_after_step_2(whole, run)
+    result = run_command(
+        "train", RECIPE, f"run.directory={run}", *SMALL, *LEARNABLE, *SURPLUS, "--resume", "parallel.tensor=1",
+        "parallel.pipeline=1", "checkpoint.hugging_face=false",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "of another layout" in result.stdout and "step-000002" in result.stdout
+    found, expected = without_times(metrics_of(run)), without_times(metrics_of(whole))
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    assert found[:3] == expected[:3], "steps before the checkpoint are not made again"
+    for line, wanted in zip(found[3:], expected[3:], strict=True):
+        for key in ("loss/policy", "grad_norm", "entropy/mean", "reward/mean", "tokens/trained"):
+            assert line.get(key) == pytest.approx(wanted.get(key), rel=1e-3, abs=1e-5), (line["step"], key)
 
 
 @pytest.mark.slow

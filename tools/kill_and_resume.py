@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ SETTINGS = (
     # a random model answers nothing right: with length in the reward there is something to learn
     "reward.overlong={max_length: 12, cache_length: 11}",
     "evaluation={every: 4, samples: 1}",
+    "optimizer.learning_rate=2.0e-5",  # slow enough that responses stay of many lengths
+    "optimizer.min_learning_rate=2.0e-6",
     "monitoring.tensorboard=false",
     "learner.time_limit_s=300",
     "checkpoint.every=1",
@@ -78,22 +81,26 @@ class Markers:
         on: list[str] = []
         begun: Counter = Counter()
         path = self.folder / f"rank-{rank}.json"
+        turn = threading.Lock()  # a checkpoint is written in a thread of its own
 
-        def tell() -> None:
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"on": list(on), "begun": dict(begun)}))
-            temporary.replace(path)
+        def tell(begins: str = "", ends: str = "") -> None:
+            with turn:
+                if begins:
+                    on.append(begins)
+                    begun[begins] += 1
+                if ends:
+                    on.remove(ends)
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text(json.dumps({"on": on, "begun": begun}))
+                temporary.replace(path)
 
         @contextmanager
         def told(name: str):
-            on.append(name)
-            begun[name] += 1
-            tell()
+            tell(begins=name)
             try:
                 yield
             finally:
-                on.remove(name)
-                tell()
+                tell(ends=name)
 
         phase, write = train.Clock.phase, checkpoint_saver.write_checkpoint
 

@@ -3,7 +3,7 @@
 Each seed makes one warm start, which all rungs continue. Finished cells are kept; a cell that was killed goes on from
 its last checkpoint, so the command can be stopped and started again.
 
-    python tools/ladder.py [--out runs/ladder] [--seeds 0 1 2] [--jobs 2] [--cell-limit-s 3600]
+    python tools/ladder.py [--out runs/ladder] [--seeds 1 2 3] [--jobs 2] [--cell-limit-s 3600]
                            [--set key.sub=value ...]
 """
 
@@ -159,7 +159,7 @@ def _now() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/ladder"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
     parser.add_argument("--cell-limit-s", type=float, default=3600.0)
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY.SUB=VALUE", help="settings changed in every rung")

@@ -42,8 +42,8 @@ class KL(Section):
     """Weight of the penalty (per nat); 0 = off, no reference is kept."""
 
     place: Literal["loss", "reward"] = "loss"
-    """loss adds it to the loss of every token; reward takes its sum over a response from the reward, before
-    advantages."""
+    """loss adds it to the loss of every token; reward takes its sum over a response from the reward, before advantages
+    and after dynamic sampling has looked at it."""
 
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """Which estimate of the divergence; k1 is for rewards only."""

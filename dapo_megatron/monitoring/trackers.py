@@ -115,7 +115,8 @@ class _TensorBoard:
         writer = self._steps
         if "supervised_step" in metrics:
             # a folder of its own: resuming purges by step number, and these count differently
-            self._supervised = self._supervised or self._writer(self._folder / "supervised")
+            if self._supervised is None:  # what an earlier process wrote from here on is done again
+                self._supervised = self._writer(self._folder / "supervised", purge_step=_axis(metrics, step)[1])
             writer = self._supervised
         step = _axis(metrics, step)[1]
         for key, value in _numbers(metrics).items():

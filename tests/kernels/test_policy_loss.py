@@ -197,6 +197,32 @@ def test_an_empty_clip_range_still_holds_ratio_one(dtype, advantage):
     assert gradient.any(dim=1).all()
 
 
+# ε 0.2 and 0.28, ε_dual 10, |A| = 2: (A, ratio, L, ∂L/∂l, flag)
+REGIONS = [
+    (2.0, 0.5, -1.0, -1.0, None),
+    (2.0, 1.1, -2.2, -2.2, None),
+    (2.0, 1.5, -2.56, 0.0, "clipped_high"),
+    (2.0, 20.0, -2.56, 0.0, "clipped_high"),
+    (-2.0, 0.5, 1.6, 0.0, "clipped_low"),
+    (-2.0, 1.1, 2.2, 2.2, None),
+    (-2.0, 1.5, 3.0, 3.0, None),
+    (-2.0, 9.9, 19.8, 19.8, None),
+    (-2.0, 20.0, 20.0, 0.0, "clipped_dual"),
+    (0.0, 20.0, 0.0, 0.0, None),
+]
+
+
+@pytest.mark.parametrize(("advantage", "ratio", "loss", "slope", "flag"), REGIONS)
+def test_every_clip_region_by_hand(advantage, ratio, loss, slope, flag):
+    """Weight 1, denominator 1; ∂l/∂z of token 0 is (3/4, −3/4)."""
+    old = -math.log(4.0) - math.log(ratio)
+    found, gradient = run(one_row(advantage, old), **CLIP, eps_dual=10.0, denominator=1.0)
+    assert found.loss.item() == pytest.approx(loss, rel=1e-6)
+    assert gradient[0].tolist() == pytest.approx([0.75 * slope, -0.75 * slope], rel=1e-6)
+    flags = [name for name in ("clipped_low", "clipped_high", "clipped_dual") if getattr(found, name).any()]
+    assert flags == ([flag] if flag else [])
+
+
 @pytest.mark.parametrize("beyond", [False, True])
 def test_the_dual_clip_bound_belongs_to_the_unclipped_side(beyond):
     old = -math.log(4.0) - 1.3

@@ -2,6 +2,9 @@
 
 import random
 import resource
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import torch.distributed as dist
 from dapo_megatron.config.checkpoint import Checkpoint
 from dapo_megatron.config.optimizer import Optimizer
 from dapo_megatron.errors import RunError
+from dapo_megatron.learner import checkpoint_saver
 from dapo_megatron.learner.checkpoint import load_checkpoint
 from dapo_megatron.learner.checkpoint_files import load_surplus, random_states_file
 from dapo_megatron.learner.checkpoint_saver import CheckpointSaver
@@ -42,11 +46,14 @@ def save_beside_training(payload: dict) -> dict:
         learner, run = make(), out / name
         saver = CheckpointSaver(Checkpoint(keep=1), learner, run, side_files=Path(payload["model"]))
         _update(learner, batch)
-        saver.save(_state(1, updates=1), [group(0, [3, 1], scored=True)])
-        expected = _weights(learner)
-        norm = _update(learner, batch)  # while the files are written
-        saver.check()
-        saver.wait()
+        with _held_back() as go_on:
+            saver.save(_state(1, updates=1), [group(0, [3, 1], scored=True)])
+            expected = _weights(learner)
+            norm = _update(learner, batch)
+            saver.check()
+            found[f"{name} does not wait"] = _all(not checkpoint_folder(run, 1).exists())
+            go_on.set()
+            saver.wait()
         loaded = make()
         load_checkpoint(checkpoint_folder(run, 1), loaded)
         same = all(torch.equal(tensor, expected[key]) for key, tensor in _weights(loaded).items())
@@ -59,6 +66,22 @@ def save_beside_training(payload: dict) -> dict:
     found["random"] = _random_states_come_back(random_states_file(checkpoint_folder(run, 1), dist.get_rank()))
     found |= _keep_and_fail(learner, saver, out / "plain", Path(payload["model"]))
     return found
+
+
+@contextmanager
+def _held_back() -> Iterator[threading.Event]:
+    """Threads that write checkpoints begin once the event is set."""
+    go_on, write = threading.Event(), checkpoint_saver.write_checkpoint
+
+    def write_then(*arguments: object) -> None:
+        assert go_on.wait(60)
+        write(*arguments)
+
+    checkpoint_saver.write_checkpoint = write_then
+    try:
+        yield go_on
+    finally:
+        checkpoint_saver.write_checkpoint = write
 
 
 def _keep_and_fail(learner: Learner, saver: CheckpointSaver, run: Path, side_files: Path) -> dict:

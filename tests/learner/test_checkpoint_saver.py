@@ -32,6 +32,7 @@ def world(tmp_path_factory):
 @pytest.mark.parametrize("name", ["bf16", "data", "plain"])
 def test_a_checkpoint_is_of_the_moment_it_was_asked_for(world, name):
     found, _ = world
+    assert found[f"{name} does not wait"]
     assert found[f"{name} is of the moment"], "the update made while it was written shows in it"
     assert found[f"{name} continues exactly"] and found[f"{name} weights after"]
 

@@ -84,6 +84,7 @@ def test_tensorboard_gets_numbers_and_a_resumed_run_replaces_its_later_steps(tmp
     warnings = []
     first = opened(tmp_path, warnings, tensorboard=True)
     for tracker in first:
+        tracker.log({"supervised_step": 8, "loss": 3.0}, 8)
         tracker.log({"supervised_step": 9, "loss": 2.0}, 9)
         for step in (1, 2, 3):
             tracker.log({"step": step, "reward/mean": float(step), "grad_norm": None, "note": "text"}, step)
@@ -91,11 +92,12 @@ def test_tensorboard_gets_numbers_and_a_resumed_run_replaces_its_later_steps(tmp
     truncate_after(tmp_path / "metrics.jsonl", 1)
     second = opened(tmp_path, warnings, tensorboard=True)
     for tracker in second:
+        tracker.log({"supervised_step": 9, "loss": 1.5}, 9)
         tracker.log({"step": 2, "reward/mean": 20.0}, 2)
     close(second)
     assert warnings == []
     assert scalars(tmp_path / "tensorboard") == {"reward/mean": [(1, 1.0), (2, 20.0)]}
-    assert scalars(tmp_path / "tensorboard" / "supervised") == {"loss": [(9, 2.0)]}
+    assert scalars(tmp_path / "tensorboard" / "supervised") == {"loss": [(8, 3.0), (9, 1.5)]}
 
 
 class FakeRun:
