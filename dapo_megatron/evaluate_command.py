@@ -105,11 +105,13 @@ def evaluate_model(model: Path, settings: Mapping[str, Mapping[str, Any]], overr
     with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(prefix="dapo-evaluate-") as scratch:
         folder = _hugging_face(found, Path(scratch))
         groups, failures = _sample(recipe, folder, Path(scratch) / "engines")
-    return Evaluated(found, recipe, score(groups), problem_records(groups), failures, time.perf_counter() - started)
+    votes = recipe.reward.answers_are_counted
+    scores, problems = score(groups, votes=votes), problem_records(groups, votes=votes)
+    return Evaluated(found, recipe, scores, problems, failures, time.perf_counter() - started)
 
 
 def as_json(found: Evaluated) -> dict[str, Any]:
-    """The result as one JSON-able object; a standard error of one problem is null."""
+    """The result as one JSON-able object; a standard error of one problem is null, and so is what does not exist."""
     scores, recipe = found.scores, found.recipe
     values = asdict(scores) | {"pass_at_k": scores.pass_at_k, "pass_at": {str(k): p for k, p in scores.pass_at.items()}}
     if math.isnan(scores.standard_error):
@@ -132,6 +134,7 @@ def print_scores(found: Evaluated) -> None:
     scores, recipe = found.scores, found.recipe
     k, e = scores.samples, recipe.evaluation
     error = "" if math.isnan(scores.standard_error) else f" ± {scores.standard_error:.4f}"
+    answered = "" if scores.answered is None else f"; {scores.answered:.1%} give a final answer"
     rows = [
         ("model", str(found.model)),
         ("data", f"{recipe.data.validation}: {scores.problems} problems, {k} samples each"),
@@ -141,9 +144,12 @@ def print_scores(found: Evaluated) -> None:
         ),
         (f"avg@{k}", f"{scores.avg_at_k:.4f}{error}   (standard error over problems)"),
         (f"pass@{k}", f"{scores.pass_at_k:.4f}   (at {', '.join(f'{n}: {p:.4f}' for n, p in scores.pass_at.items())})"),
-        (f"maj@{k}", f"{scores.maj_at_k:.4f}"),
+        (
+            f"maj@{k}",
+            "none: these responses have no final answers" if scores.maj_at_k is None else f"{scores.maj_at_k:.4f}",
+        ),
         ("length", f"mean {scores.length_mean:.1f}, longest {scores.length_max} tokens"),
-        ("truncated", f"{scores.truncated_fraction:.1%} of the responses; {scores.answered:.1%} give a final answer"),
+        ("truncated", f"{scores.truncated_fraction:.1%} of the responses{answered}"),
     ]
     if found.failures:
         rows.append(("grader", f"{found.failures} responses got no verdict and count as wrong"))
@@ -183,26 +189,31 @@ def _hugging_face(found: Path, scratch: Path) -> Path:
 
 def _sample(recipe: Recipe, folder: Path, logs: Path) -> tuple[list, int]:
     """Graded groups and the number of items without a verdict."""
+    import torch
+
     from dapo_megatron.data.tokenizer import load_tokenizer, stop_tokens
     from dapo_megatron.evaluation_engine import check_engine, open_engine
-    from dapo_megatron.prepare import encode_prompts
+    from dapo_megatron.prepare import check_answers, encode_prompts
     from dapo_megatron.resharding.hf_layout import check_checkpoint
-    from dapo_megatron.rewards.grader import Grader
+    from dapo_megatron.rewards.grader import Grader, check_grader
     from dapo_megatron.rollout.groups import GroupSampler
 
     architecture = read_architecture(folder)
     check_checkpoint(folder, architecture)
     check_engine(recipe, architecture)
+    check_grader(recipe.reward)
     tokenizer = load_tokenizer(folder)
     prompts, token_ids, _ = encode_prompts(tokenizer, recipe, Path(recipe.data.validation), "validation")
+    check_answers(recipe, prompts, recipe.data.validation)
     used = token_ids[: recipe.evaluation.max_prompts]
     _check_fit(recipe, architecture.max_positions, architecture.vocab, used)
     stops = stop_tokens(architecture.eos_token_ids, tokenizer)
     if not stops:
         raise RequestError(f"{folder}: neither config.json nor the tokenizer names an end-of-sequence token")
     longest = max(map(len, used))
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     with (
-        Grader(recipe.reward) as grader,
+        Grader(recipe.reward, device) as grader,
         open_engine(recipe, folder, stop_tokens=stops, longest_prompt=longest, logs=logs) as dispatcher,
     ):
         sampler = GroupSampler(recipe, tokenizer, prompts, token_ids, dispatcher, grader)

@@ -19,7 +19,8 @@ class Scores:
 
     avg_at_k: mean accuracy. standard_error: of avg_at_k over the problems; NaN for a single one.
     pass_at: k' → mean chance that one of k' samples is right, k' = 1, 2, 4 … and k. maj_at_k: share of problems whose
-    most frequent answer is right. answered: share of responses with a final answer. Lengths in tokens.
+    most frequent answer is right. answered: share of responses with a final answer. Both are None where responses have
+    no final answers that a majority could vote on (programs, scores of a reward model). Lengths in tokens.
     """
 
     problems: int
@@ -27,8 +28,8 @@ class Scores:
     avg_at_k: float
     standard_error: float
     pass_at: dict[int, float]
-    maj_at_k: float
-    answered: float
+    maj_at_k: float | None
+    answered: float | None
     length_mean: float
     length_max: int
     truncated_fraction: float
@@ -47,15 +48,16 @@ def evaluate(sampler: GroupSampler, recipe: Recipe) -> tuple[dict[str, float], l
     """
     settings = recipe.evaluation
     groups = sample_problems(sampler, recipe)
-    scores = score(groups)
+    scores = score(groups, votes=recipe.reward.answers_are_counted)
     metrics = {
         "validation/accuracy": scores.avg_at_k,
         "validation/pass": scores.pass_at_k,
-        "validation/majority": scores.maj_at_k,
         "validation/standard_error": scores.standard_error,
         "validation/response_length": scores.length_mean,
         "validation/truncated_fraction": scores.truncated_fraction,
     }
+    if scores.maj_at_k is not None:
+        metrics["validation/majority"] = scores.maj_at_k
     if settings.greedy:
         rows = range(len(groups))
         greedy = sampler.draw(rows, samples=1, temperature=0.0, top_p=1.0, seed_key=(settings.seed, 4))
@@ -78,8 +80,8 @@ def sample_problems(sampler: GroupSampler, recipe: Recipe) -> list[PromptGroup]:
     )
 
 
-def score(groups: Sequence[PromptGroup]) -> Scores:
-    """The scores of graded groups of equal size; at least one group."""
+def score(groups: Sequence[PromptGroup], *, votes: bool = True) -> Scores:
+    """The scores of graded groups of equal size; at least one group. `votes`: whether final answers are counted."""
     samples = len(groups[0].completions)
     right_PK = np.stack([g.accuracies for g in groups]).astype(bool)
     answers = [[final_answer(response) for response in g.responses] for g in groups]
@@ -92,20 +94,22 @@ def score(groups: Sequence[PromptGroup]) -> Scores:
         avg_at_k=float(right_PK.mean()),
         standard_error=clustered_standard_error(right_PK.mean(axis=1)),
         pass_at={k: float(pass_at_k(right_PK.sum(axis=1), samples, k).mean()) for k in ks},
-        maj_at_k=float(np.mean([majority_at_k(a, r) for a, r in zip(answers, right_PK, strict=True)])),
-        answered=float(np.mean([answer is not None for given in answers for answer in given])),
+        maj_at_k=float(np.mean([majority_at_k(a, r) for a, r in zip(answers, right_PK, strict=True)]))
+        if votes
+        else None,
+        answered=float(np.mean([answer is not None for given in answers for answer in given])) if votes else None,
         length_mean=float(lengths.mean()),
         length_max=int(lengths.max()),
         truncated_fraction=float(np.mean([c.finish_reason == "length" for c in completions])),
     )
 
 
-def problem_records(groups: Sequence[PromptGroup]) -> list[dict[str, Any]]:
+def problem_records(groups: Sequence[PromptGroup], *, votes: bool = True) -> list[dict[str, Any]]:
     """One JSON-able object a problem: prompt, reference answer, its own avg, pass and maj, and its responses: verdict,
-    extracted answer, length in tokens, whether they were cut, text."""
+    extracted answer, length in tokens, whether they were cut, text. Without `votes` maj and answers are null."""
     records = []
     for group in groups:
-        answers = [final_answer(response) for response in group.responses]
+        answers = [final_answer(response) if votes else None for response in group.responses]
         right_K = np.asarray(group.accuracies, dtype=bool)
         records.append(
             {
@@ -114,7 +118,7 @@ def problem_records(groups: Sequence[PromptGroup]) -> list[dict[str, Any]]:
                 "answer": group.answer,
                 "avg_at_k": float(right_K.mean()),
                 "pass_at_k": float(right_K.any()),
-                "maj_at_k": majority_at_k(answers, right_K),
+                "maj_at_k": majority_at_k(answers, right_K) if votes else None,
                 "responses": [
                     {
                         "right": bool(right),

@@ -5,16 +5,14 @@ Reads the recipe and config.json, no weights and no torch.
 
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from dapo_megatron.config import Architecture, Layout, Recipe, derive_layout, read_architecture
-from dapo_megatron.config.architecture import architecture_from_dict
+from dapo_megatron.config import Architecture, Layout, Recipe, derive_layout
 from dapo_megatron.config.derive import derive_engines
+from dapo_megatron.prepare import planned_architecture
 from dapo_megatron.resharding.hf_layout import whole_layout
 from dapo_megatron.resharding.layout import WeightLayout
 from dapo_megatron.resharding.megatron_layout import megatron_layout
@@ -23,7 +21,6 @@ from dapo_megatron.resharding.minimum import minimum_elements
 from dapo_megatron.resharding.plan import make_plan
 from dapo_megatron.resharding.summary import PlanSummary, Spread, summarise
 from dapo_megatron.resharding.vllm_layout import vllm_layout
-from dapo_megatron.scratch import scratch_config
 
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 LINK_GBPS = (100.0, 200.0, 400.0)  # of one rank, where the command line names none
@@ -48,7 +45,7 @@ def plan_resharding(recipe: Recipe) -> ReshardingPlan:
         RequestError: the model folder, or sizes that do not divide.
         RunError: the layouts do not fit each other.
     """
-    architecture = _architecture(recipe)
+    architecture = planned_architecture(recipe)
     layout = derive_layout(recipe, architecture)
     itemsize = ITEMSIZE[recipe.model.dtype]
     started = time.perf_counter()
@@ -109,17 +106,6 @@ def print_plan(found: ReshardingPlan, link_gbps: tuple[float, ...]) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-
-
-def _architecture(recipe: Recipe) -> Architecture:
-    scratch = recipe.model.scratch
-    if scratch is None:
-        return read_architecture(Path(recipe.model.path))
-    from dapo_megatron.data.arithmetic import build_tokenizer
-
-    with TemporaryDirectory() as folder:
-        vocabulary = build_tokenizer(Path(folder))
-    return architecture_from_dict(scratch_config(scratch, vocabulary=vocabulary, eos_token=0), "model.scratch")
 
 
 def _target(recipe: Recipe, a: Architecture, layout: Layout) -> tuple[WeightLayout, str]:

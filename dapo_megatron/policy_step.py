@@ -1,23 +1,34 @@
-"""What the learner does with one rollout step: old log-probs, then its gradient updates."""
+"""What the learner does with one rollout step: old and reference log-probs, then its gradient updates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from dapo_megatron.algorithms.mini_batch import aggregate, batch_of_groups, correct_engine_mismatch, mini_batches
+from dapo_megatron.algorithms.mini_batch import (
+    aggregate,
+    batch_of_groups,
+    correct_engine_mismatch,
+    mini_batches,
+    response_rows,
+    scoring_batch,
+)
+from dapo_megatron.algorithms.statistics import TokenStatistics, token_statistics
 from dapo_megatron.config import Recipe
 from dapo_megatron.data.completions import PromptGroup
+from dapo_megatron.data.group_files import GROUP_ARRAYS
 from dapo_megatron.data.packing import packing_efficiency
-from dapo_megatron.data.records import SequenceBatch, spread_over_responses
+from dapo_megatron.data.records import SequenceBatch
+from dapo_megatron.divergence import Divergence, divergence, reward_penalties
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.losses import POLICY_SUMS, policy_loss
+from dapo_megatron.learner.reference import ReferenceWeights
 
 
 @dataclass(frozen=True)
 class PolicyStep:
-    """Means over the updates of the step, and the old policy's log-probs and entropies of the trained tokens."""
+    """Means over the updates of the step, and over its trained tokens."""
 
     loss: float
     grad_norm: float
@@ -31,29 +42,52 @@ class PolicyStep:
     packing_efficiency: float
     engine_weight: float  # mean of the truncated importance weights, 1 without them
     engine_weight_bounded: float  # share of tokens at their bound
-    old_logprobs: Tensor
-    entropy: Tensor
-    rollout_logprobs: Tensor
-    advantages: Tensor
+    tokens: TokenStatistics | None  # None when nothing was trained
+    divergence: Divergence | None = None  # with a KL term
 
 
-def score_old_policy(learner: Learner, groups: Sequence[PromptGroup], *, overlong_filtering: bool) -> None:
+def score_old_policy(
+    learner: Learner,
+    groups: Sequence[PromptGroup],
+    *,
+    kept: Sequence[PromptGroup] = (),
+    overlong_filtering: bool,
+    reference: ReferenceWeights | None = None,
+) -> None:
     """Leave log-probs and entropies of the present policy in every group that has none yet: before the first update.
 
-    A group drawn by an earlier policy keeps that policy's. Filtered responses are not scored: theirs stay 0.
+    A group drawn by an earlier policy keeps that policy's. Filtered responses are not scored: theirs stay 0. Those of
+    `groups` share the memory of the whole step, those `kept` for a later one have memory of their own.
+    `reference`: leave its log-probs too, once a group.
     """
+    groups = [*groups, *kept]
     new = [group for group in groups if not group.old_logprobs]
-    if not new:
-        return
-    batch = batch_of_groups(new, overlong_filtering=overlong_filtering, advantage_epsilon=0.0)
+    for group, logprobs, entropies in _score(learner, new, overlong_filtering):
+        group.old_logprobs, group.entropies = logprobs, entropies
+    new = [group for group in groups if not group.reference_logprobs]
+    if reference is not None and new:
+        with reference.in_place():
+            for group, logprobs, _ in _score(learner, new, overlong_filtering):
+                group.reference_logprobs = logprobs
+    for group in kept:
+        for name in GROUP_ARRAYS:
+            setattr(group, name, [values if values.base is None else values.copy() for values in getattr(group, name)])
+
+
+def _score(
+    learner: Learner, groups: Sequence[PromptGroup], overlong_filtering: bool
+) -> list[tuple[PromptGroup, list[np.ndarray], list[np.ndarray]]]:
+    """(group, log-probs, entropies) of the model as it is, fp32 [L] a completion."""
+    if not groups:
+        return []
+    batch = scoring_batch(groups, overlong_filtering=overlong_filtering)
     logprobs_T, entropy_T = (values.numpy() for values in learner.score(batch))
-    places = iter(batch.offsets.tolist())
-    for group in new:
-        for completion in group.completions:
-            first = next(places) + len(group.prompt_tokens) - 1
-            rows = slice(first, first + len(completion.tokens))
-            group.old_logprobs.append(logprobs_T[rows].copy())
-            group.entropies.append(entropy_T[rows].copy())
+    found: dict[int, tuple[PromptGroup, list[np.ndarray], list[np.ndarray]]] = {}
+    for rows, group, _ in response_rows(batch, groups):
+        _, logprobs, entropies = found.setdefault(id(group), (group, [], []))
+        logprobs.append(logprobs_T[rows])
+        entropies.append(entropy_T[rows])
+    return list(found.values())
 
 
 def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, *, learning_rate: float) -> PolicyStep:
@@ -62,21 +96,19 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
     A mini-batch without a trained token is skipped and counted.
     """
     algorithm, samples = recipe.algorithm, len(groups[0].completions)
+    kl = algorithm.kl
+    penalties = reward_penalties(groups, kl)
     batch = batch_of_groups(
         groups,
         overlong_filtering=algorithm.overlong_filtering,
         advantage_epsilon=algorithm.advantage_epsilon,
         advantage=algorithm.advantage,
+        penalties=penalties,
     )
-    entropy_T = spread_over_responses(
-        batch,
-        [values for g in groups for values in g.entropies],
-        [len(g.prompt_tokens) for g in groups for _ in g.completions],
-    )
+    statistics = token_statistics(batch, groups)
     engine_weight = (1.0, 0.0)
     if algorithm.importance_bound is not None:
-        engine_weight = correct_engine_mismatch(batch, algorithm.importance_bound)
-    trained = batch.loss_weights_T > 0
+        engine_weight = correct_engine_mismatch(batch, groups, algorithm.importance_bound)
     sums = torch.zeros(len(POLICY_SUMS), dtype=torch.float64)
     norms: list[float] = []
     efficiencies: list[float] = []
@@ -98,12 +130,19 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
             eps_high=algorithm.eps_high,
             eps_dual=algorithm.eps_dual,
             entropy_coefficient=algorithm.entropy_coefficient,
+            kl_coefficient=kl.coefficient if kl.place == "loss" else 0.0,
+            kl_estimator=kl.estimator,
         )
         sums += learner.gradients(batch, sequences, loss)
         norms.append(learner.step(learning_rate, recipe.optimizer.weight_decay))
         efficiencies.append(_efficiency(learner, batch, sequences))
     named = dict(zip(POLICY_SUMS, sums.tolist(), strict=True))
     tokens = max(1.0, named["tokens"])
+    apart = None
+    if kl.coefficient > 0 and statistics is not None:
+        trained = batch.loss_weights_T > 0
+        log_ratio_T = (batch.old_logprobs_T - batch.reference_logprobs_T)[trained]
+        apart = divergence(log_ratio_T, kl, loss=named["kl_loss"] / max(1, len(norms)), penalties=penalties)
     return PolicyStep(
         loss=named["loss"] / max(1, len(norms)),
         grad_norm=sum(norms) / max(1, len(norms)),
@@ -117,10 +156,8 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
         packing_efficiency=sum(efficiencies) / max(1, len(efficiencies)),
         engine_weight=engine_weight[0],
         engine_weight_bounded=engine_weight[1],
-        old_logprobs=batch.old_logprobs_T[trained],
-        entropy=entropy_T[trained],
-        rollout_logprobs=batch.rollout_logprobs_T[trained],
-        advantages=batch.advantages_T[trained],
+        tokens=statistics,
+        divergence=apart,
     )
 
 

@@ -22,17 +22,20 @@ from dapo_megatron.config import (
 from dapo_megatron.config.architecture import architecture_from_dict
 from dapo_megatron.config.check import cpu_engine_problem
 from dapo_megatron.config.derive import derive_engines
+from dapo_megatron.config.supervised import Stage
 from dapo_megatron.data.arithmetic import check_task, longest_example
+from dapo_megatron.data.prompt_template import apply_template
 from dapo_megatron.data.prompts import Prompt, check_prompt_lengths, encode_prompt, read_supervised
 from dapo_megatron.data.tokenizer import load_tokenizer, vocabulary_size
 from dapo_megatron.errors import RequestError
 from dapo_megatron.monitoring import check_trackers
 from dapo_megatron.prompt_files import Side, check_overlap, load_prompts
 from dapo_megatron.resharding.hf_layout import check_checkpoint
-from dapo_megatron.rewards.custom import check_custom
+from dapo_megatron.rewards.code_cases import check_cases
+from dapo_megatron.rewards.grader import check_grader
 from dapo_megatron.rollout.vllm_plugin import check_vllm_version
 from dapo_megatron.rollout.vllm_secret import VARIABLE as SECRET_VARIABLE
-from dapo_megatron.scratch import scratch_config
+from dapo_megatron.scratch import ARITHMETIC, scratch_config, vocabulary_of
 
 GENERATED = ("worked", "mixed")  # supervised sets that `data.generate` writes
 
@@ -78,21 +81,23 @@ def check_request(recipe: Recipe, world: int | None = None) -> tuple[Architectur
         problems,
         lambda: check_trackers(tensorboard=monitoring.tensorboard, wandb=monitoring.wandb, mlflow=monitoring.mlflow),
     )
-    if recipe.reward.custom is not None:
-        _collect(problems, lambda: check_custom(recipe.reward.custom))
+    _collect(problems, lambda: check_grader(recipe.reward))
     _collect(problems, lambda: _check_accelerator(recipe))
     _collect(problems, lambda: _check_engines(recipe, architecture, layout))
     if recipe.model.scratch is None:
         _collect(problems, lambda: check_checkpoint(paths.model, architecture))
         _collect(problems, lambda: _check_vocabulary(paths.model, architecture))
-    if recipe.data.generate is not None:
-        _collect(problems, lambda: _check_generated(recipe, architecture))
-    elif recipe.model.scratch is not None:
+    scratch, generated = recipe.model.scratch, recipe.data.generate is not None
+    if scratch is not None and generated != (scratch.tokenizer == ARITHMETIC):
         problems.append(
-            "model.scratch comes with the tokenizer of the generated task; set data.generate, or model.path"
+            f"model.scratch.tokenizer={scratch.tokenizer} does not go with the data: {ARITHMETIC} reads the task of "
+            "data.generate and nothing else; set data.generate, or name a tokenizer's folder, or set model.path"
         )
+    elif generated:
+        _collect(problems, lambda: _check_generated(recipe, architecture))
     else:
-        _collect(problems, lambda: _check_files(recipe, paths, architecture))
+        tokenizer = paths.model if scratch is None else Path(scratch.tokenizer)
+        _collect(problems, lambda: _check_files(recipe, paths, tokenizer, architecture))
     if problems:
         raise RequestError("\n".join(problems))
     return architecture, layout
@@ -103,7 +108,8 @@ def planned_architecture(recipe: Recipe) -> Architecture:
     scratch = recipe.model.scratch
     if scratch is None:
         return read_architecture(Path(recipe.model.path))
-    return architecture_from_dict(scratch_config(scratch, vocabulary=1, eos_token=0), "model.scratch")
+    config = scratch_config(scratch, vocabulary=vocabulary_of(scratch), eos_token=0)
+    return architecture_from_dict(config, "model.scratch")
 
 
 def encode_prompts(
@@ -122,41 +128,57 @@ def encode_prompts(
     return prompts, token_ids, lines
 
 
-def encode_examples(tokenizer, recipe: Recipe, path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(prompt, response) token ids int32 of a supervised file; prompts as rollouts see them, the end of sequence behind
-    each response.
+def check_answers(recipe: Recipe, prompts: list[Prompt], path: Path | str) -> None:
+    """Refuse answers that the recipe's grader cannot use.
+
+    Raises:
+        RequestError: with reward.grader=code the first answer that is no test cases.
+    """
+    if recipe.reward.method == "code":
+        check_cases(((prompt.id, prompt.answer) for prompt in prompts), path)
+
+
+def encode_examples(tokenizer, recipe: Recipe, stage: Stage) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(prompt, response) token ids int32 of a supervised stage; prompts as rollouts see them, the end of sequence
+    behind each response.
 
     Raises:
         RequestError: a tokenizer without an end of sequence, a prompt without tokens.
     """
+    path, data = run_paths(recipe).supervised(stage.data), recipe.data
     if tokenizer.eos_token_id is None:
         raise RequestError(f"{path}: the tokenizer has no end-of-sequence token; supervised stages need one")
     examples = []
-    for row, (prompt, response) in enumerate(read_supervised(path)):
-        prompt_ids = encode_prompt(tokenizer, Prompt(row, prompt, ""), recipe.data.chat_template)
+    columns = {"prompt_column": stage.prompt_column, "response_column": stage.response_column}
+    for prompt, response in read_supervised(path, **columns):
+        if data.prompt_template is not None:
+            prompt = apply_template(prompt, data.prompt_template)
+        prompt_ids = encode_prompt(tokenizer, prompt, data.chat_template)
         if len(prompt_ids) == 0:
-            raise RequestError(f"{path} row {row} (from 0): the prompt has no tokens")
-        response_ids = [*tokenizer.encode(response, add_special_tokens=False), tokenizer.eos_token_id]
+            raise RequestError(f"{path} row {prompt.id} (from 0): the prompt has no tokens")
+        whole = stage.response_template.replace("{response}", response)
+        response_ids = [*tokenizer.encode(whole, add_special_tokens=False), tokenizer.eos_token_id]
         examples.append((prompt_ids, np.asarray(response_ids, np.int32)))
     return examples
 
 
-def _check_files(recipe: Recipe, paths: RunPaths, architecture: Architecture) -> None:
+def _check_files(recipe: Recipe, paths: RunPaths, folder: Path, architecture: Architecture) -> None:
     """Encode every prompt and example once, so that none is refused in the middle of a run."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    tokenizer = load_tokenizer(paths.model)
+    tokenizer = load_tokenizer(folder)
     if tokenizer.eos_token_id is None and not architecture.eos_token_ids:
-        raise RequestError(f"{paths.model}: neither config.json nor the tokenizer names an end-of-sequence token")
+        raise RequestError(f"{folder}: neither config.json nor the tokenizer names an end-of-sequence token")
     sides: list[list[Prompt]] = []
     for side, path in (("train", paths.train), ("validation", paths.validation)):
         if path is not None:
             sides.append(encode_prompts(tokenizer, recipe, path, side)[0])
+            check_answers(recipe, sides[-1], path)
     if len(sides) == 2:
         check_overlap(recipe, *sides)
     for i, stage in enumerate(recipe.supervised.stages):
         if stage.data in GENERATED:
             raise RequestError(f"supervised.stages[{i}].data={stage.data} is made by data.generate, which is not set")
-        examples = encode_examples(tokenizer, recipe, paths.supervised(stage.data))
+        examples = encode_examples(tokenizer, recipe, stage)
         _check_example_length(max(len(p) + len(r) for p, r in examples), stage.data, recipe, architecture)
 
 

@@ -2,6 +2,7 @@
 
 RUN/config.yaml     the resolved recipe          RUN/model/    a model made from scratch, if the recipe asks for one
 RUN/data/           a generated task, likewise   RUN/checkpoints/, metrics.jsonl, samples.jsonl, report.{html,png}, hf/
+RUN/reference/      the policy after supervised stages, where `algorithm.kl` needs it
 """
 
 import shutil
@@ -13,7 +14,7 @@ from dapo_megatron.data.arithmetic import generate_task
 from dapo_megatron.errors import RequestError
 from dapo_megatron.files import write_text_atomically
 from dapo_megatron.prepare import RunPaths, run_paths
-from dapo_megatron.scratch import build_scratch_model
+from dapo_megatron.scratch import ARITHMETIC, build_scratch_model
 
 
 def claim_run_directory(recipe: Recipe, *, resume: bool, overwrite: bool, needed: Sequence[Path] = ()) -> None:
@@ -86,7 +87,8 @@ def _write(recipe: Recipe, paths: RunPaths) -> None:
 
 def _inputs(recipe: Recipe, paths: RunPaths) -> list[Path]:
     """Files and folders outside the run directory's own that the request reads."""
-    inputs = [] if recipe.model.scratch is not None else [paths.model]
+    scratch = recipe.model.scratch
+    inputs = [paths.model] if scratch is None else [] if scratch.tokenizer == ARITHMETIC else [Path(scratch.tokenizer)]
     if recipe.data.generate is None:
         stages = [paths.supervised(stage.data) for stage in recipe.supervised.stages]
         inputs += [path for path in (paths.train, paths.validation, *stages) if path is not None]
@@ -116,6 +118,13 @@ def _check_same_start(recipe: Recipe, run: Path) -> None:
     if now[: len(before)] != before:
         problems.append(
             f"supervised.stages differ from those in {run / 'config.yaml'}; --resume may only add stages behind them"
+        )
+    kl_before, kl_now = begun.algorithm.kl, recipe.algorithm.kl
+    if kl_now.coefficient > 0 and (kl_before.coefficient == 0 or kl_before.place != kl_now.place):
+        problems.append(
+            f"algorithm.kl.coefficient={kl_now.coefficient} in algorithm.kl.place={kl_now.place} differs from "
+            f"coefficient={kl_before.coefficient} in place={kl_before.place} in {run / 'config.yaml'}; only a new run "
+            "may turn the KL term on or move it; use those, or coefficient=0"
         )
     if problems:
         raise RequestError("\n".join(problems))

@@ -16,6 +16,7 @@ from dapo_megatron.monitoring.journal import Journal
 from dapo_megatron.monitoring.step_metrics import Clock, learner_metrics, rollout_metrics
 from dapo_megatron.policy_step import PolicyStep, learn_step, score_old_policy
 from dapo_megatron.prepare import encode_examples
+from dapo_megatron.reference_policy import keep_reference
 from dapo_megatron.rollout.dynamic_sampling import SampledStep, sample_step
 from dapo_megatron.stop import StopSignal
 from dapo_megatron.supervised import run_stage
@@ -25,6 +26,7 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
     """Train until run.steps or a stop signal; every rank calls it. A checkpoint is left in both cases."""
     steps, checkpoint, evaluation = run.recipe.run.steps, run.recipe.checkpoint, run.recipe.evaluation
     warm_start(run, journal, stop)
+    run.reference = None if stop.requested() else keep_reference(run)
     with checkpoint_on_failure(run):
         run.sync.push(run.updates)
     if run.step == 0 and not stop.requested():
@@ -66,6 +68,7 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
 
 def train_from_files(run: Run, journal: Journal, stop: StopSignal, files: Sequence[Path]) -> None:
     """Learn from batches that `--debug-rollout-only` saved; no engine is asked for anything."""
+    run.reference = keep_reference(run)
     for groups in load_batches(files):
         if stop.requested():
             break
@@ -97,7 +100,7 @@ def warm_start(run: Run, journal: Journal, stop: StopSignal) -> None:
         run_stage(
             run.learner,
             stage,
-            encode_examples(run.tokenizer, run.recipe, run.paths.supervised(stage.data)),
+            encode_examples(run.tokenizer, run.recipe, stage),
             seed=run.recipe.run.seed,
             done=run.supervised_done[i],
             report=report,
@@ -117,10 +120,12 @@ def roll_out(run: Run) -> SampledStep:
 
 
 def learn(run: Run, groups: Sequence[PromptGroup], kept: Sequence[PromptGroup] = ()) -> PolicyStep | None:
-    """Old log-probs of all groups, of those `kept` for later too, then the step's gradient updates; None when there is
-    nothing to learn from."""
-    filtering = run.recipe.algorithm.overlong_filtering
-    score_old_policy(run.learner, [*groups, *kept], overlong_filtering=filtering)
+    """Old log-probs of all groups, of those `kept` for later too, and the reference's; then the step's gradient
+    updates; None when there is nothing to learn from."""
+    algorithm = run.recipe.algorithm
+    # a KL penalty in the reward is that of every response: filtered ones count in their group's mean
+    filtering = algorithm.overlong_filtering and not (algorithm.kl.coefficient and algorithm.kl.place == "reward")
+    score_old_policy(run.learner, groups, kept=kept, overlong_filtering=filtering, reference=run.reference)
     if not groups:
         return None
     result = learn_step(run.learner, groups, run.recipe, learning_rate=learning_rate(run))

@@ -195,6 +195,18 @@ def test_a_row_without_an_answer(tmp_path, own_model):
     refused(tmp_path, *own_model, says=("train.jsonl", "line 2", "answer"))
 
 
+def test_answers_that_are_no_test_cases(tmp_path, own_model):
+    refused(
+        tmp_path, *own_model, "reward.grader=code", says=("train.jsonl row 0", "reward.grader=code", "the answer is")
+    )
+
+
+def test_a_reward_model_that_is_none(tmp_path, own_model):
+    model = f"reward.model.path={tmp_path / 'model'}"
+    says = ("is no sequence classifier", "Qwen2ForCausalLM", "ForSequenceClassification")
+    refused(tmp_path, *own_model, "reward.grader=model", model, says=says)
+
+
 def test_a_prompt_longer_than_the_limit(tmp_path, own_model):
     (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "1+" * 20 + "1=", "answer": "21"}) + "\n")
     refused(tmp_path, *own_model, says=("train.jsonl", "data.max_prompt_length=16", "42"))

@@ -51,6 +51,7 @@ LEARNABLE = ("reward.overlong.max_length=12", "reward.overlong.cache_length=11")
 SURPLUS = (
     "algorithm.dynamic_sampling={enabled: true, metric: reward_std, max_waves: 2, over_sampling: 2, adaptive: false}",
     "algorithm.importance_bound=2.0",
+    "algorithm.kl={coefficient: 0.1, place: loss, estimator: k2}",
 )
 
 
@@ -85,6 +86,10 @@ def test_a_run_leaves_what_it_promises(finished):
     assert trained, "nothing was trained"
     assert all(set(line) >= CONTRACT for line in trained if line["groups/generated"])
     assert all(line["mismatch/logprob_abs_mean"] < 1e-5 for line in trained)
+    # the first step is drawn by the reference itself
+    assert trained[0]["kl/mean"] == trained[0]["kl/k2"] == 0.0
+    assert all(line["kl/mean"] > 0 and line["kl/k2"] > 0 and line["kl/loss"] > 0 for line in trained[1:])
+    assert (run / "reference" / "manifest.json").is_file()
     assert "report.png" in output and "before:" in output and "after:" in output
     assert len(re.findall(r"^step +\d", output, re.M)) == 5
 

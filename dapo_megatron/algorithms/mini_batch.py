@@ -1,47 +1,70 @@
 """Scored groups → a batch to learn from: advantages, loss weights, and the mini-batches of one rollout step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from dapo_megatron.algorithms.advantages import group_advantages
 from dapo_megatron.data.completions import PromptGroup
-from dapo_megatron.data.records import SequenceBatch, sequence_batch, spread_over_responses
+from dapo_megatron.data.records import SequenceBatch, sequence_batch
 
 LOG_RATIO_LIMIT = 20.0  # as in the loss
 
 
 def batch_of_groups(
-    groups: Sequence[PromptGroup], *, overlong_filtering: bool, advantage_epsilon: float, advantage: str = "group"
+    groups: Sequence[PromptGroup],
+    *,
+    overlong_filtering: bool,
+    advantage_epsilon: float,
+    advantage: str = "group",
+    penalties: Sequence[np.ndarray] = (),
 ) -> SequenceBatch:
     """All completions of the groups, group after group: A_i on every response token, weight 1, or 0 for a truncated
-    response. `advantage`: "group", or "group-mean" for A = R − mean R.
+    response. `advantage`: "group", or "group-mean" for A = R − mean R. `penalties`: [G] of each group, taken from its
+    rewards here and nowhere else.
 
-    Old log-probs are the groups' own where they carry them (all or none do), else 0.
+    Old log-probs are the groups' own where they carry them (all or none do), else 0; those of the reference are there
+    if all groups carry them.
     A truncated response that is filtered leaves the loss and its denominator, yet counts in its group's mean and std.
     """
-    completions = [c for g in groups for c in g.completions]
-    prompts = [g.prompt_tokens for g in groups for _ in g.completions]
-    prompt_lengths = [len(p) for p in prompts]
-    batch = sequence_batch(prompts, [c.tokens for c in completions])
+    batch = scoring_batch(groups, overlong_filtering=overlong_filtering)
     divide = advantage == "group"
+    rewards = [g.rewards for g in groups]
+    if penalties:
+        rewards = [r.astype(np.float64) - p for r, p in zip(rewards, penalties, strict=True)]
     advantages = np.concatenate(
-        [group_advantages(g.rewards[None], epsilon=advantage_epsilon, divide=divide)[0] for g in groups]
+        [group_advantages(r[None], epsilon=advantage_epsilon, divide=divide)[0] for r in rewards]
     )
-    batch.advantages_T = spread_over_responses(
-        batch, [np.full(len(c.tokens), a) for c, a in zip(completions, advantages, strict=True)], prompt_lengths
-    )
-    batch.rollout_logprobs_T = spread_over_responses(batch, [c.logprobs for c in completions], prompt_lengths)
-    if groups[0].old_logprobs:
-        batch.old_logprobs_T = spread_over_responses(
-            batch, [values for g in groups for values in g.old_logprobs], prompt_lengths
-        )
-    if overlong_filtering:
-        for i, completion in enumerate(completions):
-            if completion.finish_reason == "length":
-                batch.loss_weights_T[batch.rows(i)] = 0.0
+    if all(g.reference_logprobs for g in groups):
+        batch.reference_logprobs_T = torch.from_numpy(np.zeros(len(batch.tokens_T), np.float32))
+    for (rows, group, i), value in zip(response_rows(batch, groups), advantages.tolist(), strict=True):
+        batch.advantages_T[rows] = value
+        if groups[0].old_logprobs:
+            batch.old_logprobs_T[rows] = torch.from_numpy(group.old_logprobs[i])
+        if batch.reference_logprobs_T is not None:
+            batch.reference_logprobs_T[rows] = torch.from_numpy(group.reference_logprobs[i])
     return batch
+
+
+def scoring_batch(groups: Sequence[PromptGroup], *, overlong_filtering: bool) -> SequenceBatch:
+    """All completions of the groups, group after group, weight 1 on what is trained: what log-probs are taken of."""
+    prompts = [g.prompt_tokens for g in groups for _ in g.completions]
+    batch = sequence_batch(prompts, [c.tokens for g in groups for c in g.completions])
+    if overlong_filtering:
+        for rows, group, i in response_rows(batch, groups):
+            if group.completions[i].finish_reason == "length":
+                batch.loss_weights_T[rows] = 0.0
+    return batch
+
+
+def response_rows(batch: SequenceBatch, groups: Sequence[PromptGroup]) -> Iterator[tuple[slice, PromptGroup, int]]:
+    """(rows that predict its tokens, group, place in the group) of every completion of a batch of `groups`."""
+    starts = iter(batch.offsets.tolist())
+    for group in groups:
+        for i, completion in enumerate(group.completions):
+            first = next(starts) + len(group.prompt_tokens) - 1
+            yield slice(first, first + len(completion.tokens)), group, i
 
 
 def mini_batches(groups: int, samples: int, prompts_per_update: int) -> list[range]:
@@ -53,20 +76,24 @@ def mini_batches(groups: int, samples: int, prompts_per_update: int) -> list[ran
     ]
 
 
-def correct_engine_mismatch(batch: SequenceBatch, bound: float) -> tuple[float, float]:
+def correct_engine_mismatch(batch: SequenceBatch, groups: Sequence[PromptGroup], bound: float) -> tuple[float, float]:
     """Truncated importance sampling: fold min(π_old / π_rollout, bound) into the loss weights, in place and once.
 
     Corrects the difference between the engine that drew the tokens and the learner. Denominators count tokens and are
     not changed by it. Returns the mean weight and the share of trained tokens at the bound.
     """
-    trained = batch.loss_weights_T > 0
-    log_ratio = (batch.old_logprobs_T - batch.rollout_logprobs_T)[trained].double()
-    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    weight = ratio.clamp(max=bound)
-    batch.loss_weights_T[trained] *= weight.float()
-    if not weight.numel():
-        return 1.0, 0.0
-    return float(weight.mean()), float((ratio > bound).double().mean())
+    total, bounded, tokens = 0.0, 0, 0
+    for rows, group, i in response_rows(batch, groups):
+        weights = batch.loss_weights_T[rows]
+        trained = weights > 0
+        log_ratio = (batch.old_logprobs_T[rows] - torch.from_numpy(group.completions[i].logprobs))[trained].double()
+        ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        weight = ratio.clamp(max=bound)
+        weights[trained] *= weight.float()
+        total += float(weight.sum())
+        bounded += int((ratio > bound).sum())
+        tokens += len(weight)
+    return (total / tokens, bounded / tokens) if tokens else (1.0, 0.0)
 
 
 def aggregate(batch: SequenceBatch, sequences: Sequence[int], aggregation: str, *, constant_length: int = 1) -> float:

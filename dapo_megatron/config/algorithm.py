@@ -32,6 +32,23 @@ class DynamicSampling(Section):
     """accuracy keeps groups with some right and some wrong; reward_std keeps groups whose rewards differ."""
 
 
+class KL(Section):
+    """A penalty for leaving the reference: the frozen policy before its first rollout step, after supervised stages.
+
+    With D = log pi - log pi_ref of a drawn token: k1 = D, k2 = D^2 / 2, k3 = exp(-D) - 1 + D.
+    """
+
+    coefficient: float = Field(0.0, ge=0)
+    """Weight of the penalty (per nat); 0 = off, no reference is kept."""
+
+    place: Literal["loss", "reward"] = "loss"
+    """loss adds it to the loss of every token; reward takes its sum over a response from the reward, before advantages
+    and after dynamic sampling has looked at it."""
+
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Which estimate of the divergence; k1 is for rewards only."""
+
+
 class Algorithm(Section):
     """Clipped policy gradient with group advantages."""
 
@@ -66,6 +83,9 @@ class Algorithm(Section):
 
     advantage_epsilon: float = Field(1e-6, ge=0)
     """Added to the standard deviation that divides the advantage (reward units)."""
+
+    kl: KL = KL()
+    """Penalty for leaving the reference policy; off in DAPO."""
 
     dynamic_sampling: DynamicSampling = DynamicSampling()
     """Replacement of groups without a signal."""

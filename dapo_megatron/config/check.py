@@ -126,13 +126,23 @@ def _algorithm(recipe: Recipe) -> Iterator[str]:
     algorithm, samples = recipe.algorithm, recipe.rollout.samples_per_prompt
     if algorithm.eps_dual is not None and algorithm.eps_dual <= 1:
         yield f"algorithm.eps_dual={algorithm.eps_dual} must be more than 1; use 3.0, 10.0 or null"
-    if algorithm.advantage == "group" and samples < 2:
-        yield f"rollout.samples_per_prompt={samples} leaves every group advantage 0; use 2 or more"
+    if samples < 2:
+        yield (
+            f"rollout.samples_per_prompt={samples} leaves every advantage 0: algorithm.advantage="
+            f"{algorithm.advantage} subtracts the group's mean; use 2 or more"
+        )
+    if algorithm.kl.coefficient > 0 and algorithm.kl.place == "loss" and algorithm.kl.estimator == "k1":
+        yield (
+            "algorithm.kl.estimator=k1 in algorithm.kl.place=loss has expected gradient 0 and would hold nothing back; "
+            "use estimator=k3 or k2, or place=reward"
+        )
 
 
 def _data(recipe: Recipe) -> Iterator[str]:
     if recipe.run.steps > 0 and recipe.data.train is None and recipe.data.generate is None:
         yield f"run.steps={recipe.run.steps} needs prompts; set data.train or data.generate"
     template, generate = recipe.data.prompt_template, recipe.data.generate
+    if recipe.reward.method == "code" and generate is not None:
+        yield "reward.grader=code needs test cases, and data.generate makes integers; use data.train, or grader=rule"
     if template is not None and generate is not None:
         yield f"data.prompt_template={template!r} does not go with data.generate, whose questions stand alone; use null"

@@ -31,6 +31,9 @@ class ArithmeticTask(Section):
     direct_fraction: float = Field(0.6, ge=0, le=1)
     """Share of the set `mixed` that answers at once without worked steps."""
 
+    terse_fraction: float = Field(0.0, ge=0, le=1)
+    """Share of the set `mixed` whose worked steps write each total once."""
+
 
 class Data(Section):
     """Where prompts come from and how they are read."""

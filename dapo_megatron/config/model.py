@@ -46,8 +46,8 @@ class Scratch(Section):
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of the initial weights."""
 
-    tokenizer: Literal["arithmetic"] = "arithmetic"
-    """Tokenizer built beside the model: `arithmetic` has one token a character of the arithmetic task."""
+    tokenizer: str = Field("arithmetic", min_length=1)
+    """`arithmetic` (one token a character of the generated task), or the folder of a tokenizer to copy."""
 
     @model_validator(mode="after")
     def _kv_heads_divide_heads(self) -> Self:

@@ -11,7 +11,16 @@ class Stage(Section):
     """One stage of supervised training with its own data and schedule."""
 
     data: str = Field(min_length=1)
-    """.jsonl of prompt and response, relative to the working directory; with data.generate also `worked` or `mixed`."""
+    """File of prompts and responses, of the kinds data.train takes; with data.generate also `worked` or `mixed`."""
+
+    prompt_column: str = Field("prompt", min_length=1)
+    """Column with the prompt: text, or a list of {role, content}; it gets data.prompt_template."""
+
+    response_column: str = Field("response", min_length=1)
+    """Column with the response; dots reach into nested columns."""
+
+    response_template: str = Field("{response}", pattern=r"\{response\}")
+    """Text with {response} that makes a response of the column, for example `Answer: {response}`."""
 
     steps: int = Field(ge=1)
     """Updates in this stage."""

@@ -1,8 +1,9 @@
 """A small task with worked steps: chains of + and −, and a tokenizer for them.
 
-A question such as `7-1+9-7-8=` has the worked response `7-1=6;6+9=15;15-7=8;8-8=0;Answer: 0` and the direct response
-`Answer: 0`. The running total never leaves 0..total_max. A question belongs to validation when crc32(question) % 16 ==
-0 and to training otherwise, so the two are disjoint whatever the seed and the sizes.
+A question such as `7-1+9-7-8=` has the worked response `7-1=6;6+9=15;15-7=8;8-8=0;Answer: 0`, the terse response
+`7-1=6+9=15-7=8-8=0;Answer: 0`, which writes each total once, and the direct response `Answer: 0`. The running total
+never leaves 0..total_max. A question belongs to validation when crc32(question) % 16 == 0 and to training otherwise, so
+the two are disjoint whatever the seed and the sizes.
 """
 
 import json
@@ -30,15 +31,16 @@ def generate_task(
     validation_prompts: int,
     supervised_examples: int,
     direct_fraction: float,
+    terse_fraction: float = 0.0,
     seed: int,
 ) -> None:
     """Write the task's four files into `folder`; the same arguments give the same bytes.
 
     train.jsonl, validation.jsonl: rows {"prompt", "answer"}, distinct questions, the numbers of terms taking turns.
     worked.jsonl: rows {"prompt", "response"}, all worked. mixed.jsonl: the same, round(direct_fraction · rows) of them
-    direct. The supervised files draw training-side questions with repetition. Within one number of terms every
-    question is equally likely. Each file has a random stream of its own, so resizing one leaves the others as they
-    were.
+    direct and round(terse_fraction · rows) terse. The supervised files draw training-side questions with repetition.
+    Within one number of terms every question is equally likely. Each file has a random stream of its own, so resizing
+    one leaves the others as they were.
 
     Args:
         folder: created when missing.
@@ -47,7 +49,7 @@ def generate_task(
         total_max: largest running total.
         train_prompts, validation_prompts: rows, at least 1.
         supervised_examples: rows of worked.jsonl and of mixed.jsonl.
-        direct_fraction: in 0..1.
+        direct_fraction, terse_fraction: in 0..1, together too.
         seed: of all random choices.
 
     Raises:
@@ -61,6 +63,7 @@ def generate_task(
         validation_prompts=validation_prompts,
         supervised_examples=supervised_examples,
         direct_fraction=direct_fraction,
+        terse_fraction=terse_fraction,
     )
     chains = Chains(max(terms), operand_max, total_max)
     wanted = {"train": train_prompts, "validation": validation_prompts}
@@ -68,13 +71,17 @@ def generate_task(
     for side, count in wanted.items():
         questions = _distinct_questions(chains, terms, side, count, random.Random(f"{seed} {side}"))
         files[side] = [{"prompt": question, "answer": str(solve(question))} for question in questions]
-    for name, fraction in (("worked", 0.0), ("mixed", direct_fraction)):
+    for name, direct, terse in (("worked", 0.0, 0.0), ("mixed", direct_fraction, terse_fraction)):
         rng = random.Random(f"{seed} {name}")
         rows = [_training_question(chains, terms, rng) for _ in range(supervised_examples)]
-        direct = set(rng.sample(range(len(rows)), round(fraction * len(rows))))
+        styles = [worked_response] * len(rows)
+        for i in rng.sample(range(len(rows)), round(direct * len(rows))):
+            styles[i] = direct_response
+        left = [i for i, style in enumerate(styles) if style is worked_response]
+        for i in rng.sample(left, min(len(left), round(terse * len(rows)))):
+            styles[i] = terse_response
         files[name] = [
-            {"prompt": question, "response": direct_response(question) if i in direct else worked_response(question)}
-            for i, question in enumerate(rows)
+            {"prompt": question, "response": style(question)} for question, style in zip(rows, styles, strict=True)
         ]
     for name, records in files.items():
         write_text_atomically(Path(folder) / f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
@@ -144,6 +151,16 @@ def worked_response(question: str) -> str:
     return "".join(steps) + f"Answer: {total}"
 
 
+def terse_response(question: str) -> str:
+    """The response that shows every step and writes each total once: `7-1+9=` → `7-1=6+9=15;Answer: 15`."""
+    total, *rest = _operands(question)
+    text = str(total)
+    for operand in rest:
+        total += operand
+        text += f"{operand:+d}={total}"
+    return f"{text};Answer: {total}"
+
+
 def direct_response(question: str) -> str:
     """The response without steps: `7-1+9=` → `Answer: 15`."""
     return f"Answer: {solve(question)}"
@@ -158,6 +175,7 @@ def check_task(
     validation_prompts: int,
     supervised_examples: int,
     direct_fraction: float,
+    terse_fraction: float = 0.0,
 ) -> None:
     """Refuse a task that cannot be generated, without generating it.
 
@@ -181,9 +199,15 @@ def check_task(
         for name, (value, bound) in least.items()
         if value < bound
     ]
-    if not 0 <= direct_fraction <= 1:
-        nearest = 1.0 if direct_fraction > 1 else 0.0
-        problems.append(f"data.generate.direct_fraction={direct_fraction} must lie in 0..1; use {nearest}")
+    for name, fraction in (("direct", direct_fraction), ("terse", terse_fraction)):
+        if not 0 <= fraction <= 1:
+            nearest = 1.0 if fraction > 1 else 0.0
+            problems.append(f"data.generate.{name}_fraction={fraction} must lie in 0..1; use {nearest}")
+    if not problems and direct_fraction + terse_fraction > 1:
+        problems.append(
+            f"data.generate.terse_fraction={terse_fraction} and direct_fraction={direct_fraction} exceed 1 together; "
+            f"use terse_fraction={round(1 - direct_fraction, 6)} or less"
+        )
     if problems:
         raise RequestError("\n".join(problems))
     chains = Chains(max(terms), operand_max, total_max)

@@ -30,7 +30,7 @@ class PromptGroup:
 
     step: the rollout step that drew them. old_logprobs, entropies: fp32 [L] each, of the policy that drew the group,
     taken by the learner before that policy's first update; a group kept for a later step carries them along, in others
-    they are empty.
+    they are empty. reference_logprobs: fp32 [L] each, of the reference policy; empty without one.
     """
 
     prompt_id: int
@@ -44,3 +44,4 @@ class PromptGroup:
     step: int = 0
     old_logprobs: list[np.ndarray] = field(default_factory=list)
     entropies: list[np.ndarray] = field(default_factory=list)
+    reference_logprobs: list[np.ndarray] = field(default_factory=list)

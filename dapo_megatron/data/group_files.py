@@ -11,7 +11,7 @@ from dapo_megatron.errors import RequestError
 from dapo_megatron.files import atomic_path
 
 COMPLETION_ARRAYS = ("tokens", "logprobs", "policy_versions")
-GROUP_ARRAYS = ("old_logprobs", "entropies")  # of each completion, or of none in the file
+GROUP_ARRAYS = ("old_logprobs", "entropies", "reference_logprobs")  # of each completion, or of none in the file
 
 
 def save_groups(path: Path, groups: Sequence[PromptGroup]) -> None:

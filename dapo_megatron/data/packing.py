@@ -24,7 +24,7 @@ class PackedBatch:
 
     tokens_T, targets_T, positions_T: int64.
     cu_seqlens: int32 [sequences + 1]; padding is cut into sequences of its own at the end.
-    loss_weights_T, advantages_T, old_logprobs_T, rollout_logprobs_T: fp32.
+    loss_weights_T, advantages_T, old_logprobs_T: fp32; reference_logprobs_T too, or None.
     rows_T: int64 row of the flat batch, −1 for padding.
     trained: int64 [n] rows with a loss weight, in order: known here without asking the device.
     longest: tokens of the longest sequence.
@@ -37,10 +37,10 @@ class PackedBatch:
     loss_weights_T: Tensor
     advantages_T: Tensor
     old_logprobs_T: Tensor
-    rollout_logprobs_T: Tensor
     rows_T: Tensor
     trained: Tensor
     longest: int
+    reference_logprobs_T: Tensor | None = None
 
 
 def assign_micro_batches(
@@ -134,8 +134,9 @@ def pack(
         "loss_weights_T": padded(batch.loss_weights_T[rows], 0.0, torch.float32),
         "advantages_T": padded(batch.advantages_T[rows], 0.0, torch.float32),
         "old_logprobs_T": padded(batch.old_logprobs_T[rows], 0.0, torch.float32),
-        "rollout_logprobs_T": padded(batch.rollout_logprobs_T[rows], 0.0, torch.float32),
         "rows_T": padded(rows, -1, torch.int64),
     }
+    if batch.reference_logprobs_T is not None:
+        host["reference_logprobs_T"] = padded(batch.reference_logprobs_T[rows], 0.0, torch.float32)
     host["trained"] = (host["loss_weights_T"] > 0).nonzero().squeeze(1)
     return PackedBatch(longest=max(lengths), **{name: value.to(device) for name, value in host.items()})

@@ -41,8 +41,8 @@ def template_text(template: str) -> str:
 def apply_template(prompt: Prompt, template: str) -> Prompt:
     """The prompt inside a template; of a conversation, its last user turn.
 
-    White space around the question goes. A question that wears the template already, one of 20 characters or more, is
-    left as it is.
+    White space around the question goes, and so do known instructions that published files carry around it. A question
+    that wears the template already, one of 20 characters or more, is left as it is.
 
     Raises:
         RequestError: as `template_text`; a conversation without a user turn.
@@ -71,7 +71,12 @@ def bare_question(text: str, template: str | None = None) -> str:
 
 
 def _dressed(text: str, wording: str) -> str:
-    return text if _undressed(text.strip(), wording.strip()) != text.strip() else wording.replace(PLACE, text.strip())
+    bare = text.strip()
+    if _undressed(bare, wording.strip()) != bare:
+        return text
+    for known in _KNOWN:
+        bare = _undressed(bare, known)
+    return wording.replace(PLACE, bare)
 
 
 def _undressed(text: str, wording: str) -> str:

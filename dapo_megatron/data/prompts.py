@@ -77,19 +77,23 @@ def read_prompts(
     return prompts
 
 
-def read_supervised(path: str | Path) -> list[tuple[str, str]]:
-    """(prompt, response) of every row of a .jsonl or .parquet file with these two columns, both text.
+def read_supervised(
+    path: str | Path, *, prompt_column: str = "prompt", response_column: str = "response"
+) -> list[tuple[Prompt, str]]:
+    """(prompt, response) of every row of a file that `read_prompts` could read; the response is a text.
 
     Raises:
         RequestError: as `read_prompts`.
     """
-    pairs: list[tuple[str, str]] = []
-    for where, row in read_rows(path, ("prompt", "response")):
-        prompt, response = (pick_column(row, name, None, where) for name in ("prompt", "response"))
-        for name, value in (("prompt", prompt), ("response", response)):
-            if not isinstance(value, str) or not value:
-                raise RequestError(f"{where}, column {name}: must be a text that is not empty, not {shown(value)}")
-        pairs.append((prompt, response))
+    pairs: list[tuple[Prompt, str]] = []
+    for where, row in read_rows(path, (prompt_column, response_column)):
+        prompt, response = (pick_column(row, name, None, where) for name in (prompt_column, response_column))
+        text, messages = _read_prompt(prompt, f"{where}, column {prompt_column}")
+        if not isinstance(response, str) or not response:
+            raise RequestError(
+                f"{where}, column {response_column}: must be a text that is not empty, not {shown(response)}"
+            )
+        pairs.append((Prompt(len(pairs), text, "", messages), response))
     if not pairs:
         raise RequestError(f"{path}: the data set is empty; it needs at least 1 pair of prompt and response")
     return pairs

@@ -21,7 +21,7 @@ class SequenceBatch:
     loss_weights_T: fp32 ≥ 0, 0 = not trained.
     advantages_T: fp32.
     old_logprobs_T: fp32, the learner's before the step's first update.
-    rollout_logprobs_T: fp32, the engine's.
+    reference_logprobs_T: fp32, the reference policy's; None without one.
     """
 
     tokens_T: Tensor
@@ -29,7 +29,7 @@ class SequenceBatch:
     loss_weights_T: Tensor
     advantages_T: Tensor
     old_logprobs_T: Tensor
-    rollout_logprobs_T: Tensor
+    reference_logprobs_T: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -47,12 +47,13 @@ class SequenceBatch:
         """A batch of the given sequences, in the given order (copies)."""
         index = flat_rows(self.offsets, sequences)
         offsets = offsets_of([int(self.offsets[s + 1] - self.offsets[s]) for s in sequences])
-        flat = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "offsets"}
+        flat = {name: tensor[index] for name, tensor in self.state().items() if name != "offsets"}
         return SequenceBatch(offsets=offsets, **flat)
 
     def state(self) -> dict[str, Tensor]:
         """Tensors by name, for safetensors."""
-        return {f.name: getattr(self, f.name).contiguous() for f in fields(self)}
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
 
 
 def offsets_of(lengths: Sequence[int]) -> Tensor:
@@ -76,21 +77,13 @@ def sequence_batch(prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray
     for start, prompt, response in zip(offsets[:-1].tolist(), prompts, responses, strict=True):
         first = start + len(prompt) - 1
         weights[first : first + len(response)] = 1.0
-    tokens = np.concatenate([part for pair in zip(prompts, responses, strict=True) for part in pair])
+    parts = [part for pair in zip(prompts, responses, strict=True) for part in pair]
+    tokens = np.concatenate(parts, dtype=np.int32, casting="same_kind")
     return SequenceBatch(
-        tokens_T=torch.from_numpy(tokens.astype(np.int32)),
+        tokens_T=torch.from_numpy(tokens),
         offsets=offsets,
         loss_weights_T=torch.from_numpy(weights),
-        advantages_T=torch.zeros(total),
-        old_logprobs_T=torch.zeros(total),
-        rollout_logprobs_T=torch.zeros(total),
+        # numpy asks for large pages
+        advantages_T=torch.from_numpy(np.zeros(total, np.float32)),
+        old_logprobs_T=torch.from_numpy(np.zeros(total, np.float32)),
     )
-
-
-def spread_over_responses(batch: SequenceBatch, values: Sequence[np.ndarray], prompt_lengths: Sequence[int]) -> Tensor:
-    """fp32 [T]: value j of sequence b on the row that predicts its response token j, 0 elsewhere."""
-    flat = np.zeros(int(batch.offsets[-1]), dtype=np.float32)
-    for start, prompt_length, value in zip(batch.offsets[:-1].tolist(), prompt_lengths, values, strict=True):
-        first = start + prompt_length - 1
-        flat[first : first + len(value)] = value
-    return torch.from_numpy(flat)

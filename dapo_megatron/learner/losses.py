@@ -16,6 +16,7 @@ from dapo_kernels import (
     LogprobsAndEntropy,
     PolicyLoss,
     clipped_policy_loss,
+    kl_estimate,
     linear_clipped_policy_loss,
     linear_logprobs_and_entropy,
     logprobs_and_entropy,
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from dapo_megatron.data.packing import PackedBatch
 
-POLICY_SUMS = ("loss", "clip_low", "clip_high", "clip_dual", "ratio", "tokens")
+POLICY_SUMS = ("loss", "clip_low", "clip_high", "clip_dual", "ratio", "tokens", "kl_loss")
 SUPERVISED_SUMS = ("loss", "tokens")
 
 
@@ -60,8 +61,9 @@ class Head:
             **self._shared(),
         )  # fmt: skip
 
-    def clipped_policy_loss(self, output: Tensor, batch: PackedBatch, **settings: float | None) -> PolicyLoss:
+    def clipped_policy_loss(self, output: Tensor, batch: PackedBatch, **settings: float | str | None) -> PolicyLoss:
         """The clipped token-level policy loss of the micro-batch."""
+        settings["reference_logprobs"] = batch.reference_logprobs_T
         rows = (batch.targets_T, batch.old_logprobs_T, batch.advantages_T, batch.loss_weights_T)
         if self.output_weight is None:
             return clipped_policy_loss(output, *rows, **settings, **self._shared())
@@ -94,8 +96,20 @@ def policy_loss(
     eps_high: float,
     eps_dual: float | None,
     entropy_coefficient: float,
+    kl_coefficient: float = 0.0,
+    kl_estimator: str = "k3",
 ) -> RowLoss:
-    """The clipped token-level policy loss (`dapo_kernels.clipped_policy_loss`); sums are POLICY_SUMS."""
+    """The clipped token-level policy loss (`dapo_kernels.clipped_policy_loss`); sums are POLICY_SUMS.
+
+    With a KL coefficient the batch carries the reference's log-probs; the sum "kl_loss" is that term's part of "loss".
+    """
+
+    def kl_part(result: PolicyLoss, batch: PackedBatch) -> Tensor:
+        if not kl_coefficient:
+            return torch.zeros((), device=result.loss.device)
+        trained = batch.loss_weights_T > 0
+        delta = torch.where(trained, result.logprobs - batch.reference_logprobs_T, 0.0)
+        return kl_coefficient * (batch.loss_weights_T * kl_estimate(delta, kl_estimator)).sum() / denominator
 
     def loss(output: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         result = head.clipped_policy_loss(
@@ -106,6 +120,8 @@ def policy_loss(
             eps_dual=eps_dual,
             denominator=denominator,
             entropy_coefficient=entropy_coefficient,
+            kl_coefficient=kl_coefficient,
+            kl_estimator=kl_estimator,
         )
         sums = (
             result.loss.detach(),
@@ -114,6 +130,7 @@ def policy_loss(
             result.clipped_dual.sum(),
             result.ratio.sum(),
             (batch.loss_weights_T > 0).sum(),
+            kl_part(result, batch),
         )
         return result.loss, torch.stack([value.double() for value in sums])
 

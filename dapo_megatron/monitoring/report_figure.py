@@ -101,7 +101,7 @@ LATER_PANELS = (
     Panel(
         "Mismatch",
         "mean |Δ log-prob|, nats",
-        (("mismatch/logprob_abs_mean", "mismatch", False),),
+        (("mismatch/logprob_abs_mean", "to the engine", False), ("kl/mean", "KL to the reference", False)),
         scale="log",
     ),
 )

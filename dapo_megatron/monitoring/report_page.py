@@ -84,6 +84,7 @@ def _numbers_table(runs: Sequence[RunRecord]) -> str:
         ("Groups all right", lambda run: _first_tail(run, "groups/all_right", ".3g")),
         ("Groups all wrong", lambda run: _first_tail(run, "groups/all_wrong", ".3g")),
         ("Mismatch, nats", lambda run: _first_tail(run, "mismatch/logprob_abs_mean", ".2e")),
+        ("KL to the reference, nats", lambda run: _first_tail(run, "kl/mean", ".3g")),
         ("Packing efficiency", lambda run: _mean(run, "packing/efficiency", ".1%")),
         ("Tokens generated", lambda run: _total(run, "tokens/generated")),
         ("Tokens trained", lambda run: _total(run, "tokens/trained")),

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from dapo_megatron.algorithms.statistics import covariance
 from dapo_megatron.monitoring.histograms import histogram
 from dapo_megatron.policy_step import PolicyStep
 from dapo_megatron.rollout.dynamic_sampling import SampledStep
@@ -73,24 +72,23 @@ def rollout_metrics(sampled: SampledStep) -> dict[str, Any]:
 
 def learner_metrics(result: PolicyStep | None) -> dict[str, float]:
     """Over the trained tokens; a step that trained on nothing has tokens/trained 0 and little else."""
-    if result is None or result.trained_tokens == 0:
+    if result is None or result.tokens is None:
         return {"tokens/trained": 0.0}
-    gap = (result.old_logprobs - result.rollout_logprobs).double()
-    covariance_mean, covariance_top = covariance(result.advantages, result.old_logprobs)
-    return {
-        "entropy/mean": float(result.entropy.double().mean()),
-        "probability/mean": float(result.old_logprobs.double().exp().mean()),
+    tokens = result.tokens
+    return _divergence_metrics(result) | {
+        "entropy/mean": tokens.entropy,
+        "probability/mean": tokens.probability,
         "clip_fraction/low": result.clip_low,
         "clip_fraction/high": result.clip_high,
         "clip_fraction/dual": result.clip_dual,
         "ratio/mean": result.ratio,
         "loss/policy": result.loss,
         "grad_norm": result.grad_norm,
-        "covariance/mean": covariance_mean,
-        "covariance/top": covariance_top,
-        "mismatch/log_ratio_mean": float(gap.mean()),
-        "mismatch/logprob_abs_mean": float(gap.abs().mean()),
-        "mismatch/logprob_abs_max": float(gap.abs().max()),
+        "covariance/mean": tokens.covariance,
+        "covariance/top": tokens.covariance_top,
+        "mismatch/log_ratio_mean": tokens.log_ratio,
+        "mismatch/logprob_abs_mean": tokens.log_ratio_abs,
+        "mismatch/logprob_abs_max": tokens.log_ratio_abs_max,
         "mismatch/weight_mean": result.engine_weight,
         "mismatch/weight_bounded": result.engine_weight_bounded,
         "tokens/trained": float(result.trained_tokens),
@@ -98,3 +96,12 @@ def learner_metrics(result: PolicyStep | None) -> dict[str, float]:
         "updates/skipped": float(result.skipped_updates),
         "packing/efficiency": result.packing_efficiency,
     }
+
+
+def _divergence_metrics(result: PolicyStep) -> dict[str, float]:
+    """kl/mean is k3, kl/k1 or kl/k2 the recipe's estimator where it is another; nothing without a KL term."""
+    apart = result.divergence
+    if apart is None:
+        return {}
+    chosen = {} if apart.estimator == "k3" else {f"kl/{apart.estimator}": apart.chosen}
+    return {"kl/mean": apart.mean, "kl/loss": apart.loss, "kl/reward": apart.penalty, **chosen}

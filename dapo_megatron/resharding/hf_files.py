@@ -12,14 +12,11 @@ from torch import Tensor
 
 from dapo_megatron.errors import RequestError, RunError
 from dapo_megatron.files import atomic_path, replace_folder, write_text_atomically
-from dapo_megatron.resharding.hf_layout import INDEX, ROTARY_BUFFER, SINGLE, read_headers
+from dapo_megatron.resharding.hf_layout import INDEX, ROTARY_BUFFER, SINGLE, TOKENIZER_FILES, read_headers
 from dapo_megatron.resharding.layout import Placement
 from dapo_megatron.resharding.transport import local_view
 
-SIDE_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
-)  # fmt: skip
+SIDE_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 

@@ -10,6 +10,10 @@ from dapo_megatron.errors import RequestError
 from dapo_megatron.resharding.layout import Placement, WeightLayout, whole
 
 INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja",
+)  # fmt: skip
 SINGLE = "model.safetensors"
 ROTARY_BUFFER = "rotary_emb.inv_freq"  # old exporters wrote it along; follows from the architecture
 

@@ -2,44 +2,55 @@
 
 from collections.abc import Sequence
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dapo_megatron.config.reward import Reward
-from dapo_megatron.rewards.custom import CustomReward
+from dapo_megatron.errors import RequestError
+from dapo_megatron.rewards.code_tests import CodeTests, check_code
+from dapo_megatron.rewards.custom import CustomReward, check_custom
 from dapo_megatron.rewards.grading import grade
-from dapo_megatron.rewards.pool import GraderPool
+from dapo_megatron.rewards.model_folder import check_reward_model
+from dapo_megatron.rewards.pool import GraderPool, Scores
+
+if TYPE_CHECKING:
+    import torch
+
+SPARE_S = 10.0  # of a program's tests, beyond the limits of each
 
 
 class Grader:
-    """Scores responses in worker processes; a context manager that leaves none behind.
+    """Scores responses in worker processes, or with a reward model here; a context manager that leaves none behind.
+
+    Args:
+        device: where a reward model runs; None = the CPU.
 
     Raises:
-        RequestError, RunError: as `GraderPool`.
+        RequestError, RunError: as `GraderPool`, or as `ModelReward`.
     """
 
-    def __init__(self, reward: Reward) -> None:
+    def __init__(self, reward: Reward, device: "torch.device | None" = None) -> None:
         self._reward = reward
-        self._by_prompt = reward.custom is not None
-        function = grade
-        if reward.custom is not None:
-            function = CustomReward(reward.custom, reward.custom_bound, reward.custom_threshold)
-        self._pool = GraderPool(reward.workers, reward.time_limit_s, function, memory_limit_mib=reward.memory_limit_mib)
+        self._pool = self._model = None
+        if reward.method == "model":
+            import torch
+
+            from dapo_megatron.rewards.reward_model import ModelReward
+
+            self._model = ModelReward(reward.model, device or torch.device("cpu"))
+        else:
+            self._pool = _pool(reward)
 
     @property
     def failures(self) -> int:
         """Items without a verdict since the start, counted as wrong."""
-        return self._pool.failures
+        return 0 if self._pool is None else self._pool.failures
 
     def metrics(self) -> dict[str, float]:
         """`grader/…`: items without a verdict since the start, by cause, and all of them."""
-        pool = self._pool
-        return {
-            "grader/timed_out": float(pool.timed_out),
-            "grader/crashed": float(pool.crashed),
-            "grader/out_of_memory": float(pool.out_of_memory),
-            "grader/failures": float(pool.failures),
-        }
+        causes = ("timed_out", "crashed", "out_of_memory", "failures")
+        return {f"grader/{cause}": float(getattr(self._pool, cause, 0)) for cause in causes}
 
     def score(
         self, responses: Sequence[str], answers: Sequence[str], prompts: Sequence[str]
@@ -50,17 +61,22 @@ class Grader:
         a verdict is wrong and has `reward.wrong`.
 
         Raises:
-            RunError: as `GraderPool.score`.
+            RunError: as `GraderPool.score`, or as `ModelReward.score`.
         """
-        more = (prompts,) if self._by_prompt else ()
-        scores = self._pool.score(responses, answers, *more)
+        scores = self._scores(responses, answers, prompts)
         verdicts_B = np.where(scores.right_B, self._reward.right, self._reward.wrong)
         rewards_B = np.where(np.isnan(scores.rewards_B), verdicts_B, scores.rewards_B)
         return scores.right_B, rewards_B.astype(np.float32)
 
+    def _scores(self, responses: Sequence[str], answers: Sequence[str], prompts: Sequence[str]) -> Scores:
+        if self._model is not None:
+            return self._model.score(responses, prompts)
+        return self._pool.score(responses, answers, *([prompts] if self._reward.method == "custom" else []))
+
     def close(self) -> None:
         """End every worker; a second call does nothing."""
-        self._pool.close()
+        if self._pool is not None:
+            self._pool.close()
 
     def __enter__(self) -> "Grader":
         return self
@@ -69,3 +85,42 @@ class Grader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _pool(reward: Reward) -> GraderPool:
+    """The worker processes of a grader that is no model."""
+    if reward.method == "code":
+        code = reward.code
+        tests = CodeTests(
+            time_limit_s=code.time_limit_s,
+            memory_limit_mib=code.memory_limit_mib,
+            max_tests=code.max_tests,
+            fraction=code.score == "fraction",
+            right_reward=reward.right,
+            wrong_reward=reward.wrong,
+        )
+        # a worker's limit of memory holds for what it starts anew, too
+        memory = reward.memory_limit_mib + code.memory_limit_mib
+        limit_s = code.max_tests * code.time_limit_s + SPARE_S
+        return GraderPool(reward.workers, limit_s, tests, memory_limit_mib=memory, chunk_items=1)
+    function = grade
+    if reward.custom is not None:
+        function = CustomReward(reward.custom, reward.custom_bound, reward.custom_threshold)
+    return GraderPool(reward.workers, reward.time_limit_s, function, memory_limit_mib=reward.memory_limit_mib)
+
+
+def check_grader(reward: Reward) -> None:
+    """What can be refused of a grader before anything starts; no torch.
+
+    Raises:
+        RequestError: as `check_custom` and `check_reward_model`; a machine that cannot confine programs.
+    """
+    if reward.method == "custom":
+        check_custom(reward.custom)
+    elif reward.method == "model":
+        check_reward_model(reward.model)
+    elif reward.method == "code":
+        try:
+            check_code()
+        except OSError as error:
+            raise RequestError(f"reward.grader=code cannot run programs on this machine: {error}") from None

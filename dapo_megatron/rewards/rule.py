@@ -80,9 +80,18 @@ def _line_at(text: str, start: int) -> str:
 
 def _last_box(text: str) -> tuple[int, str]:
     """(start, content) of the balanced \\boxed{…} that starts last, start −1 when there is none."""
+    # nearly always the last one is balanced, and then nothing before it matters
+    last = text.rfind("\\boxed")
+    if last < 0:
+        return -1, ""
+    found = _last_balanced_box(text, last)
+    return found if found[0] >= 0 else _last_balanced_box(text, 0)
+
+
+def _last_balanced_box(text: str, begin: int) -> tuple[int, str]:
     best_start, best_content = -1, (0, 0)
     open_braces: list[tuple[int, int]] = []  # (start of \boxed or −1 for a plain brace, start of the content)
-    for token in _BRACE.finditer(text):
+    for token in _BRACE.finditer(text, begin):
         symbol = token.group()
         if symbol == "}":
             if open_braces:

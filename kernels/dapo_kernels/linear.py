@@ -20,6 +20,7 @@ from dapo_kernels.arguments import (
     inverse_temperature,
 )
 from dapo_kernels.device_errors import note_on_device
+from dapo_kernels.kl import check_kl
 from dapo_kernels.linear_chunks import (
     LinearGradients,
     LinearHead,
@@ -47,6 +48,9 @@ def linear_clipped_policy_loss(
     denominator: float | Tensor,
     temperature: float | Tensor = 1.0,
     entropy_coefficient: float = 0.0,
+    reference_logprobs: Tensor | None = None,
+    kl_coefficient: float = 0.0,
+    kl_estimator: str = "k3",
     vocab_size: int | None = None,
     tensor_parallel_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
@@ -63,8 +67,8 @@ def linear_clipped_policy_loss(
     Args:
         hidden: [N, H] bf16, fp16, fp32 or fp64; with `sequence_parallel` this rank's N/TP rows of it.
         weight: [V/TP, H], same dtype.
-        targets, old_logprobs, advantages, loss_mask: [N], the same on every rank of the group. Rows of weight 0 are
-            dropped before the product; without `rows`, finding them is the one wait for the device.
+        targets, old_logprobs, advantages, loss_mask, reference_logprobs: [N], the same on every rank of the group. Rows
+            of weight 0 are dropped before the product; without `rows`, finding them is the one wait for the device.
         sequence_parallel: gather hidden's rows over the group, and scatter its gradient back.
         chunk_rows: rows of logits alive at a time; memory is chunk_rows · V/TP elements.
         gradient_scale: the factor that backward will receive (a loss scale). Only `main_grad` depends on it; another
@@ -77,19 +81,26 @@ def linear_clipped_policy_loss(
         ValueError: as `clipped_policy_loss`; hidden and weight do not fit each other; chunk_rows < 1.
     """
     check_clip(eps_low, eps_high, eps_dual)
+    check_kl(kl_coefficient, kl_estimator, reference_logprobs)
+    reference = {"reference_logprobs": reference_logprobs} if kl_coefficient else {}
     head = linear_head(
         hidden, weight, loss_mask > 0, rows, vocab_size=vocab_size, tensor_parallel_group=tensor_parallel_group,
         sequence_parallel=sequence_parallel, chunk_rows=chunk_rows, implementation=implementation,
     )  # fmt: skip
     count = global_rows(hidden, head.group, sequence_parallel)
     check_rows(count, hidden.device, targets, None)
-    check_vectors(count, hidden.device, old_logprobs=old_logprobs, advantages=advantages, loss_mask=loss_mask)
+    check_vectors(
+        count, hidden.device, old_logprobs=old_logprobs, advantages=advantages, loss_mask=loss_mask, **reference
+    )
     check_loss_on_cpu(loss_mask, denominator)
     check_on_cpu(targets, temperature, head.shard.vocabulary, loss_mask > 0)
     loss, values, clips = _LinearClippedLoss.apply(
-        hidden, weight, head, (targets, old_logprobs, advantages, loss_mask),
+        hidden, weight, head, (targets, old_logprobs, advantages, loss_mask, *reference.values()),
         inverse_temperature(temperature, count, hidden), denominator,
-        {"eps_low": eps_low, "eps_high": eps_high, "eps_dual": eps_dual, "entropy_coefficient": entropy_coefficient},
+        {
+            "eps_low": eps_low, "eps_high": eps_high, "eps_dual": eps_dual, "entropy_coefficient": entropy_coefficient,
+            "kl_coefficient": kl_coefficient, "kl_estimator": kl_estimator,
+        },
         _main_grad(weight, head), gradient_scale,
     )  # fmt: skip
     return PolicyLoss(loss, *values, *clips)
@@ -236,12 +247,15 @@ class _LinearLogprobs(torch.autograd.Function):
 
 def _torch_chunk_loss(head, logits, vectors, scale, denominator, clip, want):
     """(Σ terms, (l, ratio, H), clips) of a chunk; `logits` become their gradient where that is wanted."""
-    targets, old, advantages, weights = vectors
+    targets, old, advantages, weights, *reference = vectors
     rows = torch.arange(targets.numel(), device=targets.device)
     found = row_statistics(logits, targets, rows, scale, head.shard, head.group)
     with torch.enable_grad():
         leaves = [found.logprobs.detach().requires_grad_(), found.entropy.detach().requires_grad_()]
-        result = loss_of_rows(*leaves, old, advantages, weights, denominator=denominator, **clip)
+        result = loss_of_rows(
+            *leaves, old, advantages, weights, denominator=denominator,
+            reference_logprobs=reference[0] if reference else None, **clip,
+        )  # fmt: skip
         if want:
             g_l, g_h = torch.autograd.grad(result.loss, leaves, allow_unused=True, materialize_grads=True)
             write_row_gradient(logits, logits, targets, rows, scale, found, g_l, g_h, head.shard)
@@ -252,10 +266,10 @@ def _torch_chunk_loss(head, logits, vectors, scale, denominator, clip, want):
 def _triton_chunk_loss(head, logits, vectors, scale, denominator, clip, want):
     from dapo_kernels import triton_rows
 
-    targets, old, advantages, weights = vectors
+    targets, old, advantages, weights, *reference = vectors
     found = triton_rows.clipped_loss(
         logits, logits if want else None, targets, old, advantages, weights,
-        device_number(denominator, logits.device), scale, head.shard, head.group, clip_settings(**clip),
+        device_number(denominator, logits.device), scale, head.shard, head.group, clip_settings(**clip), *reference,
     )  # fmt: skip
     return found.terms.sum(dtype=torch.float64), found.values, found.clips
 

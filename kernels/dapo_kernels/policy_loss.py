@@ -3,12 +3,14 @@
     l_t  = log softmax(z_t / T)[y_t]
     r_t  = exp(clamp(l_t − old_t, −20, 20))                              gradient 0 where the clamp is active
     L_t  = max(−r·A, −clip(r, 1−ε_low, 1+ε_high)·A);   A < 0 and ε_dual set: L_t = min(L_t, −ε_dual·A)
-    loss = Σ_t w_t·(L_t − β_H·H_t) / denominator
+    loss = Σ_t w_t·(L_t − β_H·H_t + β·k(l_t − ref_t)) / denominator      k: k2 or k3 of `kl`; without a reference β = 0
 
-Sources: PPO (arXiv 1707.06347, eq. 7), DAPO (2503.14476, eq. 8: decoupled ε), dual clip (1912.09729, eq. 5).
+Sources: PPO (arXiv 1707.06347, eq. 7), DAPO (2503.14476, eq. 8: decoupled ε), dual clip (1912.09729, eq. 5), KL in the
+loss (GRPO, 2402.03300, eq. 3).
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -26,9 +28,11 @@ from dapo_kernels.arguments import (
     shard_of,
 )
 from dapo_kernels.device_errors import note_on_device
+from dapo_kernels.kl import LOG_RATIO_LIMIT, check_kl, kl_estimate
 from dapo_kernels.logprobs import logprobs_and_entropy
 
-LOG_RATIO_LIMIT = 20.0
+if TYPE_CHECKING:
+    from dapo_kernels.triton_rows import ClipSettings
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ def clipped_policy_loss(
     denominator: float | Tensor,
     temperature: float | Tensor = 1.0,
     entropy_coefficient: float = 0.0,
+    reference_logprobs: Tensor | None = None,
+    kl_coefficient: float = 0.0,
+    kl_estimator: str = "k3",
     vocab_size: int | None = None,
     tensor_parallel_group: dist.ProcessGroup | None = None,
     in_place: bool = True,
@@ -77,16 +84,22 @@ def clipped_policy_loss(
         denominator: weight sum of the whole global mini-batch, > 0.
         temperature: T > 0, a number or one a row.
         entropy_coefficient: β_H.
+        reference_logprobs, kl_coefficient, kl_estimator: ref [N] float, β ≥ 0, "k2" or "k3"; looked at where β > 0.
         vocab_size, tensor_parallel_group, in_place, implementation: as in `logprobs_and_entropy`.
 
     Raises:
         ValueError: as `logprobs_and_entropy`; also a denominator ≤ 0, a negative weight, eps_low or eps_high < 0,
-            eps_dual ≤ 1.
+            eps_dual ≤ 1, kl_coefficient < 0, or > 0 without reference_logprobs or with k1.
     """
     check_logits(logits)
     check_rows(logits.shape[0], logits.device, targets, None)
     check_clip(eps_low, eps_high, eps_dual)
-    check_vectors(logits.shape[0], logits.device, old_logprobs=old_logprobs, advantages=advantages, loss_mask=loss_mask)
+    check_kl(kl_coefficient, kl_estimator, reference_logprobs)
+    reference = {"reference_logprobs": reference_logprobs} if kl_coefficient else {}
+    check_vectors(
+        logits.shape[0], logits.device, old_logprobs=old_logprobs, advantages=advantages, loss_mask=loss_mask,
+        **reference,
+    )  # fmt: skip
     check_loss_on_cpu(loss_mask, denominator)
     chosen = choose_implementation(implementation, logits.device, logits.dtype)
     if chosen == "torch":
@@ -103,6 +116,7 @@ def clipped_policy_loss(
         return loss_of_rows(
             logprobs, entropy, old_logprobs, advantages, loss_mask, eps_low=eps_low, eps_high=eps_high,
             eps_dual=eps_dual, denominator=denominator, entropy_coefficient=entropy_coefficient,
+            kl_coefficient=kl_coefficient, kl_estimator=kl_estimator, **reference,
         )  # fmt: skip
     from dapo_kernels.triton_ops import TritonClippedLoss
 
@@ -110,9 +124,9 @@ def clipped_policy_loss(
     scale = inverse_temperature(temperature, logits.shape[0], logits)
     check_on_cpu(targets, temperature, shard.vocabulary, loss_mask > 0)
     loss, values, clips = TritonClippedLoss.apply(
-        logits, targets.contiguous(), old_logprobs, advantages, loss_mask.contiguous(),
+        logits, targets.contiguous(), old_logprobs, advantages, loss_mask.contiguous(), reference_logprobs,
         device_number(denominator, logits.device), scale, shard, group_of_many(tensor_parallel_group),
-        clip_settings(eps_low, eps_high, eps_dual, entropy_coefficient),
+        clip_settings(eps_low, eps_high, eps_dual, entropy_coefficient, kl_coefficient, kl_estimator),
         logits.requires_grad and torch.is_grad_enabled(), in_place,
     )  # fmt: skip
     return PolicyLoss(loss, *values, *clips)
@@ -130,13 +144,18 @@ def check_clip(eps_low: float, eps_high: float, eps_dual: float | None) -> None:
 
 
 def clip_settings(
-    eps_low: float, eps_high: float, eps_dual: float | None, entropy_coefficient: float
-) -> tuple[float, float, float, float]:
-    """What the kernels compare with: 1 − ε_low, 1 + ε_high, ε_dual or inf, and β_H."""
+    eps_low: float,
+    eps_high: float,
+    eps_dual: float | None,
+    entropy_coefficient: float,
+    kl_coefficient: float = 0.0,
+    kl_estimator: str = "k3",
+) -> "ClipSettings":
+    """What the kernels compare with: 1 − ε_low, 1 + ε_high, ε_dual or inf; and the terms they add."""
     from dapo_kernels.triton_rows import ClipSettings
 
     dual = float("inf") if eps_dual is None else eps_dual
-    return ClipSettings(1 - eps_low, 1 + eps_high, dual, entropy_coefficient)
+    return ClipSettings(1 - eps_low, 1 + eps_high, dual, entropy_coefficient, kl_coefficient, kl_estimator)
 
 
 def device_number(value: float | Tensor, device: torch.device) -> Tensor:
@@ -158,6 +177,9 @@ def loss_of_rows(
     eps_dual: float | None,
     denominator: float | Tensor,
     entropy_coefficient: float,
+    reference_logprobs: Tensor | None = None,
+    kl_coefficient: float = 0.0,
+    kl_estimator: str = "k3",
 ) -> PolicyLoss:
     """The loss from l and H [N], differentiable in both: the part that never sees the vocabulary."""
     trained = loss_mask > 0
@@ -176,6 +198,9 @@ def loss_of_rows(
     token_loss = -effective_ratio * advantage
     if entropy_coefficient:
         token_loss = token_loss - entropy_coefficient * entropy
+    if kl_coefficient:
+        reference = torch.where(trained, reference_logprobs.to(logprobs.dtype), 0.0)
+        token_loss = token_loss + kl_coefficient * kl_estimate(logprobs - reference, kl_estimator)
     loss = (weight * token_loss).sum() / denominator
     if loss.device.type != "cpu":
         sound = (loss_mask >= 0).all() & (torch.as_tensor(denominator, device=loss.device) > 0)

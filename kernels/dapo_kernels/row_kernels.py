@@ -61,8 +61,8 @@ def _asked(mask_ptr, row, exists):
 # everything but the logits and their gradient: N, V and where a per-row vector starts must not cause a compilation
 _UNSPECIALISED = [
     "targets_ptr", "mask_ptr", "inverse_temperature_ptr", "statistics_ptr", "parts_ptr", "old_ptr", "advantages_ptr",
-    "denominator_ptr", "terms_ptr", "values_ptr", "clips_ptr", "flags_ptr", "g_l_ptr", "g_h_ptr", "scale_ptr",
-    "rows", "column_units", "valid", "first", "vocabulary", "temperature_stride",
+    "reference_ptr", "denominator_ptr", "terms_ptr", "values_ptr", "clips_ptr", "flags_ptr", "g_l_ptr", "g_h_ptr",
+    "scale_ptr", "rows", "column_units", "valid", "first", "vocabulary", "temperature_stride",
 ]  # fmt: skip
 
 
@@ -187,20 +187,39 @@ def _known_target(targets_ptr, row, asked, vocabulary, first, valid):
     return known, tl.where(owned, local, -1).to(tl.int32)
 
 
+@triton.jit
+def _divergence(logprob, reference, KL: tl.constexpr):
+    """k2 (KL = 2) or k3 (KL = 3) of Δ = clamp(l − ref, −20, 20) and its derivative by l, 0 where the clamp is active;
+    NaN stays NaN."""
+    log_ratio = logprob - reference
+    delta = tl.minimum(tl.maximum(log_ratio, -LOG_RATIO_LIMIT), LOG_RATIO_LIMIT)
+    delta = tl.where(log_ratio != log_ratio, log_ratio, delta)
+    if KL == 2:
+        value = 0.5 * delta * delta
+        slope = delta
+    else:
+        # e^(−Δ) − 1 + Δ loses its digits near 0: six terms of its series there
+        series = 1 / 6 - delta * (1 / 24 - delta * (1 / 120 - delta * (1 / 720 - delta * (1 / 5040))))
+        series = delta * delta * (0.5 - delta * series)
+        value = tl.where(tl.abs(delta) < 0.125, series, tl.exp(-delta) - 1.0 + delta)
+        slope = delta - value
+    return value, tl.where(delta == log_ratio, slope, tl.where(log_ratio != log_ratio, log_ratio, 0.0))
+
+
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def clipped_loss_kernel(
-    logits_ptr, gradient_ptr, parts_ptr, targets_ptr, mask_ptr, old_ptr, advantages_ptr, denominator_ptr,
+    logits_ptr, gradient_ptr, parts_ptr, targets_ptr, mask_ptr, old_ptr, advantages_ptr, reference_ptr, denominator_ptr,
     inverse_temperature_ptr, terms_ptr, values_ptr, clips_ptr, flags_ptr,
     rows, column_units, valid, first, vocabulary, temperature_stride,
-    lowest_ratio, highest_ratio, dual_ratio, entropy_coefficient,
-    RANKS: tl.constexpr, RANKS_POWER: tl.constexpr, GRADIENT: tl.constexpr, ENTROPY: tl.constexpr,
+    lowest_ratio, highest_ratio, dual_ratio, entropy_coefficient, kl_coefficient,
+    RANKS: tl.constexpr, RANKS_POWER: tl.constexpr, GRADIENT: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Per row w·(L − β·H)/denominator → terms [N]; (l, ratio, H) → values [3, N]; (low, high, dual) → clips [3, N]
-    uint8; with GRADIENT its derivative → gradient [N, V_local], which may be the logits themselves.
+    """Per row w·(L − β_H·H + β·k)/denominator → terms [N]; (l, ratio, H) → values [3, N]; (low, high, dual) → clips
+    [3, N] uint8; with GRADIENT its derivative → gradient [N, V_local], which may be the logits themselves.
 
-    `mask_ptr` holds the weights w. A weight that is negative or NaN, a denominator or temperature that is not above 0
-    sets flag 2 and makes the row's term NaN.
+    `mask_ptr` holds the weights w; KL names the estimator k, 0 for none. A weight that is negative or NaN, a
+    denominator or temperature that is not above 0 sets flag 2 and makes the row's term NaN.
     """
     columns = column_units * UNIT
     row, exists = _row_numbers(rows, ROWS)
@@ -231,7 +250,12 @@ def clipped_loss_kernel(
     high = (advantage > 0) & (ratio > highest_ratio)
     dual = (advantage < 0) & (ratio > dual_ratio)
     effective = tl.where(dual, dual_ratio, tl.where(low, lowest_ratio, tl.where(high, highest_ratio, ratio)))
-    tl.store(terms_ptr + row, w * (-effective * advantage - entropy_coefficient * entropy), mask=exists)
+    token_loss = -effective * advantage - entropy_coefficient * entropy
+    if KL:
+        reference = tl.load(reference_ptr + row, mask=asked, other=0).to(tl.float32)
+        divergence, kl_slope = _divergence(logprob, reference, KL)
+        token_loss += kl_coefficient * divergence
+    tl.store(terms_ptr + row, w * token_loss, mask=exists)
     tl.store(values_ptr + row, logprob, mask=exists)
     tl.store(values_ptr + rows + row, tl.where(asked, ratio, 0.0), mask=exists)
     tl.store(values_ptr + 2 * rows.to(tl.int64) + row, entropy, mask=exists)
@@ -241,6 +265,8 @@ def clipped_loss_kernel(
     if GRADIENT:
         flows = (moves | is_nan) & (low == 0) & (high == 0) & (dual == 0)
         g_l = tl.where(flows, -w * advantage * ratio, 0.0)
+        if KL:
+            g_l += w * kl_coefficient * kl_slope
         g_h = -w * entropy_coefficient
         _write_gradient(
             logits_ptr, gradient_ptr, row, exists, local_target, maximum, total, entropy, inverse_temperature,

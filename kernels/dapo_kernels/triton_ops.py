@@ -37,13 +37,13 @@ class TritonClippedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, logits, targets, old_logprobs, advantages, weights, denominator, inverse_temperature, shard: Shard,
-        group: dist.ProcessGroup, settings: ClipSettings, want_gradient: bool, in_place: bool,
+        ctx, logits, targets, old_logprobs, advantages, weights, reference_logprobs, denominator, inverse_temperature,
+        shard: Shard, group: dist.ProcessGroup, settings: ClipSettings, want_gradient: bool, in_place: bool,
     ):  # fmt: skip
         out = None if not want_gradient else logits if in_place else torch.empty_like(logits)
         rows = triton_rows.clipped_loss(
             logits, out, targets, old_logprobs, advantages, weights, denominator, inverse_temperature, shard, group,
-            settings,
+            settings, reference_logprobs,
         )  # fmt: skip
         if out is logits:
             torch.autograd.graph.increment_version(logits)
@@ -57,4 +57,4 @@ class TritonClippedLoss(torch.autograd.Function):
             raise RuntimeError("the gradient of clipped_policy_loss was already handed out: backward runs once")
         gradient, ctx.gradient = ctx.gradient, None
         triton_rows.scale(gradient, g_loss)
-        return gradient, *[None] * 11
+        return gradient, *[None] * 12

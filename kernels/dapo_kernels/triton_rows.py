@@ -18,6 +18,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 launches: Counter[str] = Counter()
 """Kernel name → launches in this process."""
 
+KL_ESTIMATORS = {"k2": 2, "k3": 3}  # the number that the loss kernel is compiled for; 0 = none
 FINISH_ROWS = 256 if INTERPRETED else 32  # one row a thread of one warp
 
 if INTERPRETED:
@@ -27,16 +28,18 @@ if INTERPRETED:
 
 
 class ClipSettings(NamedTuple):
-    """1 − ε_low, 1 + ε_high, ε_dual (inf = off) and β_H."""
+    """1 − ε_low, 1 + ε_high, ε_dual (inf = off), β_H, and β with its estimator (`kl`)."""
 
     lowest_ratio: float
     highest_ratio: float
     dual_ratio: float
     entropy_coefficient: float
+    kl_coefficient: float = 0.0
+    kl_estimator: str = "k3"
 
 
 class ClippedRows(NamedTuple):
-    """Per row: w·(L − β·H)/denominator [N]; (l, ratio, H) [3, N]; (low, high, dual) bool [3, N]."""
+    """Per row: w·(L − β_H·H + β·k)/denominator [N]; (l, ratio, H) [3, N]; (low, high, dual) bool [3, N]."""
 
     terms: Tensor
     values: Tensor
@@ -124,12 +127,16 @@ def clipped_loss(
     shard: Shard,
     group: dist.ProcessGroup | None,
     settings: ClipSettings,
+    reference_logprobs: Tensor | None = None,
 ) -> ClippedRows:
     """The clipped policy loss a row; its gradient → `out` (may be the logits), unless None.
 
     Args:
         denominator: float32 [1] on the logits' device.
+        reference_logprobs: [N], read where settings.kl_coefficient > 0.
     """
+    estimator = KL_ESTIMATORS[settings.kl_estimator] if settings.kl_coefficient else 0
+    reference = reference_logprobs.contiguous() if estimator else None
     count = logits.shape[0]
     parts = statistics(logits, targets, weights, inverse_temperature, shard, group)
     terms = torch.empty(count, dtype=torch.float32, device=logits.device)
@@ -139,12 +146,12 @@ def clipped_loss(
     _launch(
         row_kernels.clipped_loss_kernel, tile, logits,
         logits, logits if out is None else out, parts, targets, weights, old_logprobs.contiguous(),
-        advantages.contiguous(), denominator, inverse_temperature, terms, values, clips,
+        advantages.contiguous(), reference, denominator, inverse_temperature, terms, values, clips,
         device_flags(logits.device),
         count, _units(logits, tile)[0], shard.valid, shard.first, shard.vocabulary, _stride(inverse_temperature),
-        *(float(setting) for setting in settings),
+        *(float(setting) for setting in settings[:-1]),
         RANKS=parts.shape[0], RANKS_POWER=triton.next_power_of_2(parts.shape[0]),
-        GRADIENT=out is not None, ENTROPY=settings.entropy_coefficient != 0,
+        GRADIENT=out is not None, ENTROPY=settings.entropy_coefficient != 0, KL=estimator,
         **_columns(logits, tile, shard),
     )  # fmt: skip
     return ClippedRows(terms, values, clips.view(torch.bool))

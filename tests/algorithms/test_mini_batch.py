@@ -6,7 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dapo_megatron.algorithms.mini_batch import aggregate, batch_of_groups, correct_engine_mismatch, mini_batches
+from dapo_megatron.algorithms.mini_batch import (
+    aggregate,
+    batch_of_groups,
+    correct_engine_mismatch,
+    mini_batches,
+    response_rows,
+)
 from dapo_megatron.data.completions import Completion, PromptGroup
 
 
@@ -42,8 +48,8 @@ def test_a_batch_by_hand():
     assert batch.loss_weights_T.tolist() == [0, 1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 1, 1, 0]
     expected = [0, A, A, 0, 0, -A, 0, 0, 0, 0, 0, 0, 0, 0]
     torch.testing.assert_close(batch.advantages_T, torch.tensor(expected))
-    logprobs = [0, -1 / 2, -1, 0, 0, -1 / 3, 0, -1 / 4, -2 / 4, -3 / 4, 0, -1 / 5, -2 / 5, 0]
-    torch.testing.assert_close(batch.rollout_logprobs_T, torch.tensor(logprobs))
+    rows = [(rows.start, rows.stop, group.prompt_id, i) for rows, group, i in response_rows(batch, two_groups())]
+    assert rows == [(1, 3, 0, 0), (5, 6, 0, 1), (7, 10, 1, 0), (11, 13, 1, 1)]
 
 
 def test_overlong_filtering_takes_the_weight_but_not_the_say_in_mean_and_std():
@@ -90,25 +96,50 @@ def test_without_the_division_the_advantage_is_the_distance_to_the_mean():
     assert batch.advantages_T.tolist() == [0, 1, 1, 0, 0, -1, 0, 0, 0, 0, 0, 0, 0, 0]
 
 
+def test_a_penalty_is_taken_from_the_reward_before_the_advantage():
+    groups = two_groups()
+    penalties = [np.array([0.5, 0.0]), np.array([0.0, 3.0])]
+    batch = batch_of_groups(
+        groups, overlong_filtering=False, advantage_epsilon=1e-6, advantage="group-mean", penalties=penalties
+    )
+    # rewards 0.5 and −1: mean −0.25; 1 and −2: mean −0.5
+    assert batch.advantages_T.tolist() == [0, 0.75, 0.75, 0, 0, -0.75, 0, 1.5, 1.5, 1.5, 0, -1.5, -1.5, 0]
+    assert [g.rewards.tolist() for g in groups] == [[1, -1], [1, 1]], "a kept group would be charged twice"
+
+
+def test_reference_logprobs_lie_where_the_old_ones_do():
+    groups = two_groups()
+    assert batch_of_groups(groups, overlong_filtering=False, advantage_epsilon=1e-6).reference_logprobs_T is None
+    groups[0].reference_logprobs = [c.logprobs - 1 for c in groups[0].completions]
+    assert batch_of_groups(groups, overlong_filtering=False, advantage_epsilon=1e-6).reference_logprobs_T is None
+    groups[1].reference_logprobs = [c.logprobs - 1 for c in groups[1].completions]
+    batch = batch_of_groups(groups, overlong_filtering=False, advantage_epsilon=1e-6)
+    trained = batch.loss_weights_T > 0
+    torch.testing.assert_close(batch.reference_logprobs_T[trained], batch.rollout_logprobs_T[trained] - 1)
+    assert not batch.reference_logprobs_T[~trained].any()
+
+
 def test_old_logprobs_travel_with_the_group():
     groups = two_groups()
     assert not batch_of_groups(groups, overlong_filtering=False, advantage_epsilon=1e-6).old_logprobs_T.any()
     for g in groups:
         g.old_logprobs = [c.logprobs - 1 for c in g.completions]
     batch = batch_of_groups(groups, overlong_filtering=False, advantage_epsilon=1e-6)
-    trained = batch.loss_weights_T > 0
-    torch.testing.assert_close(batch.old_logprobs_T[trained], batch.rollout_logprobs_T[trained] - 1)
-    assert not batch.old_logprobs_T[~trained].any()
+    logprobs = [0, -1 / 2, -1, 0, 0, -1 / 3, 0, -1 / 4, -2 / 4, -3 / 4, 0, -1 / 5, -2 / 5, 0]
+    expected = torch.where(batch.loss_weights_T > 0, torch.tensor(logprobs) - 1, 0.0)
+    torch.testing.assert_close(batch.old_logprobs_T, expected)
 
 
 def test_truncated_importance_sampling_by_hand():
-    batch = batch_of_groups(two_groups(), overlong_filtering=True, advantage_epsilon=1e-6)
+    groups = two_groups()
+    for g in groups:
+        g.old_logprobs = [c.logprobs for c in g.completions]
+    batch = batch_of_groups(groups, overlong_filtering=True, advantage_epsilon=1e-6)
     trained = batch.loss_weights_T > 0
     steps = torch.tensor([0.0, 0.5, 1.0, -1.0, 100.0, -100.0, 0.25])  # 7 trained tokens
-    batch.old_logprobs_T = batch.rollout_logprobs_T.clone()
     batch.old_logprobs_T[trained] += steps
     assert aggregate(batch, range(4), "token-mean") == 7.0
-    mean, bounded = correct_engine_mismatch(batch, 2.0)
+    mean, bounded = correct_engine_mismatch(batch, groups, 2.0)
     expected = torch.tensor([1, math.exp(0.5), 2, math.exp(-1), 2, math.exp(-20), math.exp(0.25)])
     torch.testing.assert_close(batch.loss_weights_T[trained], expected)
     assert mean == pytest.approx(float(expected.mean())) and bounded == pytest.approx(2 / 7)

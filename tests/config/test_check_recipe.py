@@ -34,6 +34,9 @@ def refusal(shape: Architecture = SHAPE, **sections: dict) -> str:
         {"reward": {"overlong": {"max_length": 20480, "cache_length": 20480}}},
         {"reward": {"overlong": {"max_length": None, "cache_length": 4096}}},
         {"algorithm": {"eps_dual": 1.01}},
+        {"algorithm": {"kl": {"coefficient": 0.1, "estimator": "k2"}}},
+        {"algorithm": {"kl": {"coefficient": 0.1, "estimator": "k1", "place": "reward"}}},
+        {"algorithm": {"kl": {"estimator": "k1"}}},  # off
         {"rollout": {"samples_per_prompt": 2, "temperature": 0.01}},
         {"learner": {"tokens_per_micro_batch": 22528}},
         {"run": {"directory": "out", "steps": 0}, "data": {}},
@@ -50,6 +53,14 @@ def test_what_is_allowed(sections):
         ({"rollout": {"top_p": 0.7}}, ["rollout.top_p=0.7", "could not reproduce", "use 1.0", "evaluation.top_p"]),
         ({"rollout": {"temperature": 0.0}}, ["rollout.temperature=0.0", "more than 0", "use 1.0"]),
         ({"rollout": {"samples_per_prompt": 1}}, ["rollout.samples_per_prompt=1", "use 2 or more"]),
+        (
+            {"rollout": {"samples_per_prompt": 1}, "algorithm": {"advantage": "group-mean"}},
+            ["rollout.samples_per_prompt=1", "algorithm.advantage=group-mean", "use 2 or more"],
+        ),
+        (
+            {"algorithm": {"kl": {"coefficient": 0.1, "estimator": "k1"}}},
+            ["algorithm.kl.estimator=k1", "algorithm.kl.place=loss", "gradient 0", "use estimator=k3", "place=reward"],
+        ),
         ({"algorithm": {"eps_dual": 1.0}}, ["algorithm.eps_dual=1.0", "more than 1", "or null"]),
         ({"algorithm": {"eps_dual": -3.0}}, ["algorithm.eps_dual=-3.0"]),
         ({"rollout": {"engine": "vllm", "servers": ["gpu-7:8000"]}}, ["'gpu-7:8000'", "http://host:8000"]),
@@ -82,6 +93,7 @@ def test_what_is_allowed(sections):
             ["reward.overlong.cache_length=101", "reward.overlong.max_length=100", "use 100 or less"],
         ),
         ({"data": {}}, ["run.steps=100", "data.train or data.generate"]),
+        ({"data": {"generate": {}}, "reward": {"grader": "code"}}, ["reward.grader=code", "data.generate", "rule"]),
     ],
 )
 def test_refusals(sections, words):

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from dapo_megatron.config import Recipe
-from dapo_megatron.config.algorithm import DynamicSampling
+from dapo_megatron.config.algorithm import KL, DynamicSampling
 from dapo_megatron.config.data import ArithmeticTask
 from dapo_megatron.config.model import Scratch
 from dapo_megatron.config.problems import known_names
@@ -21,7 +21,7 @@ SCRATCH = {"hidden": 8, "layers": 1, "heads": 4, "kv_heads": 2, "head_dim": 2, "
 def all_sections() -> Iterator[type[Section]]:
     yield Recipe
     yield from (field.annotation for field in Recipe.model_fields.values())
-    yield from (ArithmeticTask, DynamicSampling, Overlong, Scratch, Stage)
+    yield from (ArithmeticTask, DynamicSampling, KL, Overlong, Scratch, Stage)
 
 
 def test_every_setting_has_a_docstring():
@@ -42,6 +42,7 @@ def test_the_names_outside_scripts_rely_on():
         "parallel": "tensor pipeline virtual_pipeline context sequence",
         "optimizer": "learning_rate warmup_rollout_steps weight_decay",
         "algorithm": "eps_low eps_high eps_dual mini_batch_prompts loss_aggregation overlong_filtering",
+        "algorithm.kl": "coefficient place estimator",
         "algorithm.dynamic_sampling": "enabled max_waves over_sampling adaptive keep_surplus max_age metric",
         "reward.overlong": "max_length cache_length",
         "rollout": "engine placement tensor engines samples_per_prompt prompts_per_step max_response_length "
@@ -58,6 +59,7 @@ def test_defaults_are_those_of_the_paper():
     assert (recipe.rollout.prompts_per_step, recipe.rollout.samples_per_prompt) == (512, 16)
     assert (recipe.rollout.temperature, recipe.rollout.top_p) == (1.0, 1.0)
     assert (recipe.algorithm.eps_low, recipe.algorithm.eps_high, recipe.algorithm.eps_dual) == (0.2, 0.28, None)
+    assert recipe.algorithm.kl.coefficient == 0
     assert recipe.algorithm.mini_batch_prompts * 16 == 512  # 16 updates of 512 responses
     assert (recipe.optimizer.learning_rate, recipe.optimizer.warmup_rollout_steps) == (1e-6, 20)
     assert (recipe.reward.right, recipe.reward.wrong) == (1.0, -1.0)

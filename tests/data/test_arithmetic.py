@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 import zlib
@@ -14,6 +15,7 @@ from dapo_megatron.data.arithmetic import (
     generate_task,
     is_validation,
     solve,
+    terse_response,
     worked_response,
 )
 from dapo_megatron.errors import RequestError
@@ -65,6 +67,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_responses_of_the_published_example():
     assert worked_response("7-1+9-7-8=") == "7-1=6;6+9=15;15-7=8;8-8=0;Answer: 0"
+    assert terse_response("7-1+9-7-8=") == "7-1=6+9=15-7=8-8=0;Answer: 0"
     assert direct_response("7-1+9-7-8=") == "Answer: 0"
     assert solve("7-1+9-7-8=") == 0
 
@@ -105,6 +108,30 @@ def test_supervised_rows_are_worked_or_direct(task: Path):
     direct = [row for row in mixed if row["response"] == f"Answer: {running_totals(row['prompt'])[-1]}"]
     assert len(direct) == 120
     assert all(row["response"] == worked_response(row["prompt"]) for row in mixed if row not in direct)
+
+
+def test_a_share_of_the_mixed_rows_is_terse_and_the_rest_stays(task: Path, tmp_path: Path):
+    generate_task(tmp_path, **REQUEST | {"terse_fraction": 0.25})
+    assert (tmp_path / "worked.jsonl").read_bytes() == (task / "worked.jsonl").read_bytes()
+    before, after = read(task, "mixed"), read(tmp_path, "mixed")
+    changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    assert len(changed) == 50
+    for old, new in changed:
+        assert old == {"prompt": new["prompt"], "response": worked_response(new["prompt"])}
+        first, *steps = re.findall(r"[+-]?[0-9]+", new["prompt"])
+        totals = running_totals(new["prompt"])
+        joined = "".join(f"{step}={total}" for step, total in zip(steps, totals[1:], strict=True))
+        assert new["response"] == f"{first}{joined};Answer: {totals[-1]}"
+
+
+def test_the_defaults_make_the_bytes_they_always_made(task: Path):
+    digests = {name: hashlib.sha256((task / f"{name}.jsonl").read_bytes()).hexdigest()[:16] for name in FILES}
+    assert digests == {
+        "train": "7395ec55712e02c2",
+        "validation": "836b0d1b5a3e1112",
+        "worked": "56239a048ba389d6",
+        "mixed": "bc9a9208e3326eaf",
+    }
 
 
 def test_same_seed_same_bytes_and_another_seed_other_questions(task: Path, tmp_path: Path):
@@ -171,6 +198,11 @@ def test_many_terms_are_drawn_without_listing_the_space(tmp_path: Path):
         ({"validation_prompts": 0}, r"data\.generate\.validation_prompts=0 .*at least 1"),
         ({"supervised_examples": -1}, r"data\.generate\.supervised_examples=-1 .*at least 0"),
         ({"direct_fraction": 1.5}, r"data\.generate\.direct_fraction=1\.5 .*use 1\.0"),
+        ({"terse_fraction": -0.5}, r"data\.generate\.terse_fraction=-0\.5 .*use 0\.0"),
+        (
+            {"terse_fraction": 0.5},
+            r"terse_fraction=0\.5 and direct_fraction=0\.6 exceed 1 .*use terse_fraction=0\.4 or",
+        ),
     ],
 )
 def test_impossible_requests_are_refused(tmp_path: Path, change: dict, message: str):

@@ -27,6 +27,7 @@ def group(number: int, lengths: list[int], *, scored: bool) -> PromptGroup:
         step=number,
         old_logprobs=[-rng.random(n, np.float32) for n in lengths] if scored else [],
         entropies=[rng.random(n, np.float32) for n in lengths] if scored else [],
+        reference_logprobs=[-rng.random(n, np.float32) for n in lengths] if scored else [],
     )
 
 
@@ -41,7 +42,7 @@ def test_groups_come_back_bit_equal(tmp_path, scored):
             assert getattr(a, name) == getattr(b, name)
         for name in ("prompt_tokens", "accuracies", "rewards"):
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name), strict=True)
-        for name in ("old_logprobs", "entropies"):
+        for name in ("old_logprobs", "entropies", "reference_logprobs"):
             assert len(getattr(a, name)) == len(getattr(b, name))
             for x, y in zip(getattr(a, name), getattr(b, name), strict=True):
                 np.testing.assert_array_equal(x, y, strict=True)

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapo_megatron.data.packing import PADDING_PIECE, assign_micro_batches, pack, packed_length, packing_efficiency
-from dapo_megatron.data.records import offsets_of, sequence_batch, spread_over_responses
+from dapo_megatron.data.records import offsets_of, sequence_batch
 from dapo_megatron.errors import RequestError
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=40)
-FLAT = ("tokens_T", "loss_weights_T", "advantages_T", "old_logprobs_T", "rollout_logprobs_T")
+FLAT = ("tokens_T", "loss_weights_T", "advantages_T", "old_logprobs_T")
 
 
 def batch_of(prompts: list[int], responses: list[int]):
@@ -23,7 +23,6 @@ def batch_of(prompts: list[int], responses: list[int]):
     batch = sequence_batch(parts[0::2], parts[1::2])
     batch.advantages_T = torch.arange(total) + 1000.0
     batch.old_logprobs_T = -torch.arange(total) - 2000.0
-    batch.rollout_logprobs_T = -torch.arange(total) - 3000.0
     return batch
 
 
@@ -148,8 +147,6 @@ def test_a_batch_by_hand():
     assert batch.offsets.tolist() == [0, 3, 6] and batch.offsets.dtype == torch.int64
     assert batch.loss_weights_T.tolist() == [0, 1, 0, 1, 1, 0]
     assert len(batch) == 2 and batch.lengths.tolist() == [3, 3] and batch.rows(1) == slice(3, 6)
-    spread = spread_over_responses(batch, [np.array([0.5]), np.array([0.25, 0.125])], [2, 1])
-    assert spread.tolist() == [0, 0.5, 0, 0.25, 0.125, 0] and spread.dtype == torch.float32
 
 
 @given(SHAPES)
@@ -157,13 +154,10 @@ def test_a_batch_by_hand():
 def test_weights_cover_exactly_the_rows_that_predict_response_tokens(shapes):
     prompts, responses = map(list, zip(*shapes, strict=True))
     batch = batch_of(prompts, responses)
-    values = [np.arange(n) + 1.0 for n in responses]
-    spread = spread_over_responses(batch, values, prompts)
     for b, (prompt, response) in enumerate(shapes):
         rows = batch.rows(b)
         trained = [0.0] * (prompt - 1) + [1.0] * response + [0.0]
         assert batch.loss_weights_T[rows].tolist() == trained
-        assert spread[rows].tolist() == [0.0] * (prompt - 1) + values[b].tolist() + [0.0]
 
 
 @given(SHAPES, st.data())

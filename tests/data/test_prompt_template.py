@@ -51,3 +51,5 @@ def test_white_space_and_known_instructions_do_not_matter():
     aime = "Find  $x$.\n Let's think step by step and output the final answer within \\boxed{}."
     assert bare_question(aime) == bare_question("Find $x$.") == "Find $x$."
     assert bare_question("find $x$.") != "Find $x$."
+    dressed = apply_template(Prompt(0, aime, "2"), "dapo-math").text
+    assert "Find  $x$.\n\nRemember" in dressed and "boxed" not in dressed  # one instruction, not two

@@ -146,7 +146,18 @@ def test_unreadable_files_are_refused(tmp_path: Path):
 
 def test_supervised_pairs(file: Path):
     write(file, [{"prompt": "1+1=", "response": "Answer: 2"}, {"prompt": "2+1=", "response": "Answer: 3"}])
-    assert read_supervised(file) == [("1+1=", "Answer: 2"), ("2+1=", "Answer: 3")]
+    pairs = read_supervised(file)
+    assert [(prompt.id, prompt.text, response) for prompt, response in pairs] == [
+        (0, "1+1=", "Answer: 2"),
+        (1, "2+1=", "Answer: 3"),
+    ]
+
+
+def test_supervised_pairs_of_other_columns(file: Path):
+    turns = [{"role": "user", "content": "1+1="}]
+    write(file, [{"question": turns, "reward": {"truth": "2"}}])
+    ((prompt, response),) = read_supervised(file, prompt_column="question", response_column="reward.truth")
+    assert (prompt.text, prompt.messages, response) == ("1+1=", (Message("user", "1+1="),), "2")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`dapo-megatron evaluate` on tiny random models: real engine, real grader, no ranks."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,14 @@ from dapo_megatron.config.load import build_recipe, dump_recipe
 from dapo_megatron.config.model import Scratch
 from dapo_megatron.conversion.command import convert
 from dapo_megatron.errors import RequestError
-from dapo_megatron.evaluate_command import as_json, check_output, evaluate_model, evaluation_recipe, find_model
+from dapo_megatron.evaluate_command import (
+    as_json,
+    check_output,
+    evaluate_model,
+    evaluation_recipe,
+    find_model,
+    print_scores,
+)
 from dapo_megatron.scratch import build_scratch_model
 from tests.command_line import ROOT, run_command
 from tests.tiny_models import write_model
@@ -63,6 +71,24 @@ def test_a_checkpoint_answers_as_its_hugging_face_folder(place, capsys):
     first = evaluate_model(place / "model", settings(place, max_prompts=1))
     assert first.problems == folder.problems[:1]
     assert as_json(first)["standard_error"] is None
+
+
+def test_programs_have_no_majority(place, tmp_path, capsys):
+    answers = ('{"inputs": ["1 2"], "outputs": ["3"]}', "42")
+    data = tmp_path / "programs.jsonl"
+    data.write_text(json.dumps({"q": "1+2=", "a": answers[0]}) + "\n")
+    asked = settings(place, samples=2) | {"reward": {"grader": "code"}}
+    asked["data"]["validation"] = str(data)
+    found = evaluate_model(place / "model", asked)
+    result = json.loads(json.dumps(as_json(found), allow_nan=False))
+    assert (result["maj_at_k"], result["avg_at_k"], result["grader_failures"]) == (None, 0.0, 0)
+    print_scores(found)
+    assert re.search(r"^maj@2 +none: ", capsys.readouterr().out, re.MULTILINE)
+    data.write_text(json.dumps({"q": "1+2=", "a": answers[1]}) + "\n")
+    with pytest.raises(
+        RequestError, match=r"programs\.jsonl row 0 \(from 0\): with reward\.grader=code the answer is "
+    ):
+        evaluate_model(place / "model", asked)
 
 
 @pytest.mark.parametrize(

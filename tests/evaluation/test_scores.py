@@ -58,6 +58,22 @@ def test_records_hold_what_was_said_and_decided():
     assert [r["truncated"] for r in first["responses"]] == [False, False, False, True]
 
 
+def test_without_final_answers_there_is_no_majority():
+    scores = score(GROUPS, votes=False)
+    assert (scores.maj_at_k, scores.answered) == (None, None)
+    assert scores.avg_at_k == score(GROUPS).avg_at_k and scores.pass_at == score(GROUPS).pass_at
+    first = problem_records(GROUPS, votes=False)[0]
+    assert first["maj_at_k"] is None and {r["answer"] for r in first["responses"]} == {None}
+    recipe = {
+        "run": {"directory": "r", "steps": 1},
+        "model": {"path": "m"},
+        "evaluation": {"samples": 4, "max_prompts": 2},
+    }
+    for grader, there in (("rule", True), ("code", False), ("model", False)):
+        metrics, _ = evaluate(Sampler(), build_recipe(recipe | {"reward": {"grader": grader}}))
+        assert ("validation/majority" in metrics) is there
+
+
 class Sampler:
     """Stands in for a GroupSampler and remembers what it was asked for."""
 

@@ -70,9 +70,9 @@ def compiled(kernel: str, card: str, dtype: torch.dtype, columns: int, rows: int
     arguments, constants = {
         "row_statistics_kernel": ((logits, i64, f32, f32, f32, rows, units, valid, 0, 0), shape | padded),
         "clipped_loss_kernel": (
-            (logits, logits, f32, i64, f32, f32, f32, f32, f32, f32, f32, u8, i32, rows, units, valid, 0, valid, 0,
-             0.8, 1.28, 10.0, 0.01),
-            shape | padded | {"RANKS": 8, "RANKS_POWER": 8, "GRADIENT": True, "ENTROPY": True},
+            (logits, logits, f32, i64, f32, f32, f32, f32, f32, f32, f32, f32, u8, i32, rows, units, valid, 0, valid, 0,
+             0.8, 1.28, 10.0, 0.01, 0.04),
+            shape | padded | {"RANKS": 8, "RANKS_POWER": 8, "GRADIENT": True, "ENTROPY": True, "KL": 3},
         ),
         "row_gradient_kernel": (
             (logits, logits, f32, i64, u8, f32, f32, f32, rows, units, valid, 0, valid, 0), shape | padded,

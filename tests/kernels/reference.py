@@ -15,7 +15,8 @@ def row_values(logits_NV: Tensor, targets_N: Tensor, temperature: float | Tensor
 
 @dataclass
 class Expected:
-    """What the clipped policy loss must give; `gradient_NV` is d loss / d logits, `c_N` is d loss / d l."""
+    """What the clipped policy loss must give; `gradient_NV` is d loss / d logits, `c_N` is d loss / d l without the KL
+    term, `kl_pull_N` bounds what an error of l, or a rounding, does to that term's part of it."""
 
     loss: Tensor
     logprobs: Tensor
@@ -26,6 +27,14 @@ class Expected:
     dual: Tensor
     gradient_NV: Tensor
     c_N: Tensor
+    kl_pull_N: Tensor
+
+
+def divergence(logprobs_N: Tensor, reference_N: Tensor, estimator: str) -> Tensor:
+    """k2 or k3 of Δ = l − ref held to ±20, without gradient beyond."""
+    delta = logprobs_N - reference_N
+    delta = torch.where(delta.abs() <= 20, delta, 20.0 * delta.detach().sign())
+    return delta**2 / 2 if estimator == "k2" else (-delta).exp() - 1 + delta
 
 
 def clipped_loss(
@@ -42,8 +51,11 @@ def clipped_loss(
     temperature: float | Tensor = 1.0,
     entropy_coefficient: float = 0.0,
     vocab: int | None = None,
+    reference_logprobs: Tensor | None = None,
+    kl_coefficient: float = 0.0,
+    kl_estimator: str = "k3",
 ) -> Expected:
-    """Σ w (L − β H) / denominator; where both arms of the max are equal the unclipped one is differentiated."""
+    """Σ w (L − β_H H + β k) / denominator; where both arms of the max are equal the unclipped one is differentiated."""
     logits = logits_NV.detach().double().requires_grad_()
     logprobs, entropy = row_values(logits, targets_N, temperature, vocab or logits.shape[1])
     logprobs.retain_grad()
@@ -58,6 +70,13 @@ def clipped_loss(
         dual = (weights > 0) & (advantages < 0) & (ratio > eps_dual)
         token_loss = torch.where(dual, -eps_dual * advantages, token_loss)
     loss = (weights * (token_loss - entropy_coefficient * entropy)).sum() / denominator
+    kl_pull = torch.zeros_like(weights)
+    if kl_coefficient:
+        kl = divergence(logprobs, reference_logprobs.double(), kl_estimator)
+        loss = loss + (weights * kl_coefficient * kl).sum() / denominator
+        far = (reference_logprobs.double() - logprobs.detach()).clamp(-20, 20)
+        size = 1 + far.abs() if kl_estimator == "k2" else 1 + far.exp()
+        kl_pull = weights * kl_coefficient / denominator * size
     policy_part = (weights * token_loss).sum() / denominator
     (c_N,) = torch.autograd.grad(policy_part, logprobs, retain_graph=True)
     loss.backward()
@@ -72,4 +91,5 @@ def clipped_loss(
         dual=dual,
         gradient_NV=logits.grad,
         c_N=c_N,
+        kl_pull_N=kl_pull,
     )

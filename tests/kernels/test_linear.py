@@ -16,6 +16,7 @@ from tests.kernels.linear_cases import (
     logprobs_by_chunks,
     logprobs_by_logits,
 )
+from tests.kernels.test_policy_loss import KL_TERMS, kl_options
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-11}
 
@@ -31,10 +32,11 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-11}
     temperature=st.one_of(st.floats(0.3, 3.0), st.just("a row")),
     entropy_coefficient=st.sampled_from([0.0, 0.05]),
     factor=st.sampled_from([1.0, -2.5]),
+    kl=KL_TERMS,
 )
 @settings(deadline=None, max_examples=100)
 def test_loss_and_gradients_are_those_of_whole_logits(
-    rows, width, columns, padding, seed, chunk_rows, masked, temperature, entropy_coefficient, factor
+    rows, width, columns, padding, seed, chunk_rows, masked, temperature, entropy_coefficient, factor, kl
 ):
     if temperature == "a row":
         temperature = torch.rand(rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5
@@ -43,6 +45,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(
     )
     options = {
         "temperature": temperature, "vocab_size": columns, "factor": factor, "entropy_coefficient": entropy_coefficient,
+        **kl_options(kl, arguments[3], seed),
     }  # fmt: skip
     assert_same(by_chunks(*arguments, chunk_rows=chunk_rows, **options), by_logits(*arguments, **options), **CLOSE)
 

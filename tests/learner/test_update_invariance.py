@@ -19,6 +19,11 @@ LAYOUTS = {
     4: ["tp2pp2", "tp2pp2vpp2sp", "tp2pp1sp", "tp1pp2", "tp4pp1"],
 }
 BUDGETS = [1000, 150, 82]  # tokens a micro-batch: 1, 2 and 4 micro-batches on one data-parallel rank
+KL_TERMS = {
+    "qwen2 untied": {},
+    "qwen2 tied": {"kl_coefficient": 0.5, "kl_estimator": "k2"},
+    "qwen3 untied": {"kl_coefficient": 0.3, "kl_estimator": "k3"},
+}
 MODELS = {"qwen2 untied": ("qwen2", False), "qwen2 tied": ("qwen2", True), "qwen3 untied": ("qwen3", False)}
 
 
@@ -31,7 +36,7 @@ def models(tmp_path_factory):
     }
 
 
-def _reference(model, batch):
+def _reference(model, batch, kl):
     """(sums of terms, gradient by canonical name) from transformers' own forward pass, and the loss record."""
     rows = [batch.rows(i) for i in range(len(batch))]
     logits = torch.cat([model(batch.tokens_T[r].long()[None]).logits[0] for r in rows])
@@ -44,10 +49,20 @@ def _reference(model, batch):
         batch.loss_weights_T,
         denominator=float(batch.loss_weights_T.sum()),
         temperature=TEMPERATURE,
+        reference_logprobs=batch.reference_logprobs_T,
         **CLIP,
+        **kl,
     )
     record.loss.backward()
     return record, {name: p.grad for name, p in model.named_parameters()}
+
+
+def _kl_term(record, batch, kl_coefficient=0.0, kl_estimator="k3"):
+    if not kl_coefficient:
+        return 0.0
+    delta = torch.where(batch.loss_weights_T > 0, record.logprobs - batch.reference_logprobs_T, 0.0).double()
+    k = delta**2 / 2 if kl_estimator == "k2" else (-delta).exp() - 1 + delta
+    return float(kl_coefficient * (batch.loss_weights_T * k).sum() / batch.loss_weights_T.sum())
 
 
 @pytest.fixture(scope="module")
@@ -65,30 +80,37 @@ def batches(models, tmp_path_factory):
         batch.loss_weights_T[batch.rows(3)] = 0.0  # a filtered response
         batch.advantages_T = torch.randn(batch.advantages_T.shape, generator=generator)
         model = load_model(folder)
-        record, _ = _reference(model, batch)
+        record, _ = _reference(model, batch, {})
+        if KL_TERMS[name]:
+            moved = torch.randn(record.logprobs.shape, generator=generator)
+            batch.reference_logprobs_T = record.logprobs + moved
         batch.old_logprobs_T = record.logprobs + torch.randn(record.logprobs.shape, generator=generator)
         model.zero_grad()
-        record, gradient = _reference(model, batch)
+        record, gradient = _reference(model, batch, KL_TERMS[name])
         assert record.clipped_low.any() and record.clipped_high.any() and record.clipped_dual.any()
         path = root / f"{name.replace(' ', '-')}.safetensors"
         save_file(batch.state(), path)
         terms = (batch.loss_weights_T * (record.ratio * batch.advantages_T).abs()).sum() / batch.loss_weights_T.sum()
-        references[name] = (str(path), record, gradient, float(terms))
+        references[name] = (str(path), record, gradient, float(terms), _kl_term(record, batch, **KL_TERMS[name]))
     return references
 
 
 @pytest.mark.parametrize("world", LAYOUTS)
 def test_one_update_agrees_with_transformers_for_every_split(models, batches, world, tmp_path):
     for name, folder in models.items():
-        path, record, gradient, terms = batches[name]
-        payload = {"models": {name: folder}, "layouts": LAYOUTS[world], "budgets": BUDGETS, "batch": path}
+        path, record, gradient, terms, kl_term = batches[name]
+        payload = {
+            "models": {name: folder}, "layouts": LAYOUTS[world], "budgets": BUDGETS, "batch": path,
+            "kl": KL_TERMS[name],
+        }  # fmt: skip
         sums = run_ranks(world, "tests.learner.update_cases:gradients", {**payload, "out": str(tmp_path)})
         assert len(sums) == len(LAYOUTS[world]) * len(BUDGETS)
         if world == 1:
             assert {int(values[-2]) for values in sums.values()} == {1, 2, 4}, "1, 2 and 4 micro-batches"
         if world > 1:
             assert max(values[-1] for values in sums.values()) > 1, "data parallelism takes part"
-        for case, (loss, low, high, dual, ratio, tokens, *_) in sums.items():
+        for case, (loss, low, high, dual, ratio, tokens, kl_loss, *_) in sums.items():
+            assert kl_loss == pytest.approx(kl_term, rel=1e-5) and (kl_loss > 0.01) == bool(KL_TERMS[name])
             assert abs(loss - float(record.loss.detach())) <= 1e-5 * terms, case
             assert (low, high, dual) == tuple(
                 float(flags.sum()) for flags in (record.clipped_low, record.clipped_high, record.clipped_dual)

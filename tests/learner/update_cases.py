@@ -34,7 +34,9 @@ def gradients(payload: dict) -> dict[str, list[float]]:
                 # the buffers of a distributed optimizer hold shards; whole gradients are compared without it
                 learner = build(folder, layout, budget=budget, train=Optimizer(distributed=False), temperature=0.9)
                 sums = learner.gradients(
-                    batch, range(len(batch)), policy_loss(learner.head, denominator=denominator, **CLIP)
+                    batch,
+                    range(len(batch)),
+                    policy_loss(learner.head, denominator=denominator, **CLIP, **payload["kl"]),
                 )
                 name = f"{model_name}|{layout}|{budget}"
                 save_whole(learner, main_gradients(learner), Path(payload["out"]) / f"{dist.get_world_size()}|{name}")

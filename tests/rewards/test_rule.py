@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dapo_megatron.data.prompts import read_prompts
 from dapo_megatron.rewards import extract_answer, grade
+from dapo_megatron.rewards.rule import _last_balanced_box, _last_box
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -81,6 +82,7 @@ def test_no_answer(response: str):
         ("1{,}080", "1080"),
         (r"1\,080", "1080"),
         (r"1,\!080", "1080"),
+        (r"11,\! 111,\! 111,\! 100", "11111111100"),
         ("142", "142.0"),
         ("142.0", "142"),
         ("336", r"336^\circ"),
@@ -221,6 +223,12 @@ def test_a_million_hostile_characters_end(unit: str):
     )
     for frame in frames:
         assert grade(frame.format(text), "no such answer") is False
+
+
+@given(st.lists(st.sampled_from([r"\boxed{", r"\boxed {", r"\boxed", "{", "}", r"\{", r"\}", "\\", "7"]), max_size=30))
+def test_the_last_box_is_that_of_a_scan_of_the_whole_text(pieces: list[str]):
+    text = "".join(pieces)
+    assert _last_box(text) == _last_balanced_box(text, 0)
 
 
 def test_nothing_heavy_is_imported():

@@ -10,7 +10,7 @@ from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.reference import clipped_loss
-from tests.kernels.test_policy_loss import batch
+from tests.kernels.test_policy_loss import KL_TERMS, batch, kl_options
 
 OPTIONS = {"eps_low": 0.2, "eps_high": 0.28, "eps_dual": 3.0, "denominator": 7.0}
 HALF_ULP = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-11}
@@ -39,7 +39,10 @@ def row_bound(wanted, logits, old, temperature, vocab):
     return 4 * 2**-23 * size, (1 / scale if isinstance(scale, float) else (1 / scale).squeeze(1))
 
 
-def check(found, gradient, wanted, arguments, dtype, *, temperature, vocab, entropy_coefficient, denominator, **_):
+def check(
+    found, gradient, wanted, arguments, dtype, *, temperature, vocab, entropy_coefficient, denominator,
+    reference_logprobs=0.0, **_,
+):  # fmt: skip
     logits, _, old, _, weights = arguments
     size, inverse = row_bound(wanted, logits, old, temperature, vocab)
     for name in ("logprobs", "entropy"):
@@ -48,11 +51,14 @@ def check(found, gradient, wanted, arguments, dtype, *, temperature, vocab, entr
     for name in ("low", "high", "dual"):
         assert torch.equal(getattr(found, f"clipped_{name}"), getattr(wanted, name)), name
     pull = wanted.c_N.abs() + (weights * entropy_coefficient / denominator).double().abs() * (4 + size * 2**21)
+    reference = torch.as_tensor(reference_logprobs).double().abs()
+    # Δ and e^(−Δ) are rounded too, and exp near 20 loses five bits of its argument
+    pull = pull + wanted.kl_pull_N * (2 + reference)
     overflows = wanted.gradient_NV.to(dtype).isinf()  # beyond fp16: both must say so
     assert torch.equal(gradient.isinf(), overflows)
     bound = (size * pull * inverse)[:, None] + wanted.gradient_NV.abs() * 2 * HALF_ULP[dtype] + SMALLEST[dtype]
     assert (((gradient.double() - wanted.gradient_NV).abs() <= bound) | overflows).all()
-    terms = (wanted.ratio.clamp(max=1e9) * weights.double()).sum() + 1
+    terms = (wanted.ratio.clamp(max=1e9) * weights.double() + wanted.kl_pull_N * (1 + reference)).sum() + 1
     assert math.isclose(float(found.loss), float(wanted.loss), rel_tol=1e-4, abs_tol=1e-4 * float(terms))
 
 
@@ -70,11 +76,12 @@ def check(found, gradient, wanted, arguments, dtype, *, temperature, vocab, entr
     entropy_coefficient=st.sampled_from([0.0, 0.01, -0.5, 2.0]),
     denominator=st.floats(0.1, 100.0),
     in_place=st.booleans(),
+    kl=KL_TERMS,
 )
 @settings(deadline=None, max_examples=80, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # no shrinking: slow
 def test_everything_follows_the_fp64_formula(
     rows, columns, padding, dtype, seed, drift, eps_low, eps_high, eps_dual, temperature, entropy_coefficient,
-    denominator, in_place,
+    denominator, in_place, kl,
 ):  # fmt: skip
     arguments = in_dtype(batch(rows, columns + padding, seed, drift=drift, vocab=columns), dtype)
     arguments[0][:, columns:] = float("nan")  # padding is never looked at
@@ -82,7 +89,7 @@ def test_everything_follows_the_fp64_formula(
         temperature = torch.rand(rows, generator=torch.Generator().manual_seed(seed)) * 2 + 0.3
     options = {
         "eps_low": eps_low, "eps_high": eps_high, "eps_dual": eps_dual, "denominator": denominator,
-        "temperature": temperature, "entropy_coefficient": entropy_coefficient,
+        "temperature": temperature, "entropy_coefficient": entropy_coefficient, **kl_options(kl, arguments[2], seed),
     }  # fmt: skip
     plain = [arguments[0].clone(), *arguments[1:]]
     plain[0][:, columns:] = 0
@@ -93,6 +100,9 @@ def test_everything_follows_the_fp64_formula(
     # rounding decides at the edges themselves; they have tests of their own
     assume(((wanted.ratio[trained][:, None] / edges - 1).abs() > 1e-4).all())
     assume(((log_ratio.abs() - 20).abs() > 1e-3).all())
+    if kl is not None:
+        gap = (wanted.logprobs - options["reference_logprobs"])[trained]
+        assume(((gap.abs() - 20).abs() > 1e-3).all())
     if drift == 0.0:
         assume(eps_low > 1e-3 and eps_high > 1e-3)
     found, gradient, launched = run(arguments, vocab_size=columns, in_place=in_place, **options)
@@ -181,6 +191,21 @@ def test_exactly_at_an_edge_the_unclipped_gradient_flows():
         assert torch.equal(found.ratio, torch.ones(6))
         assert not found.clipped_low.any() and not found.clipped_high.any()
         assert gradient.any(1).all()
+
+
+@pytest.mark.parametrize(
+    ("estimator", "delta"), [("k3", 1e-3), ("k3", -0.12), ("k3", 0.12), ("k3", -3.0), ("k2", 1e-3)]
+)
+def test_the_kl_term_keeps_its_digits_near_zero(estimator, delta):
+    """e^(−Δ) − 1 + Δ in fp32 would leave none at 1e-3."""
+    logits, targets, old, _, _ = in_dtype(batch(1, 24, 2), torch.float32)
+    rest = [targets, old, torch.zeros(1), torch.ones(1)]
+    here = run([logits, *rest], **OPTIONS)[0].logprobs
+    options = OPTIONS | {"kl_coefficient": 1.0, "kl_estimator": estimator, "reference_logprobs": here - delta}
+    exact = (here.double() - (here - delta).double()).item()
+    value = exact**2 / 2 if estimator == "k2" else math.expm1(-exact) + exact
+    found, _, _ = run([logits, *rest], **options)
+    assert found.loss.item() == pytest.approx(value / 7.0, rel=2e-6 if abs(exact) < 0.1 else 2e-5)
 
 
 def test_advantage_zero_and_no_entropy_bonus_write_zeros_without_reading():

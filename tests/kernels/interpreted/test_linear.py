@@ -20,6 +20,7 @@ from tests.kernels.linear_cases import (
     logprobs_by_chunks,
     logprobs_by_logits,
 )
+from tests.kernels.test_policy_loss import kl_options
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
@@ -30,7 +31,8 @@ CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 def test_loss_and_gradients(chunk_rows, columns, vocab, masked):
     arguments = head_and_batch(19, 16, columns, 3, vocab=vocab, dtype=torch.float32, masked=masked)
     temperature = torch.linspace(0.5, 2.0, 19)
-    options = {"temperature": temperature, "vocab_size": vocab, "factor": 2.0}
+    kl = kl_options(("k3" if masked else "k2", 0.5, 0.5), arguments[3], 8)
+    options = {"temperature": temperature, "vocab_size": vocab, "factor": 2.0, **kl}
     before = launches["clipped_loss_kernel"]
     found = by_chunks(*arguments, chunk_rows=chunk_rows, implementation="triton", **options)
     rows = int((arguments[5] > 0).sum())

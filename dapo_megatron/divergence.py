@@ -1,0 +1,57 @@
+"""What leaving the reference policy costs (`algorithm.kl`), and how far the policy has gone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from dapo_kernels import kl_estimate
+from torch import Tensor
+
+from dapo_megatron.config.algorithm import KL
+from dapo_megatron.data.completions import PromptGroup
+
+
+def reward_penalties(groups: Sequence[PromptGroup], kl: KL) -> list[np.ndarray]:
+    """coefficient · Σ_t k(log π_old − log π_ref) of each response, fp64 [G] a group, where `kl.place` is "reward";
+    else nothing.
+
+    π_old is the policy that drew the response. The sum is over all its tokens, those of a response that overlong
+    filtering takes out of the loss too, since its reward counts in the group's mean.
+    """
+    if kl.coefficient == 0 or kl.place != "reward":
+        return []
+    return [
+        np.array(
+            [
+                kl.coefficient * float(kl_estimate(torch.from_numpy(old - reference).double(), kl.estimator).sum())
+                for old, reference in zip(group.old_logprobs, group.reference_logprobs, strict=True)
+            ]
+        )
+        for group in groups
+    ]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far the policy that drew the trained tokens is from the reference, in nats a token: `mean` by k3, `chosen`
+    by the recipe's `estimator`. `loss`: what the KL term adds to the loss; `penalty`: what it takes from a response's
+    reward; means over updates and over responses."""
+
+    mean: float
+    estimator: str
+    chosen: float
+    loss: float
+    penalty: float
+
+
+def divergence(log_ratio_T: Tensor, kl: KL, *, loss: float, penalties: Sequence[np.ndarray]) -> Divergence:
+    """From log π_old − log π_ref of the trained tokens (at least one), fp32 [T]."""
+    delta_T = log_ratio_T.double()
+    return Divergence(
+        mean=float(kl_estimate(delta_T, "k3").mean()),
+        estimator=kl.estimator,
+        chosen=float(kl_estimate(delta_T, kl.estimator).mean()),
+        loss=loss,
+        penalty=float(np.concatenate(penalties).mean()) if penalties else 0.0,
+    )

@@ -1,0 +1,52 @@
+"""The reference policy of a run, from which `algorithm.kl` measures.
+
+It is the policy before its first rollout step: the model that the recipe names, after supervised stages if there are
+any. These stages' result is kept as RUN/reference, a Hugging Face folder, so that a resumed run has the same reference
+at any layout; without stages the model folder itself is read again.
+"""
+
+import json
+
+from dapo_megatron.assemble import Run
+from dapo_megatron.errors import RequestError
+from dapo_megatron.files import write_text_atomically
+from dapo_megatron.learner.manifest import MANIFEST, check_manifest, file_sums
+from dapo_megatron.learner.reference import ReferenceWeights
+from dapo_megatron.rollout.agreement import from_rank_zero
+from dapo_megatron.weight_sync import export_hugging_face
+
+
+def keep_reference(run: Run) -> ReferenceWeights | None:
+    """Between warm start and rollouts: the reference, None without a KL term; collective.
+
+    Before the first rollout step it is the present policy, and kept; a resumed run reads what was kept.
+
+    Raises:
+        RequestError: what was kept is not there, or has changed.
+    """
+    if run.recipe.algorithm.kl.coefficient == 0:
+        return None
+    kept = run.paths.run / "reference"
+    supervised = bool(run.recipe.supervised.stages)
+    if run.step == 0:
+        if supervised:
+            limit = run.recipe.resharding.time_limit_s
+            export_hugging_face(run.learner, kept, side_files=run.paths.model, time_limit_s=limit)
+            if run.world.rank == 0:
+                write_text_atomically(kept / MANIFEST, json.dumps(file_sums(kept), indent=2))
+        return ReferenceWeights(run.learner)
+    if not supervised:
+        return ReferenceWeights(run.learner, run.paths.model)
+    refusal = None
+    if run.world.rank == 0:
+        try:
+            check_manifest(kept)
+        except RequestError as error:
+            refusal = str(error)
+    refusal = from_rank_zero(refusal, run.world.size)
+    if refusal is not None:
+        raise RequestError(
+            f"algorithm.kl.coefficient={run.recipe.algorithm.kl.coefficient} needs the reference policy that this run "
+            f"began with: {refusal}; use coefficient=0, or start anew with --overwrite"
+        )
+    return ReferenceWeights(run.learner, kept)

@@ -1,0 +1,28 @@
+"""The recipes that come with the repository are what they say."""
+
+from pathlib import Path
+
+import pytest
+
+from dapo_megatron.config import load_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_it_loads_and_writes_where_no_other_does(path):
+    recipe = load_recipe(path)
+    assert recipe.run.directory == f"runs/{recipe.run.name}"
+
+
+def test_naive_grpo_differs_from_its_base_in_the_algorithm_alone():
+    naive, base = (load_recipe(RECIPES / name) for name in ("naive-grpo-tiny.yaml", "tiny-arithmetic-cpu.yaml"))
+    algorithm = naive.algorithm
+    assert (algorithm.eps_low, algorithm.eps_high, algorithm.eps_dual) == (0.2, 0.2, None)
+    assert (algorithm.advantage, algorithm.loss_aggregation) == ("group", "sequence-mean")
+    assert (algorithm.kl.coefficient, algorithm.kl.place, algorithm.kl.estimator) == (0.04, "loss", "k3")
+    assert not algorithm.dynamic_sampling.enabled and not algorithm.overlong_filtering
+    assert naive.reward.overlong.max_length is None and algorithm.entropy_coefficient == 0
+    assert algorithm.mini_batch_prompts == base.algorithm.mini_batch_prompts
+    for section in ("model", "data", "parallel", "supervised", "rollout", "optimizer", "learner", "evaluation"):
+        assert getattr(naive, section) == getattr(base, section), section

@@ -1,0 +1,115 @@
+"""Run on ranks: rollout steps with a reference policy and with groups kept from an earlier step."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dapo_megatron.algorithms.mini_batch import batch_of_groups
+from dapo_megatron.config import Recipe
+from dapo_megatron.config.optimizer import Optimizer
+from dapo_megatron.data.completions import Completion, PromptGroup
+from dapo_megatron.learner.reference import ReferenceWeights
+from dapo_megatron.policy_step import PolicyStep, learn_step, score_old_policy
+from tests.learner.layouts import build
+
+RATE = 3e-3
+
+
+def recipe(**kl: object) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "run": {"directory": "out"},
+            "model": {"path": "hf"},
+            "algorithm": {"kl": kl, "mini_batch_prompts": 2, "eps_low": 1.0, "eps_high": 1e6},
+            "rollout": {"max_response_length": 20},
+            "optimizer": {"weight_decay": 0.0},
+        }
+    )
+
+
+def groups(seed: int, count: int = 2) -> list[PromptGroup]:
+    """Of 3 responses each, rewards 1, −1, −1; the last response of each group is truncated."""
+    rng = np.random.default_rng(seed)
+
+    def completion(ticket: int) -> Completion:
+        tokens = rng.integers(0, 100, int(rng.integers(3, 20))).astype(np.int32)
+        reason = "length" if ticket == 2 else "stop"
+        return Completion(ticket, tokens, np.zeros(len(tokens), np.float32), reason, np.zeros(len(tokens), np.int32))
+
+    return [
+        PromptGroup(
+            i, "", "", rng.integers(0, 100, 4).astype(np.int32), [completion(j) for j in range(3)],
+            accuracies=np.array([True, False, False]), rewards=np.array([1.0, -1.0, -1.0], np.float32),
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def steps(payload: dict) -> dict:
+    """Two rollout steps at TP 2; the reference's log-probs again at PP 2, from the folder."""
+    learner = build(payload["model"], "tp2pp1", train=Optimizer(learning_rate=RATE), temperature=0.9)
+    reference = ReferenceWeights(learner)
+    in_loss = recipe(coefficient=0.2, place="loss", estimator="k2")
+    trained, kept = groups(1), groups(2)
+    for part in (trained, kept):  # packed as they are below, so that equal means equal to the bit
+        score_old_policy(learner, part, overlong_filtering=True, reference=reference)
+    first = learn_step(learner, trained, in_loss, learning_rate=RATE)
+    for _ in range(3):
+        learn_step(learner, trained, in_loss, learning_rate=RATE)
+
+    before = _scores(learner, kept)
+    fresh = groups(3)
+    score_old_policy(learner, [*kept, *fresh], overlong_filtering=True, reference=reference)
+    with reference.in_place():
+        inside = _scores(learner, kept)
+    after = _scores(learner, kept)
+    report: dict = {
+        "first": _facts(first),
+        # at learning rate 0 the policy stays, so that all of these see the same one
+        "kept": _facts(learn_step(learner, kept, in_loss, learning_rate=0.0)),
+        "fresh": _facts(learn_step(learner, fresh, in_loss, learning_rate=0.0)),
+        "reference moved by scoring": _gap(_reference_scores(kept), inside),
+        "policy moved by swapping": _gap(before, after),
+        "policy from reference": _gap(before, inside),
+        "rewards": [g.rewards.tolist() for g in kept],
+    }
+
+    charged = groups(3)
+    score_old_policy(learner, charged, overlong_filtering=False, reference=reference)
+    result = learn_step(learner, charged, recipe(coefficient=0.05, place="reward", estimator="k1"), learning_rate=0.0)
+    report["in reward"] = _facts(result) | {
+        "advantages": result.advantages.tolist(),
+        "old": [[values.tolist() for values in g.old_logprobs] for g in charged],
+        "reference": [[values.tolist() for values in g.reference_logprobs] for g in charged],
+    }
+
+    other = build(payload["model"], "tp1pp2", temperature=0.9)
+    from_folder = ReferenceWeights(other, Path(payload["model"]))
+    for weight in other.weights.values():
+        weight.zero_()
+    with from_folder.in_place():
+        report["reference at another layout"] = _gap(_reference_scores(kept), _scores(other, kept))
+    report["zeroed weights"] = float(sum(w.abs().sum() for w in other.weights.values()))
+    return report
+
+
+def _facts(step: PolicyStep) -> dict:
+    apart = step.divergence
+    return {
+        "ratio": step.ratio, "mean": apart.mean, "chosen": apart.chosen, "loss": apart.loss, "penalty": apart.penalty,
+        "whole loss": step.loss, "tokens": step.trained_tokens, "norm": step.grad_norm,
+    }  # fmt: skip
+
+
+def _scores(learner, of: list[PromptGroup]) -> torch.Tensor:
+    batch = batch_of_groups(of, overlong_filtering=True, advantage_epsilon=0.0)
+    return learner.score(batch)[0]
+
+
+def _reference_scores(of: list[PromptGroup]) -> torch.Tensor:
+    return batch_of_groups(of, overlong_filtering=True, advantage_epsilon=0.0).reference_logprobs_T
+
+
+def _gap(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max())
