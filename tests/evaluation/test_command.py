@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
@@ -20,7 +19,6 @@ from dapo_megatron.evaluate_command import (
 )
 from dapo_megatron.scratch import build_scratch_model
 from tests.command_line import ROOT, run_command
-from tests.tiny_models import write_model
 
 SHARED = ROOT.parent / "shared" / "data"
 KEYS = {"avg_at_k", "pass_at_k", "maj_at_k", "standard_error", "problems"}
@@ -151,28 +149,6 @@ def test_the_command_refuses_no_samples(place):
     result = run_command("evaluate", "--model", place / "model", "--data", place / "problems.jsonl", "--samples", 0)
     assert result.returncode == 2
     assert result.stderr == "dapo-megatron: --samples 0 must be positive; use at least 1\n"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data")
-def test_avg_at_32_on_aime24_with_the_qwen_tokenizer(tmp_path):
-    model = write_model(
-        tmp_path / "model", "qwen2", tied=True, num_hidden_layers=2, vocab_size=151_680, max_position_embeddings=4096
-    )
-    for file in (SHARED / "qwen2.5-tokenizer").iterdir():
-        (model / file.name).write_bytes(file.read_bytes())
-    arguments = ("--model", model, "--data", SHARED / "aime24.parquet", "--samples", 32, "--max-tokens", 2)
-    columns = ("--answer-column", "reward_model.ground_truth", "--prompt-template", "dapo-math")
-    output = tmp_path / "problems.jsonl"
-    result = run_command("evaluate", *arguments, *columns, "--json", "--output", output, time_limit_s=800)
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
-    assert set(found) >= KEYS and (found["problems"], found["samples"]) == (30, 32)
-    problems = [json.loads(line) for line in Path(output).read_text().splitlines()]
-    assert len(problems) == 30 and {len(p["responses"]) for p in problems} == {32}
-    assert all(p["prompt"].startswith("Solve the following math problem step by step.") for p in problems)
-    rights = [r["right"] for p in problems for r in p["responses"]]
-    assert found["avg_at_k"] == pytest.approx(sum(rights) / 960)
 
 
 @pytest.mark.slow
