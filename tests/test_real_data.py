@@ -46,7 +46,7 @@ def test_train_checkpoint_and_evaluate(tmp_path):
     (line,) = (json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines() if '"step": 1' in text)
     assert line["groups/generated"] >= 16 and line["accuracy/train"] > 0
     assert line["groups/trained"] > 0 and line["tokens/trained"] > 0 and line["updates"] > 0
-    assert line["mismatch/logprob_abs_mean"] < 1e-4
+    assert line["mismatch/logprob_abs_mean"] < 1e-3
 
     newest = run / "checkpoints" / "step-000001"
     arguments = ("--model", newest, "--data", DATA / FILES[1], "--samples", 32, "--max-tokens", 6)
