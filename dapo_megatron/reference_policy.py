@@ -5,12 +5,9 @@ any. These stages' result is kept as RUN/reference, a Hugging Face folder, so th
 at any layout; without stages the model folder itself is read again.
 """
 
-import json
-
 from dapo_megatron.assemble import Run
 from dapo_megatron.errors import RequestError
-from dapo_megatron.files import write_text_atomically
-from dapo_megatron.learner.manifest import MANIFEST, check_manifest, file_sums
+from dapo_megatron.learner.manifest import check_manifest, write_manifest
 from dapo_megatron.learner.reference import ReferenceWeights
 from dapo_megatron.rollout.agreement import from_rank_zero
 from dapo_megatron.weight_sync import export_hugging_face
@@ -33,7 +30,7 @@ def keep_reference(run: Run) -> ReferenceWeights | None:
             limit = run.recipe.resharding.time_limit_s
             export_hugging_face(run.learner, kept, side_files=run.paths.model, time_limit_s=limit)
             if run.world.rank == 0:
-                write_text_atomically(kept / MANIFEST, json.dumps(file_sums(kept), indent=2))
+                write_manifest(kept)
         return ReferenceWeights(run.learner)
     if not supervised:
         return ReferenceWeights(run.learner, run.paths.model)

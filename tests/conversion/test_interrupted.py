@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dapo_megatron.conversion import command, streams
+from dapo_megatron import files
+from dapo_megatron.conversion import command
 from dapo_megatron.conversion.command import convert
 from dapo_megatron.conversion.options import Options
 from dapo_megatron.conversion.workspace import finished_bytes, open_workspace, workspace_folder
@@ -163,7 +164,7 @@ def test_a_full_disk(tmp_path, model, monkeypatch, capsys):
     def open_full(path, *arguments, **options):
         return open("/dev/full" if path.name == "__3_0.distcp" else path, *arguments, **options)
 
-    monkeypatch.setattr(streams, "open", open_full, raising=False)
+    monkeypatch.setattr(files, "open", open_full, raising=False)
     with pytest.raises(RunError, match=r"out/shards/__3_0\.distcp: No space left .* same command again"):
         convert("hf-to-megatron", model, tmp_path / "out", LAYOUT)
     assert not (tmp_path / "out").exists()
