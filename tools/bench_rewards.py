@@ -29,7 +29,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dapo_megatron.config.reward import Reward  # noqa: E402
+from dapo_megatron.config.reward import Code, Reward  # noqa: E402
 from dapo_megatron.errors import RequestError, RunError, exit_with_message  # noqa: E402
 from dapo_megatron.files import atomic_path  # noqa: E402
 from dapo_megatron.rewards import grade  # noqa: E402
@@ -45,7 +45,9 @@ LATEX = [
     ("(x-1)(x+1)", "x^2-1"), (r"-\sqrt{3}", r"\sqrt{3}"), ("x<5", r"(-\infty,5)"), (r"\{2,1\}", r"\{1,2\}"),
 ]  # fmt: skip
 LATEX_WRONG = {r"3\pi", r"-\sqrt{3}"}
-RULE = Reward(time_limit_s=30.0)  # for machines with other work
+# time limits for machines with other work
+RULE = Reward(time_limit_s=60.0)
+CODE = Reward(grader="code", code=Code(time_limit_s=60.0))
 PROGRAM = "Like this:\n```python\na, b = map(int, input().split())\nprint(a + b)\n```"
 FUNCTION = (
     "Like this:\n```python\nclass Solution:\n    def add(self, a: int, b: int) -> int:\n        return a + b\n```"
@@ -113,7 +115,7 @@ def tasks(items: int) -> Iterator[Task]:
     calls = {"fn_name": "add", "inputs": [[a, b] for a, b in sums], "outputs": [a + b for a, b in sums]}
     for name, program, cases in (("code tests, stdin", PROGRAM, stdin), ("code tests, calls", FUNCTION, calls)):
         answers, verdicts = [json.dumps(cases)] * programs, [True] * programs
-        yield Task(name, Reward(grader="code"), [program] * programs, answers, verdicts, TESTS_A_PROGRAM)
+        yield Task(name, CODE, [program] * programs, answers, verdicts, TESTS_A_PROGRAM)
 
 
 def measure(task: Task, place: str, repeats: int) -> Row:
