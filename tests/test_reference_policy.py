@@ -8,6 +8,7 @@ import pytest
 from dapo_megatron.config import dump_recipe, load_recipe
 from dapo_megatron.errors import RequestError
 from dapo_megatron.files import write_text_atomically
+from dapo_megatron.learner.manifest import write_manifest
 from dapo_megatron.reference_policy import keep_reference
 from dapo_megatron.run_directory import claim_run_directory
 from tests.command_line import RECIPE
@@ -52,7 +53,8 @@ def test_a_reference_that_was_lost_or_damaged_is_told(tmp_path):
         keep_reference(run)
     (tmp_path / "reference").mkdir()
     (tmp_path / "reference" / "model.safetensors").write_bytes(b"x")
-    (tmp_path / "reference" / "manifest.json").write_text('{"model.safetensors": "0"}')
+    write_manifest(tmp_path / "reference")
+    (tmp_path / "reference" / "model.safetensors").write_bytes(b"y")
     with pytest.raises(RequestError, match=r"model\.safetensors has changed"):
         keep_reference(run)
 
