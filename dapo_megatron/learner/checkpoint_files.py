@@ -188,7 +188,5 @@ def _why(error: Exception, folder: Path) -> str:
         return str(error)
     if isinstance(error, OSError) and error.errno in FULL:
         free = f"{shutil.disk_usage(folder.parent).free} bytes are free in {folder.parent}"
-        return (
-            told + f"{error.strerror} ({free} bytes are free in {folder.parent}); make room and continue with --resume"
-        )
+        return f"{told}{error.strerror} ({free}); make room and continue with --resume"
     return told + " ".join(f"{type(error).__name__} {error}".split())
