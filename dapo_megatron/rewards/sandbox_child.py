@@ -135,9 +135,10 @@ def leave_the_machine(library: ctypes.CDLL) -> None:
         os.chroot(".")
 
 
-def confine(library: ctypes.CDLL, calls: bytes, limits: dict[str, int], uid: int) -> None:
-    """Give up rights and resources for good. Raises OSError where the kernel has no such filter."""
-    parent, changed = os.getppid(), False
+def confine(library: ctypes.CDLL, calls: bytes, limits: dict[str, int], uid: int, parent: int) -> None:
+    """Give up rights and resources for good, and die with the process `parent`. Raises OSError where the kernel has no
+    such filter."""
+    changed = False
     for user in (uid, NOBODY) if os.geteuid() == 0 else ():
         try:
             os.setgroups([])
@@ -156,7 +157,7 @@ def confine(library: ctypes.CDLL, calls: bytes, limits: dict[str, int], uid: int
         resource.setrlimit(number, (value, value))
     library.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a change of user resets it
     library.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-    if os.getppid() != parent:
+    if os.getppid() != parent:  # it was gone before
         os._exit(1)
     text = ctypes.create_string_buffer(calls, len(calls))
     program = struct.pack("HxxxxxxP", len(calls) // 8, ctypes.addressof(text))
@@ -252,6 +253,7 @@ def main() -> None:
     devnull = os.open(os.devnull, os.O_RDWR)
     leave_the_machine(library)
     control.sendall(b"r")
+    server = os.getpid()
     order, stdin, output = serve(control)
     status = 1
     try:
@@ -260,7 +262,7 @@ def main() -> None:
         with open(order, "rb") as file:
             request = json.load(file)
         result = put_in_place(stdin, output, devnull, call=request["function"] is not None)
-        confine(library, calls, request["limits"], FIRST_UID + parent)
+        confine(library, calls, request["limits"], FIRST_UID + parent, server)
         status = run(request, result)
     finally:
         os._exit(status)
