@@ -12,6 +12,11 @@ from dapo_megatron.config.algorithm import KL
 from dapo_megatron.data.completions import PromptGroup
 
 
+def charges_rewards(kl: KL) -> bool:
+    """Whether the divergence is taken from rewards."""
+    return kl.coefficient > 0 and kl.place == "reward"
+
+
 def reward_penalties(groups: Sequence[PromptGroup], kl: KL) -> list[np.ndarray]:
     """coefficient · Σ_t k(log π_old − log π_ref) of each response, fp64 [G] a group, where `kl.place` is "reward";
     else nothing.
@@ -19,7 +24,7 @@ def reward_penalties(groups: Sequence[PromptGroup], kl: KL) -> list[np.ndarray]:
     π_old is the policy that drew the response. The sum is over all its tokens, those of a response that overlong
     filtering takes out of the loss too, since its reward counts in the group's mean.
     """
-    if kl.coefficient == 0 or kl.place != "reward":
+    if not charges_rewards(kl):
         return []
     return [
         np.array(

@@ -16,11 +16,12 @@ from dapo_megatron.algorithms.mini_batch import (
 )
 from dapo_megatron.algorithms.statistics import TokenStatistics, token_statistics
 from dapo_megatron.config import Recipe
+from dapo_megatron.config.algorithm import Algorithm
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.group_files import GROUP_ARRAYS
 from dapo_megatron.data.packing import packing_efficiency
 from dapo_megatron.data.records import SequenceBatch
-from dapo_megatron.divergence import Divergence, divergence, reward_penalties
+from dapo_megatron.divergence import Divergence, charges_rewards, divergence, reward_penalties
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.losses import POLICY_SUMS, policy_loss
 from dapo_megatron.learner.reference import ReferenceWeights
@@ -49,17 +50,19 @@ class PolicyStep:
 def score_old_policy(
     learner: Learner,
     groups: Sequence[PromptGroup],
+    algorithm: Algorithm,
     *,
     kept: Sequence[PromptGroup] = (),
-    overlong_filtering: bool,
     reference: ReferenceWeights | None = None,
 ) -> None:
     """Leave log-probs and entropies of the present policy in every group that has none yet: before the first update.
 
-    A group drawn by an earlier policy keeps that policy's. Filtered responses are not scored: theirs stay 0. Those of
+    A group drawn by an earlier policy keeps that policy's. Responses that overlong filtering takes out are not scored,
+    theirs stay 0, unless their reward is charged for a KL divergence: it counts in their group's mean. Those of
     `groups` share the memory of the whole step, those `kept` for a later one have memory of their own.
     `reference`: leave its log-probs too, once a group.
     """
+    overlong_filtering = algorithm.overlong_filtering and not charges_rewards(algorithm.kl)
     groups = [*groups, *kept]
     new = [group for group in groups if not group.old_logprobs]
     for group, logprobs, entropies in _score(learner, new, overlong_filtering):

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from dapo_megatron.config.architecture import architecture_from_dict
 from dapo_megatron.config.check import cpu_engine_problem
 from dapo_megatron.config.derive import derive_engines
 from dapo_megatron.config.supervised import Stage
-from dapo_megatron.data.arithmetic import check_task, longest_example
+from dapo_megatron.data.arithmetic import build_tokenizer, check_task, longest_example
 from dapo_megatron.data.prompt_template import apply_template
 from dapo_megatron.data.prompts import Prompt, check_prompt_lengths, encode_prompt, read_supervised
 from dapo_megatron.data.tokenizer import load_tokenizer, vocabulary_size
@@ -178,8 +179,7 @@ def _check_files(recipe: Recipe, paths: RunPaths, folder: Path, architecture: Ar
     for i, stage in enumerate(recipe.supervised.stages):
         if stage.data in GENERATED:
             raise RequestError(f"supervised.stages[{i}].data={stage.data} is made by data.generate, which is not set")
-        examples = encode_examples(tokenizer, recipe, stage)
-        _check_example_length(max(len(p) + len(r) for p, r in examples), stage.data, recipe, architecture)
+        _check_stage(tokenizer, recipe, stage, architecture)
 
 
 def _check_generated(recipe: Recipe, architecture: Architecture) -> None:
@@ -191,9 +191,24 @@ def _check_generated(recipe: Recipe, architecture: Architecture) -> None:
             f"data.max_prompt_length={recipe.data.max_prompt_length} is less than the {prompt} tokens of the longest "
             f"generated question; use {prompt} or more"
         )
-    for stage in recipe.supervised.stages:
-        if stage.data in GENERATED:
-            _check_example_length(whole, stage.data, recipe, architecture)
+    own = [stage for stage in recipe.supervised.stages if stage.data not in GENERATED]
+    if len(own) < len(recipe.supervised.stages):
+        _check_example_length(whole, " and ".join(GENERATED), recipe, architecture)
+    if not own:
+        return
+    if recipe.model.scratch is None:
+        tokenizer = load_tokenizer(recipe.model.path)
+    else:
+        with TemporaryDirectory() as folder:
+            build_tokenizer(Path(folder))
+            tokenizer = load_tokenizer(folder)
+    for stage in own:
+        _check_stage(tokenizer, recipe, stage, architecture)
+
+
+def _check_stage(tokenizer, recipe: Recipe, stage: Stage, architecture: Architecture) -> None:
+    examples = encode_examples(tokenizer, recipe, stage)
+    _check_example_length(max(len(p) + len(r) for p, r in examples), stage.data, recipe, architecture)
 
 
 def _check_example_length(longest: int, data: str, recipe: Recipe, architecture: Architecture) -> None:

@@ -13,7 +13,7 @@ from dapo_megatron.config import Recipe, dump_recipe, load_recipe
 from dapo_megatron.data.arithmetic import generate_task
 from dapo_megatron.errors import RequestError
 from dapo_megatron.files import write_text_atomically
-from dapo_megatron.prepare import RunPaths, run_paths
+from dapo_megatron.prepare import GENERATED, RunPaths, run_paths
 from dapo_megatron.scratch import ARITHMETIC, build_scratch_model
 
 
@@ -90,9 +90,9 @@ def _inputs(recipe: Recipe, paths: RunPaths) -> list[Path]:
     scratch = recipe.model.scratch
     inputs = [paths.model] if scratch is None else [] if scratch.tokenizer == ARITHMETIC else [Path(scratch.tokenizer)]
     if recipe.data.generate is None:
-        stages = [paths.supervised(stage.data) for stage in recipe.supervised.stages]
-        inputs += [path for path in (paths.train, paths.validation, *stages) if path is not None]
-    return inputs
+        inputs += [path for path in (paths.train, paths.validation) if path is not None]
+    stages = recipe.supervised.stages
+    return inputs + [paths.supervised(stage.data) for stage in stages if stage.data not in GENERATED]
 
 
 def _check_nothing_needed_inside(run: Path, needed: Sequence[Path]) -> None:

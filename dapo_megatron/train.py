@@ -30,7 +30,8 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
     with checkpoint_on_failure(run):
         run.sync.push(run.updates)
     if run.step == 0 and not stop.requested():
-        metrics = {"step": 0, **validate(run, "before")}
+        metrics = {"step": 0}
+        metrics |= validate(run, "before", partial(journal.step, metrics))
         journal.step(metrics)
         improved(run, metrics)
         if checkpoint.every and run.updates and run.step < steps and not rollout_only:
@@ -56,7 +57,7 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
             metrics["resharding/bytes_sent"] = float(transfer.bytes_sent if transfer else 0)
         metrics |= clock.metrics() | (run.grader.metrics() if run.grader else {"grader/failures": 0.0})
         if evaluation.every and (run.step % evaluation.every == 0 or run.step == steps):
-            metrics |= validate(run, "after" if run.step == steps else "during")
+            metrics |= validate(run, "after" if run.step == steps else "during", partial(journal.step, metrics))
         journal.step(metrics)
         check_gap(run.recipe, metrics.get("mismatch/logprob_abs_mean", 0.0), run.step)
         best = improved(run, metrics) and checkpoint.keep_best
@@ -122,10 +123,7 @@ def roll_out(run: Run) -> SampledStep:
 def learn(run: Run, groups: Sequence[PromptGroup], kept: Sequence[PromptGroup] = ()) -> PolicyStep | None:
     """Old log-probs of all groups, of those `kept` for later too, and the reference's; then the step's gradient
     updates; None when there is nothing to learn from."""
-    algorithm = run.recipe.algorithm
-    # a KL penalty in the reward is that of every response: filtered ones count in their group's mean
-    filtering = algorithm.overlong_filtering and not (algorithm.kl.coefficient and algorithm.kl.place == "reward")
-    score_old_policy(run.learner, groups, kept=kept, overlong_filtering=filtering, reference=run.reference)
+    score_old_policy(run.learner, groups, run.recipe.algorithm, kept=kept, reference=run.reference)
     if not groups:
         return None
     result = learn_step(run.learner, groups, run.recipe, learning_rate=learning_rate(run))
@@ -146,12 +144,12 @@ def learning_rate(run: Run) -> float:
     )
 
 
-def validate(run: Run, when: str) -> dict[str, float]:
-    """Validation metrics; a few completions are kept for the report."""
+def validate(run: Run, when: str, tell: Callable[[], None]) -> dict[str, float]:
+    """Validation metrics; a few completions are kept for the report. `tell`: as in `checkpoint_on_failure`."""
     if run.validation is None or not run.recipe.evaluation.every:
         return {}
     clock = Clock()
-    with clock.phase("validation"), checkpoint_on_failure(run):
+    with clock.phase("validation"), checkpoint_on_failure(run, tell):
         metrics, groups = evaluate(run.validation, run.recipe)
     append_samples(run, groups, when)
     return metrics | {"time/validation": clock.metrics()["time/validation"]}

@@ -53,14 +53,14 @@ def steps(payload: dict) -> dict:
     in_loss = recipe(coefficient=0.2, place="loss", estimator="k2")
     trained, kept = groups(1), groups(2)
     for part in (trained, kept):  # packed as they are below, so that equal means equal to the bit
-        score_old_policy(learner, part, overlong_filtering=True, reference=reference)
+        score_old_policy(learner, part, in_loss.algorithm, reference=reference)
     first = learn_step(learner, trained, in_loss, learning_rate=RATE)
     for _ in range(3):
         learn_step(learner, trained, in_loss, learning_rate=RATE)
 
     before = _scores(learner, kept)
     fresh = groups(3)
-    score_old_policy(learner, [*kept, *fresh], overlong_filtering=True, reference=reference)
+    score_old_policy(learner, fresh, in_loss.algorithm, kept=kept, reference=reference)
     with reference.in_place():
         inside = _scores(learner, kept)
     after = _scores(learner, kept)
@@ -76,10 +76,17 @@ def steps(payload: dict) -> dict:
     }
 
     charged = groups(3)
-    score_old_policy(learner, charged, overlong_filtering=False, reference=reference)
-    result = learn_step(learner, charged, recipe(coefficient=0.05, place="reward", estimator="k1"), learning_rate=0.0)
-    report["in reward"] = _facts(result) | {
-        "advantages": result.advantages.tolist(),
+    in_reward = recipe(coefficient=0.05, place="reward", estimator="k1")
+    score_old_policy(learner, charged, in_reward.algorithm, reference=reference)
+    advantages: list[float] = []
+
+    def seen(batch, sequences, loss, gradients=learner.gradients):
+        advantages.extend(batch.advantages_T[batch.loss_weights_T > 0].tolist())
+        return gradients(batch, sequences, loss)
+
+    learner.gradients = seen
+    report["in reward"] = _facts(learn_step(learner, charged, in_reward, learning_rate=0.0)) | {
+        "advantages": advantages,
         "old": [[values.tolist() for values in g.old_logprobs] for g in charged],
         "reference": [[values.tolist() for values in g.reference_logprobs] for g in charged],
     }

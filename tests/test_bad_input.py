@@ -264,3 +264,10 @@ def test_convert_refuses_sizes_that_do_not_divide(tmp_path):
     refused(
         tmp_path, "convert", "hf-to-megatron", model, tmp_path / "out", "parallel.tensor=3", says=("attention heads",)
     )
+
+
+def test_a_stage_of_ones_own_beside_a_generated_task(tmp_path, recipe):
+    stage = "supervised.stages=[{{data: {}, steps: 1, batch_sequences: 1, learning_rate: 1.0e-3}}]"
+    refused(tmp_path, *recipe, stage.format("nowhere.jsonl"), says=("nowhere.jsonl: no such file",))
+    (tmp_path / "rows.jsonl").write_text('{"question": "1+1=", "response": "Answer: 2"}\n')
+    refused(tmp_path, *recipe, stage.format(tmp_path / "rows.jsonl"), says=("no column prompt; the row has",))

@@ -117,7 +117,7 @@ def measure(prompts: int, samples: int, tokens: int) -> dict[str, object]:
     sampled = timed("sampling", lambda: sample_step(lambda count, wave: groups, sampling, wanted=prompts))
     assert len(sampled.trained) == prompts
     timed("rollout_metrics", lambda: rollout_metrics(sampled))
-    timed("old_policy", lambda: score_old_policy(learner, sampled.trained, overlong_filtering=False))
+    timed("old_policy", lambda: score_old_policy(learner, sampled.trained, recipe.algorithm))
     result = timed("learn_step", lambda: learn_step(learner, sampled.trained, recipe, learning_rate=1e-6))
     timed("learner_metrics", lambda: learner_metrics(result))
     return {

@@ -16,7 +16,7 @@ class Checkpoint(Section):
 
     keep_best: bool = True
     """Keep the checkpoint of the best `validation/accuracy`, too: unless `every` is 0 each validation that is better
-    than all before is saved, and `best.json` names it."""
+    than all before is saved, and `best.json` names it; the one before the first step only after a warm start."""
 
     asynchronous: bool = True
     """Training goes on while a checkpoint is written, from a copy in host memory of each rank's weights and optimizer

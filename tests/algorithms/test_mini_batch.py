@@ -114,9 +114,9 @@ def test_reference_logprobs_lie_where_the_old_ones_do():
     assert batch_of_groups(groups, overlong_filtering=False, advantage_epsilon=1e-6).reference_logprobs_T is None
     groups[1].reference_logprobs = [c.logprobs - 1 for c in groups[1].completions]
     batch = batch_of_groups(groups, overlong_filtering=False, advantage_epsilon=1e-6)
-    trained = batch.loss_weights_T > 0
-    torch.testing.assert_close(batch.reference_logprobs_T[trained], batch.rollout_logprobs_T[trained] - 1)
-    assert not batch.reference_logprobs_T[~trained].any()
+    logprobs = [0, -1 / 2, -1, 0, 0, -1 / 3, 0, -1 / 4, -2 / 4, -3 / 4, 0, -1 / 5, -2 / 5, 0]
+    expected = torch.where(batch.loss_weights_T > 0, torch.tensor(logprobs) - 1, 0.0)
+    torch.testing.assert_close(batch.reference_logprobs_T, expected)
 
 
 def test_old_logprobs_travel_with_the_group():
