@@ -8,6 +8,7 @@ its last checkpoint, so the command can be stopped and started again.
 """
 
 import argparse
+import fcntl
 import os
 import shutil
 import subprocess
@@ -71,16 +72,17 @@ def warm_start(out: Path, seed: int, overrides: Sequence[str], train: Train) -> 
     """The run that all rungs of a seed continue; made once.
 
     Raises:
+        RequestError: another command is at work on it.
         RunError: the run failed.
     """
     directory = out / f"seed{seed}" / "warm"
-    if not (directory / START_OF_RUNGS).is_file():
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        arguments = [
-            *(str(RECIPES / f"{RUNGS[0].recipe}.yaml"), f"run.directory={directory}", f"run.seed={seed}", *SHARED),
-            *(*overrides, "run.steps=0", "--overwrite"),
-        ]
-        _checked(train(arguments, directory.with_suffix(".log")), directory)
+    with _claimed(directory):
+        if not (directory / START_OF_RUNGS).is_file():
+            arguments = [
+                *(str(RECIPES / f"{RUNGS[0].recipe}.yaml"), f"run.directory={directory}", f"run.seed={seed}", *SHARED),
+                *(*overrides, "run.steps=0", "--overwrite"),
+            ]
+            _checked(train(arguments, directory.with_suffix(".log")), directory)
     return directory
 
 
@@ -88,22 +90,24 @@ def climb(out: Path, seed: int, rung: Rung, overrides: Sequence[str], train: Tra
     """One cell: kept where it is finished, continued where it was begun, else begun from the seed's warm start.
 
     Raises:
-        RequestError: the finished cell was made with other settings than the recipe's present ones.
+        RequestError: the finished cell was made with other settings than the recipe's present ones, or another command
+            is at work on it.
         RunError: the run failed.
     """
     directory = out / f"seed{seed}" / rung.recipe
     marker = directory.with_suffix(".yaml")  # the recipe of a finished cell
     own = [f"run.directory={directory}", f"run.seed={seed}", *SHARED, *overrides]
     wanted = dump_recipe(load_recipe(RECIPES / f"{rung.recipe}.yaml", own))
-    if not check_finished(marker, wanted):
-        if not directory.exists():
-            copy = directory.with_name(f".{directory.name}.new")
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(out / f"seed{seed}" / "warm", copy)
-            replace_folder(copy, directory)
-        arguments = [str(RECIPES / f"{rung.recipe}.yaml"), *own, "--resume"]
-        _checked(train(arguments, directory.with_suffix(".log")), directory)
-        write_text_atomically(marker, wanted)
+    with _claimed(directory):
+        if not check_finished(marker, wanted):
+            if not directory.exists():
+                copy = directory.with_name(f".{directory.name}.new")
+                shutil.rmtree(copy, ignore_errors=True)
+                shutil.copytree(out / f"seed{seed}" / "warm", copy)
+                replace_folder(copy, directory)
+            arguments = [str(RECIPES / f"{rung.recipe}.yaml"), *own, "--resume"]
+            _checked(train(arguments, directory.with_suffix(".log")), directory)
+            write_text_atomically(marker, wanted)
     return read_cell(directory, seed, rung)
 
 
@@ -121,7 +125,7 @@ def run_ladder(
                 start.result()
                 ready.append(seed)
                 print(f"{_now()} seed {seed}: warm start ready", flush=True)
-            except RunError as error:
+            except (RequestError, RunError) as error:
                 failures.append(f"seed {seed}, warm start: {error}")
         runs = {(s, r): pool.submit(climb, out, s, r, overrides, train) for s in ready for r in RUNGS}
         for (seed, rung), run in runs.items():
@@ -141,6 +145,18 @@ def _nothing_more_after_an_error(pool: ThreadPoolExecutor) -> Iterator[None]:
     except BaseException:  # Ctrl-C: what runs stops by itself, what waits is not begun
         pool.shutdown(wait=False, cancel_futures=True)
         raise
+
+
+@contextmanager
+def _claimed(directory: Path) -> Iterator[None]:
+    """Keep other commands away from a run directory; the claim ends with this process at the latest."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with open(directory.with_suffix(".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RequestError(f"{directory}: another command is at work on it; wait or use another --out") from None
+        yield
 
 
 def _checked(code: int, directory: Path) -> None:

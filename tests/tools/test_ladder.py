@@ -142,6 +142,19 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(tmp_path):
     assert train.calls == ["seed1/2-overlong-filtering --resume"]
 
 
+def test_two_commands_do_not_share_a_cell(tmp_path):
+    inner: list[str] = []
+
+    def train(arguments: list[str], log: Path) -> int:
+        if "6-dapo" in arguments[0]:
+            inner.extend(run_ladder(tmp_path, [0], SETTINGS, FakeTrain(), jobs=1)[1])
+        return FakeTrain()(arguments, log)
+
+    cells, failures = run_ladder(tmp_path, [0], SETTINGS, train, jobs=1)
+    assert len(cells) == 6 and failures == []
+    assert len(inner) == 1 and "6-dapo: another command is at work on it" in inner[0]
+
+
 def test_cells_of_other_settings_are_not_mixed_in(tmp_path):
     run_ladder(tmp_path, [0], SETTINGS, FakeTrain(), jobs=1)
     train = FakeTrain()
