@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,8 +61,8 @@ class Cell:
         return sum(value or 0.0 for value in self.values(key))
 
     def last(self, key: str) -> float:
-        """`key` of the last validation."""
-        return float(self.validations[-1][key])
+        """`key` of the last validation, NaN where there is none."""
+        return float(self.validations[-1].get(key, math.nan)) if self.validations else math.nan
 
     def seconds(self) -> float:
         """Time of all steps and validations."""
