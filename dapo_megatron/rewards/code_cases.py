@@ -1,7 +1,8 @@
 """Test cases of programming problems, as public data sets write them into the answer column.
 
     {"inputs": [...], "outputs": [...], "fn_name": ...}              APPS, TACO
-    [{"input": ..., "output": ..., "fn_name": ...}, ...]             DeepCoder, LiveCodeBench (metadata.func_name)
+    [{"input": ..., "output": ..., "fn_name": ...}, ...]             DeepCoder, LiveCodeBench (metadata.func_name,
+                                                                     metadata also as a text with that in JSON)
 
 Without a function, input and output are texts (or lists of lines) for standard input and output. With one, an input
 is the list of arguments, or a text with one JSON value a line; an output is what the function returns, in the second
@@ -12,7 +13,9 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from dapo_megatron.errors import RequestError
 
 RELATIVE, ABSOLUTE = 1e-6, 1e-9  # how far floating-point numbers may differ
 
+_CALLS = {"testtype": "functional", "type": "function_call"}  # marks of a case that calls a function
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]{1,300}\.[0-9]{0,300}|\.[0-9]{1,300}|[0-9]{1,300})(?:[eE][+-]?[0-9]{1,3})?")
 
 
@@ -91,21 +95,20 @@ def check_cases(answers: Iterable[tuple[int, str]], path: Path | str) -> None:
 def same_output(given: str, expected: str) -> bool:
     """Whether two outputs agree line by line, without white space at the ends of lines and empty lines at the end.
 
-    Lines that differ agree if they have the same words but for numbers, of which one has a point or an exponent, that
-    differ by at most RELATIVE or ABSOLUTE.
+    Lines that differ agree if they have the same words but for numbers. An expected number with a point or an exponent
+    may be missed by RELATIVE or ABSOLUTE; an integer only be written with a point or an exponent.
     """
     lines, expected_lines = _lines(given), _lines(expected)
     return len(lines) == len(expected_lines) and all(map(_same_line, lines, expected_lines))
 
 
 def same_result(given: Any, expected: Any) -> bool:
-    """Whether two JSON values are equal, floating-point numbers to RELATIVE or ABSOLUTE; true is not 1."""
+    """Whether two JSON values are equal, to RELATIVE or ABSOLUTE where a floating-point number is expected, exactly
+    where an integer is; true is not 1."""
     if isinstance(given, bool) or isinstance(expected, bool):
         return given is expected
     if isinstance(given, int | float) and isinstance(expected, int | float):
-        if isinstance(given, float) or isinstance(expected, float):
-            return _close(given, expected)
-        return given == expected
+        return _close(given, expected) if isinstance(expected, float) else given == expected
     if isinstance(given, list) and isinstance(expected, list):
         return len(given) == len(expected) and all(map(same_result, given, expected))
     if isinstance(given, dict) and isinstance(expected, dict):
@@ -118,13 +121,23 @@ def _of_list(cases: list[Any]) -> tuple[list[Any], list[Any], Any]:
     for i, case in enumerate(cases):
         if not isinstance(case, dict) or "input" not in case or "output" not in case:
             raise ValueError(f'has a case {i} (from 0) that is not {{"input": ..., "output": ...}}')
-        metadata = case.get("metadata")
-        named = metadata.get("func_name") if isinstance(metadata, dict) else None
-        functions.append(case.get("fn_name") or named)
+        function = case.get("fn_name") or _metadata(case).get("func_name")
+        kind = next((f"{key}={case[key]}" for key in _CALLS if case.get(key) == _CALLS[key]), None)
+        if kind and not function:
+            raise ValueError(f"has a case {i} (from 0) with {kind} and neither fn_name nor metadata.func_name")
+        functions.append(function)
     if any(function != functions[0] for function in functions):
         raise ValueError("has cases of several functions; it needs one, or none in all of them")
     function = functions[0] if functions else None
     return [case["input"] for case in cases], [case["output"] for case in cases], function
+
+
+def _metadata(case: dict[str, Any]) -> dict[str, Any]:
+    metadata = case.get("metadata")
+    if isinstance(metadata, str):
+        with suppress(ValueError, RecursionError):  # a remark: what calls a function is refused for want of its name
+            metadata = json.loads(metadata)
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _text(value: Any, what: str) -> str:
@@ -169,11 +182,15 @@ def _same_line(given: str, expected: str) -> bool:
 def _same_word(given: str, expected: str) -> bool:
     if given == expected:
         return True
-    if not _DECIMAL.fullmatch(given) or not _DECIMAL.fullmatch(expected) or (given + expected).isdigit():
+    if not _DECIMAL.fullmatch(given) or not _DECIMAL.fullmatch(expected):
         return False
-    if not any(symbol in given + expected for symbol in ".eE"):
-        return False
-    return _close(float(given), float(expected))
+    if _has_point(expected):
+        return _close(float(given), float(expected))
+    return _has_point(given) and Decimal(given) == Decimal(expected)  # 01 is not 1: it may be a text of digits
+
+
+def _has_point(number: str) -> bool:
+    return any(symbol in number for symbol in ".eE")
 
 
 def _close(given: float, expected: float) -> bool:

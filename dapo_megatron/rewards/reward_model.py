@@ -24,7 +24,7 @@ class ModelReward:
 
     Raises:
         RequestError: as `check_reward_model`.
-        RunError: the folder cannot be loaded, or lacks weights.
+        RunError: the folder cannot be loaded or lacks weights; no memory for the model on the device.
     """
 
     def __init__(self, settings: RewardModel, device: torch.device) -> None:
@@ -44,12 +44,17 @@ class ModelReward:
                 local_files_only=True,
                 trust_remote_code=False,
             )
+            self._model.to(device).eval()
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"reward.model.path={settings.path}: {device} has no memory for this model beside what it holds "
+                "already; use a smaller one, or where a vllm engine shares it a smaller rollout.gpu_memory_share"
+            ) from error
         except Exception as error:  # transformers and safetensors raise bare ones, too
             raise RunError(f"reward.model.path={settings.path} cannot be loaded: {_first_line(error)}") from error
         # transformers would fill what is missing with random numbers, the score's own layer too
         if missing := sorted(loaded["missing_keys"]):
             raise RunError(f"reward.model.path={settings.path} has no weights for {', '.join(missing[:4])}")
-        self._model.to(device).eval()
         config = self._model.config
         # the model finds the last token of each sequence by what is padding; without that, one sequence at a time
         self._pad = config.pad_token_id if config.pad_token_id is not None else self._tokenizer.pad_token_id

@@ -26,11 +26,13 @@ import types
 
 # Programs find these loaded: once confined they open no file, and so import nothing else.
 LOADED = """
-    abc argparse array ast base64 binascii bisect builtins calendar cmath cmd codecs collections collections.abc
-    concurrent.futures contextlib copy csv dataclasses datetime decimal difflib enum fractions functools gc graphlib
-    hashlib heapq hmac inspect io itertools json keyword locale math numbers operator pprint queue random re reprlib
-    secrets shlex statistics string struct sys textwrap threading time timeit traceback types typing unicodedata uuid
-    warnings weakref zlib zoneinfo _strptime encodings.ascii encodings.idna encodings.latin_1 encodings.utf_16
+    __future__ abc argparse array ast base64 binascii bisect builtins calendar cmath cmd codecs collections
+    collections.abc concurrent.futures concurrent.futures.thread contextlib contextvars copy csv dataclasses datetime
+    decimal difflib doctest enum errno fileinput fractions functools gc getopt graphlib hashlib heapq hmac html inspect
+    io ipaddress itertools json keyword locale logging math numbers operator optparse os pathlib pickle platform pprint
+    queue random re reprlib sched secrets shlex signal statistics string struct sys textwrap threading time timeit
+    traceback tracemalloc types typing unicodedata unittest urllib.parse uuid warnings weakref zlib zoneinfo _strptime
+    encodings.ascii encodings.hex_codec encodings.idna encodings.latin_1 encodings.rot_13 encodings.utf_16
     encodings.utf_8_sig
 """
 # Names that programs of call-based sets use without importing them.

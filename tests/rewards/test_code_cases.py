@@ -26,6 +26,11 @@ def test_the_forms_of_public_sets():
     assert read_cases(json.dumps([lines])) == TestCases(("1\n2",), ("3",), None)
     two = {"fn_name": "f", "input": '1\n"a"\n', "output": "no JSON"}
     assert read_cases(json.dumps([two])) == TestCases(([1, "a"],), ("no JSON",), "f")
+    for metadata in ({"func_name": "f"}, '{"func_name": "f"}'):
+        called = {"input": "1", "output": "2", "testtype": "functional", "metadata": metadata}
+        assert read_cases(json.dumps([called])) == TestCases(([1],), (2,), "f")
+    plain = {"input": "1", "output": "2", "testtype": "stdin", "metadata": "a remark"}
+    assert read_cases(json.dumps([plain])) == TestCases(("1",), ("2",), None)
     # what is typed already stays as it is: a text of digits is no number
     assert read_cases('{"fn_name": "f", "inputs": [["1"]], "outputs": ["1"]}') == TestCases((["1"],), ("1",), "f")
 
@@ -46,6 +51,12 @@ def test_the_forms_of_public_sets():
         ('{"fn_name": "f()", "inputs": [[1]], "outputs": [1]}', "no name of a function"),
         ('[{"input": "1"}]', r"has a case 0 \(from 0\) that is not"),
         ('[{"fn_name": "f", "input": "1", "output": "1"}, {"input": "1", "output": "1"}]', "of several functions"),
+        ('[{"testtype": "functional", "input": "1", "output": "1"}]', r"case 0 \(from 0\) with testtype=functional"),
+        (
+            '[{"testtype": "functional", "input": "1", "output": "1", "metadata": "{\\"func_name\\": null}"}]',
+            r"neither fn_name nor metadata\.func_name",
+        ),
+        ('[{"type": "function_call", "fn_name": null, "input": "1", "output": "1"}]', "with type=function_call and"),
     ],
 )
 def test_answers_that_are_no_test_cases_are_refused(answer: str, message: str):
@@ -76,6 +87,11 @@ def test_the_longest_inputs_are_kept_in_their_order():
         ("0.334", "0.333", False),
         ("2.0", "2", True),
         ("10000001", "10000000", False),  # integers are never near enough
+        ("10000001.0", "10000000", False),
+        ("10000000.00", "10000000", True),
+        ("12345678901234567891.0", "12345678901234567890", False),
+        ("10000001", "10000000.0", True),
+        ("01", "1", False),
         ("1e3", "1000", True),
         ("nan", "nan", True),
         ("inf", "1.0", False),
@@ -94,6 +110,9 @@ def test_outputs_agree_line_by_line(given_: str, expected: str, same: bool):
     [
         (3, 3, True),
         (3, 3.0, True),
+        (10000001.0, 10000000, False),
+        (10000000.0, 10000000, True),
+        (10000001, 10000000.0, True),
         (3, "3", False),
         (True, 1, False),
         (1, True, False),

@@ -126,6 +126,17 @@ def test_missing_weights_are_not_made_up(folder: Path, tmp_path: Path):
         model_reward(headless)
 
 
+def test_a_model_that_does_not_fit_ends_the_run_with_words(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    from transformers import Qwen2ForSequenceClassification
+
+    def full(model, device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 100 GiB")
+
+    monkeypatch.setattr(Qwen2ForSequenceClassification, "to", full)
+    with pytest.raises(RunError, match=r"reward\.model\.path=.*: cpu has no memory .* rollout\.gpu_memory_share"):
+        model_reward(folder)
+
+
 def test_what_is_no_reward_model_is_refused_before_launch(folder: Path, tmp_path: Path):
     def refused(path: Path | None, message: str, **settings) -> None:
         model = RewardModel(path=None if path is None else str(path), **settings)

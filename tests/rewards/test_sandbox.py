@@ -75,6 +75,21 @@ def test_the_library_threads_and_deep_recursion_work(sandbox: Sandbox):
         time.sleep(0.01)
     """
     assert output(sandbox, program) == "20000 2024 3\n"
+    program = """
+        from __future__ import annotations
+        import contextvars, doctest, fileinput, getopt, html, ipaddress, logging, optparse, sched, signal, tracemalloc
+        import pickle, unittest
+        from concurrent.futures import ThreadPoolExecutor
+        from pathlib import PurePosixPath
+        from urllib.parse import urlparse
+        class Case(unittest.TestCase):
+            def test_it(self):
+                with self.subTest(), self.assertRaises(ValueError): int("x")
+        with ThreadPoolExecutor(2) as pool:
+            print(sum(pool.map(int, fileinput.input())), pickle.loads(pickle.dumps([PurePosixPath("a/b").name])))
+        print(unittest.main(exit=False).result.wasSuccessful())
+    """
+    assert output(sandbox, program, stdin="1\n2\n") == "3 ['b']\nTrue\n"
     assert output(sandbox, "try: import numpy\nexcept ImportError: print('none')") == "none\n"
 
 
