@@ -215,6 +215,9 @@ def narrow(served):
     fleet.close()
 
 
+ATTEMPTS = 5  # of a push: on a busy machine the engine may be done before it arrives
+
+
 def staggered(first_ticket: int, temperature: float = 0.0) -> list[RolloutRequest]:
     """The longest prompts come first: their blocks are in the prefix cache by the time the weights change."""
     requests = reversed(greedy_requests(first_ticket=first_ticket))
@@ -222,25 +225,29 @@ def staggered(first_ticket: int, temperature: float = 0.0) -> list[RolloutReques
 
 
 def test_weights_that_change_in_mid_generation_count_from_exactly_one_token(served, filled, references, narrow):
-    filled.load(served.models[0])
-    filled.push(10)
-    requests = staggered(500)
-    narrow.submit(requests)
-    early = narrow.collect(until=6, time_limit_s=240)
-    filled.load(served.models[1])
-    filled.push(11)
-    by_ticket = {c.ticket: c for c in [*early, *narrow.collect(time_limit_s=240)]}
     crossing = 0
-    for request in requests:
-        completion = by_ticket[request.ticket]
-        old = int((completion.policy_versions == 10).sum())
-        assert completion.policy_versions.tolist() == [10] * old + [11] * (request.max_new_tokens - old)
-        before = log_probs(references[0], request.prompt_tokens, completion.tokens).argmax(-1).tolist()
-        assert completion.tokens[:old].tolist() == before[:old]
-        # what the caches held of the old weights is dropped: all that follows is the new weights' own
-        after = log_probs(references[1], request.prompt_tokens, completion.tokens).argmax(-1).tolist()
-        assert completion.tokens[old:].tolist() == after[old:]
-        crossing += 0 < old < request.max_new_tokens
+    for attempt in range(ATTEMPTS):
+        first = 10 * (attempt + 1)
+        filled.load(served.models[0])
+        filled.push(first)
+        requests = staggered(500)
+        narrow.submit(requests)
+        early = narrow.collect(until=6, time_limit_s=240)
+        filled.load(served.models[1])
+        filled.push(first + 1)
+        by_ticket = {c.ticket: c for c in [*early, *narrow.collect(time_limit_s=240)]}
+        for request in requests:
+            completion = by_ticket[request.ticket]
+            old = int((completion.policy_versions == first).sum())
+            assert completion.policy_versions.tolist() == [first] * old + [first + 1] * (request.max_new_tokens - old)
+            before = log_probs(references[0], request.prompt_tokens, completion.tokens).argmax(-1).tolist()
+            assert completion.tokens[:old].tolist() == before[:old]
+            # what the caches held of the old weights is dropped: all that follows is the new weights' own
+            after = log_probs(references[1], request.prompt_tokens, completion.tokens).argmax(-1).tolist()
+            assert completion.tokens[old:].tolist() == after[old:]
+            crossing += 0 < old < request.max_new_tokens
+        if crossing >= 2:
+            break
     assert crossing >= 2
     # and nothing of the old weights is left in the prefix cache for those that come later
     later = draw(served.fleet, greedy_requests(first_ticket=700))
@@ -252,15 +259,20 @@ def test_weights_that_change_in_mid_generation_count_from_exactly_one_token(serv
 def test_weights_that_change_in_mid_generation_leave_random_numbers_alone(served, filled, narrow):
     """The same weights pushed in mid-generation change nothing but the versions."""
     filled.load(served.models[0])
-    filled.push(20)
+    filled.push(100)
     requests = staggered(800, temperature=1.0)
     undisturbed = draw(narrow, requests)
-    narrow.submit(requests)
-    disturbed = {c.ticket: c for c in narrow.collect(until=6, time_limit_s=240)}
-    filled.push(21)
-    disturbed |= {c.ticket: c for c in narrow.collect(time_limit_s=240)}
-    assert sum(len(set(c.policy_versions.tolist())) == 2 for c in disturbed.values()) >= 2
-    assert [disturbed[r.ticket].tokens.tolist() for r in requests] == [c.tokens.tolist() for c in undisturbed]
+    crossing = 0
+    for attempt in range(ATTEMPTS):
+        narrow.submit(requests)
+        disturbed = {c.ticket: c for c in narrow.collect(until=6, time_limit_s=240)}
+        filled.push(101 + attempt)
+        disturbed |= {c.ticket: c for c in narrow.collect(time_limit_s=240)}
+        assert [disturbed[r.ticket].tokens.tolist() for r in requests] == [c.tokens.tolist() for c in undisturbed]
+        crossing += sum(len(set(c.policy_versions.tolist())) == 2 for c in disturbed.values())
+        if crossing >= 2:
+            break
+    assert crossing >= 2
 
 
 def test_an_aborted_request_returns_what_it_has(served, filled, references, narrow):
