@@ -19,14 +19,18 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "MASTE
 PRELOADED = ["transformers", "dapo_megatron.learner.learner", "dapo_megatron.learner.distributed"]
 
 
-def run_ranks(size: int, target: str, payload: dict[str, Any], *, time_limit_s: float = 800) -> Any:
+def run_ranks(
+    size: int, target: str, payload: dict[str, Any], *, time_limit_s: float = 800, fresh: bool = False
+) -> Any:
     """Call `target` ("package.module:function") with `payload` on `size` ranks; returns rank 0's JSON-able result.
 
-    Any rank that fails fails the test with its error output.
+    Any rank that fails fails the test with its error output. `fresh`: ranks import everything themselves, in the
+    present environment.
     """
     port = free_port()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = multiprocessing.get_context("spawn" if fresh else "forkserver")
+    if not fresh:
+        context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "payload.json").write_text(json.dumps(payload))

@@ -34,7 +34,7 @@ def test_the_same_steps_with_every_kernel(batch_file, tmp_path, monkeypatch, tie
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     model = str(write_model(tmp_path / "model", "qwen2", tied=tied))
     payload = {"model": model, "layouts": layouts, "batch": batch_file}
-    report = run_ranks(world, "tests.learner.kernel_cases:five_steps", payload)
+    report = run_ranks(world, "tests.learner.kernel_cases:five_steps", payload, fresh=True)
     assert len(report) == len(layouts) + ("tp2pp1" in layouts)
     for case, found in report.items():
         assert set(found) == set(VARIANTS)
