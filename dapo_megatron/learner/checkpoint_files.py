@@ -5,7 +5,8 @@
         random/        states of each rank's random number generators
         hf/            config.json and tokenizer, so that the folder can be converted alone
         surplus.safetensors   groups kept for the next step, if any
-        state.json     where the run stands: steps, updates, place in the prompt order, best validation, layout, dtype
+        state.json     where the run stands: steps, updates, place in the prompt order, best validation, layout, dtype,
+                       settings that kept groups depend on
         manifest.json  SHA-256 of every other file and of itself: nothing is parsed before it agrees
 
 A checkpoint is written beside its final name, flushed to disk and renamed, so one that is there is whole.
