@@ -74,7 +74,7 @@ def _held_back() -> Iterator[threading.Event]:
     go_on, write = threading.Event(), checkpoint_saver.write_checkpoint
 
     def write_then(*arguments: object) -> None:
-        assert go_on.wait(60)
+        assert go_on.wait(300)  # an update lies between
         write(*arguments)
 
     checkpoint_saver.write_checkpoint = write_then
