@@ -21,7 +21,7 @@ from dapo_megatron.conversion.streams import HashedFile
 from dapo_megatron.conversion.workspace import Workspace
 from dapo_megatron.files import write_text_atomically
 from dapo_megatron.learner.manifest import MANIFEST, read_state, write_manifest
-from dapo_megatron.resharding.hf_files import TORCH_DTYPES, copy_side_files
+from dapo_megatron.resharding.hf_files import copy_side_files, dtype_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class MegatronTarget:
             shard_writer.write_common(shards)
         (content / "hf").mkdir(exist_ok=True)
         copy_side_files(self.source.side_files, content / "hf", self.dtype)
-        state["dtype"] = next(name for name, dtype in TORCH_DTYPES.items() if dtype is self.dtype)
+        state["dtype"] = dtype_name(self.dtype)
         write_text_atomically(content / "state.json", json.dumps(state, indent=2))
         known = {name: entry["sha256"] for name, entry in workspace.finished.items()}
         write_manifest(content, known)

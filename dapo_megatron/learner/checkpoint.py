@@ -18,7 +18,7 @@ from dapo_megatron.learner.checkpoint_files import Content, write_checkpoint
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.manifest import read_state
 from dapo_megatron.learner.snapshot import ensure_state, model_state, optimizer_state, parts, set_steps, take_snapshot
-from dapo_megatron.resharding.hf_files import TORCH_DTYPES
+from dapo_megatron.resharding.hf_files import dtype_name
 
 
 def save_checkpoint(
@@ -37,9 +37,8 @@ def save_checkpoint(
     Raises:
         RunError: it could not be written; on rank 0, whichever rank it was.
     """
-    dtype = next(name for name, dtype in TORCH_DTYPES.items() if dtype is learner.dtype)
     build = take_snapshot(learner, None)
-    content = Content(folder, build, {**state, "dtype": dtype}, None, groups, side_files)
+    content = Content(folder, build, {**state, "dtype": dtype_name(learner.dtype)}, None, groups, side_files)
     group = group or dist.group.WORLD
     write_checkpoint(content, group)
     dist.barrier(group)

@@ -19,7 +19,7 @@ from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.manifest import checkpoint_folder, prune
 from dapo_megatron.learner.random_states import take_random_states
 from dapo_megatron.learner.snapshot import HostMemory, take_snapshot
-from dapo_megatron.resharding.hf_files import TORCH_DTYPES
+from dapo_megatron.resharding.hf_files import dtype_name
 
 TOGETHER_S = 60.0  # ranks come this much apart to a wait
 
@@ -77,11 +77,10 @@ class CheckpointSaver:
             limit = timedelta(seconds=self._settings.time_limit_s)
             self._group = dist.new_group(backend="gloo", timeout=limit)
         learner = self._learner
-        dtype = next(name for name, dtype in TORCH_DTYPES.items() if dtype is learner.dtype)
         content = Content(
             folder=checkpoint_folder(self._run, state["step"]),
             build=take_snapshot(learner, self._memory),
-            state={**state, "dtype": dtype},
+            state={**state, "dtype": dtype_name(learner.dtype)},
             random=take_random_states(learner.device),
             groups=list(groups),
             side_files=self._side_files,
