@@ -85,18 +85,18 @@ def write_checkpoint(content: Content, group: dist.ProcessGroup) -> None:
         RunError: a file could not be written, here or, on rank 0, on any rank; nothing is left then.
     """
     temporary, rank = temporary_folder(content.folder), dist.get_rank()
-    failure = None
+    refusal: list[str | None] = [None]
     if rank == 0:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             for name in ("shards", "random", "hf") if content.random else ("shards", "hf"):
                 (temporary / name).mkdir(parents=True)
         except OSError as error:
-            failure = error
-    dist.barrier(group)
-    share, common = _Share(error=failure and _why(failure, content.folder)), {}
+            refusal = [_why(error, content.folder)]
+    dist.broadcast_object_list(refusal, src=0, group=group)  # `build` must not wait for a rank that never calls it
+    share, common = _Share(error=refusal[0]), {}
     try:
-        if failure is None:
+        if refusal[0] is None:
             share, common = _write_share(content, temporary, rank)
     except Exception as error:  # whatever it is, the others wait to hear of it
         share.error = _why(error, content.folder)
@@ -188,6 +188,7 @@ def _why(error: Exception, folder: Path) -> str:
     if isinstance(error, RunError):
         return str(error)
     if isinstance(error, OSError) and error.errno in FULL:
-        free = f"{shutil.disk_usage(folder.parent).free} bytes are free in {folder.parent}"
+        place = next(path for path in folder.absolute().parents if path.exists())
+        free = f"{shutil.disk_usage(place).free} bytes are free in {place}"
         return f"{told}{error.strerror} ({free}); make room and continue with --resume"
     return told + " ".join(f"{type(error).__name__} {error}".split())

@@ -1,5 +1,6 @@
 """Run on ranks: checkpoints written beside training, a disk that fills up, what is kept."""
 
+import errno
 import random
 import resource
 import threading
@@ -62,6 +63,11 @@ def save_beside_training(payload: dict) -> dict:
         found[f"{name} weights after"] = _all(
             all(torch.equal(tensor, _weights(learner)[key]) for key, tensor in _weights(loaded).items())
         )
+        if name == "data":  # whose ranks gather the optimizer's shards while they save
+            (out / "blocked").mkdir(exist_ok=True)
+            (out / "blocked" / "checkpoints").touch()
+            blocked = CheckpointSaver(Checkpoint(), learner, out / "blocked", side_files=Path(payload["model"]))
+            found["nowhere to write"] = _told_on_every_rank(blocked, _state(1))
     found["surplus"] = [g.step for g in load_surplus(checkpoint_folder(run, 1))]
     found["random"] = _random_states_come_back(random_states_file(checkpoint_folder(run, 1), dist.get_rank()))
     found |= _keep_and_fail(learner, saver, out / "plain", Path(payload["model"]))
@@ -99,21 +105,42 @@ def _keep_and_fail(learner: Learner, saver: CheckpointSaver, run: Path, side_fil
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if dist.get_rank() == failing:
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # as a full disk: a write fails half-way
-        told = "saved"
-        try:
-            saver.save(_state(4, best=best))
-            saver.wait()
-        except RunError as error:
-            told = str(error) if error.on_every_rank else "not on every rank"
+        found[f"full on {failing}, {asynchronous}"] = _told_on_every_rank(saver, _state(4, best=best))
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        everyone: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, told)
-        found[f"full on {failing}, {asynchronous}"] = everyone
     found["left"] = [_names(run), newest_checkpoint(run)[0].name]
     saver.save(_state(4, best=best))
     saver.wait()
     found["then"] = [_names(run), newest_checkpoint(run)[0].name]
+    with _undeletable():
+        found["not deleted"] = [_told_on_every_rank(saver, _state(5, best=best)), newest_checkpoint(run)[0].name]
     return found
+
+
+def _told_on_every_rank(saver: CheckpointSaver, state: dict) -> list[str]:
+    """What each rank hears of a save."""
+    told = "saved"
+    try:
+        saver.save(state)
+        saver.wait()
+    except RunError as error:
+        told = str(error) if error.on_every_rank else "not on every rank"
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, told)
+    return everyone
+
+
+@contextmanager
+def _undeletable() -> Iterator[None]:
+    """Older checkpoints cannot be deleted."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "step-000001")
+
+    prune, checkpoint_saver.prune = checkpoint_saver.prune, refuse
+    try:
+        yield
+    finally:
+        checkpoint_saver.prune = prune
 
 
 def _random_states_come_back(path: Path) -> bool:
