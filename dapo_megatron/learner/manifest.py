@@ -30,6 +30,11 @@ def temporary_folder(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.tmp")
 
 
+def checkpoint_under_way(run: Path) -> bool:
+    """Whether a checkpoint is growing, or one killed while it grew is left."""
+    return any((run / "checkpoints").glob(".step-*.tmp"))
+
+
 def read_state(folder: Path) -> dict:
     """The state.json of a checkpoint."""
     return json.loads((folder / "state.json").read_text())
