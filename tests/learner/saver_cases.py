@@ -67,7 +67,9 @@ def save_beside_training(payload: dict) -> dict:
             (out / "blocked").mkdir(exist_ok=True)
             (out / "blocked" / "checkpoints").touch()
             blocked = CheckpointSaver(Checkpoint(), learner, out / "blocked", side_files=Path(payload["model"]))
-            found["nowhere to write"] = _told_on_every_rank(blocked, _state(1))
+            with _told_of_gathering() as gathered:
+                found["nowhere to write"] = _told_on_every_rank(blocked, _state(1))
+            found["none gathers alone"] = _all(not gathered)
     found["surplus"] = [g.step for g in load_surplus(checkpoint_folder(run, 1))]
     found["random"] = _random_states_come_back(random_states_file(checkpoint_folder(run, 1), dist.get_rank()))
     found |= _keep_and_fail(learner, saver, out / "plain", Path(payload["model"]))
@@ -127,6 +129,17 @@ def _told_on_every_rank(saver: CheckpointSaver, state: dict) -> list[str]:
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, told)
     return everyone
+
+
+@contextmanager
+def _told_of_gathering() -> Iterator[list]:
+    """Not empty once this rank gathers state: without rank 0 it would wait, or leave its message to a later save."""
+    take, gathered = checkpoint_saver.take_snapshot, []
+    checkpoint_saver.take_snapshot = lambda *_: lambda: gathered.append(True) or {}
+    try:
+        yield gathered
+    finally:
+        checkpoint_saver.take_snapshot = take
 
 
 @contextmanager
