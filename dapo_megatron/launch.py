@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 PORTS = (15000, 30000)  # below the ephemeral ones, which connections of others take at any time
 STOP_GRACE_S = 300.0  # after the first signal ranks finish what they are doing; saves have their own time beside it
-FAIL_GRACE_S = 10.0  # after one rank failed the others get this long before they are killed; likewise
+FAIL_GRACE_S = 60.0  # after one rank failed the others get this long to end what they started; likewise
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Checkpoint(Section):
 
     time_limit_s: float = Field(1800.0, gt=0)
     """Longest a checkpoint may take to be written, seconds. Before the launcher kills ranks that do not end, it gives
-    them twice as long and 300 s after a signal; and after one failed 10 s, or as long while a checkpoint is under
+    them twice as long and 300 s after a signal; and after one failed 60 s, or as long while a checkpoint is under
     way."""
 
     hugging_face: bool = True
