@@ -109,7 +109,8 @@ class MegatronTarget:
         shard_writer.write_index(shards, self.pieces, places)
         state: dict[str, Any] = {"step": 0, "updates": 0}
         if self.source_folder is not None:
-            state = read_state(self.source_folder)
+            # random states of each rank and kept groups are left behind, and what is known of them
+            state = {k: v for k, v in read_state(self.source_folder).items() if k not in ("layout", "groups")}
         if self.optimizer and self.source_folder is not None:
             shutil.copyfile(self.source_folder / "shards" / shard_writer.COMMON, shards / shard_writer.COMMON)
         else:

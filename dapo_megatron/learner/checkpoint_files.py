@@ -37,23 +37,23 @@ from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.group_files import load_groups, save_groups
 from dapo_megatron.errors import RunError
 from dapo_megatron.files import FULL, HashedFile, replace_folder, sync_path, sync_tree, write_text_atomically
-from dapo_megatron.learner.manifest import temporary_folder, write_manifest
+from dapo_megatron.learner.manifest import SURPLUS, temporary_folder, write_manifest
 from dapo_megatron.learner.random_states import RandomStates, random_states_bytes
 from dapo_megatron.resharding.hf_files import copy_side_files
 
-SURPLUS, COMMON = "surplus.safetensors", "common.pt"
+COMMON = "common.pt"
 BACKEND = CheckpointingConfig("torch_dist", 1)
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a checkpoint at `folder` is to hold. build: as `take_snapshot` returns it; random: None leaves the states
-    out; side_files: a Hugging Face folder."""
+    """What a checkpoint at `folder` is to hold. build: as `take_snapshot` returns it; side_files: a Hugging Face
+    folder."""
 
     folder: Path
     build: Callable[[], dict]
     state: dict
-    random: RandomStates | None
+    random: RandomStates
     groups: Sequence[PromptGroup]
     side_files: Path
 
@@ -89,7 +89,7 @@ def write_checkpoint(content: Content, group: dist.ProcessGroup) -> None:
     if rank == 0:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            for name in ("shards", "random", "hf") if content.random else ("shards", "hf"):
+            for name in ("shards", "random", "hf"):
                 (temporary / name).mkdir(parents=True)
         except OSError as error:
             refusal = [_why(error, content.folder)]
@@ -136,9 +136,8 @@ def _write_share(content: Content, temporary: Path, rank: int) -> tuple[_Share, 
                 file.write(data.getbuffer())
             length = file.tell() - start
             share.results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
-    if content.random is not None:
-        with _hashed(random_states_file(temporary, rank), share.sums, temporary) as file:
-            file.write(random_states_bytes(content.random))
+    with _hashed(random_states_file(temporary, rank), share.sums, temporary) as file:
+        file.write(random_states_bytes(content.random))
     return share, common
 
 

@@ -17,6 +17,7 @@ from dapo_megatron.files import write_text_atomically
 
 MANIFEST = "manifest.json"
 BEST = "best.json"
+SURPLUS = "surplus.safetensors"  # groups kept for the next step
 HASHING_THREADS = 8
 _NAME = re.compile(r"step-(\d{6,})")
 
