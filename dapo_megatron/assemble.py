@@ -80,6 +80,7 @@ class Run:
             "acceptance": self.acceptance,
             "best": self.best,
             "layout": self.ranks(),
+            "groups": group_settings(self.recipe),
             "prompt_order": None if self.prompt_order is None else self.prompt_order.state(),
         }
 
@@ -96,6 +97,15 @@ class Run:
         self.supervised_done = [*done, *[0] * (len(self.recipe.supervised.stages) - len(done))]
         if self.prompt_order is not None and state["prompt_order"] is not None:
             self.prompt_order.load_state(state["prompt_order"])
+
+
+def group_settings(recipe: Recipe) -> dict:
+    """What groups kept for the next step depend on: their size, and what their old log-probs are of."""
+    return {
+        "algorithm.overlong_filtering": recipe.algorithm.overlong_filtering,
+        "rollout.samples_per_prompt": recipe.rollout.samples_per_prompt,
+        "rollout.temperature": recipe.rollout.temperature,
+    }
 
 
 def build_learner(

@@ -39,6 +39,7 @@ def train(
     from dapo_megatron.config import load_recipe
     from dapo_megatron.debug_batches import find_batches
     from dapo_megatron.launch import start_ranks, world_from_environment
+    from dapo_megatron.learner.manifest import checkpoint_under_way
     from dapo_megatron.prepare import check_request
     from dapo_megatron.run_directory import claim_run_directory, lay_out_run
 
@@ -65,7 +66,9 @@ def train(
     command += ["--debug-rollout-only"] if debug_rollout_only else []
     command += ["--debug-train-only", str(debug_train_only)] if debug_train_only is not None else []
     os.environ[PREPARED] = "1"
-    _leave(start_ranks(command, layout.world, threads=settings.learner.threads))
+    run = Path(settings.run.directory)
+    limits = {"save_limit_s": settings.checkpoint.time_limit_s, "saving": lambda: checkpoint_under_way(run)}
+    _leave(start_ranks(command, layout.world, threads=settings.learner.threads, **limits))
 
 
 @app.command()

@@ -12,12 +12,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 PORTS = (15000, 30000)  # below the ephemeral ones, which connections of others take at any time
-STOP_GRACE_S = 300.0  # after the first signal ranks finish what they are doing and write a checkpoint
-FAIL_GRACE_S = 10.0  # after one rank failed the others get this long before they are killed
+STOP_GRACE_S = 300.0  # after the first signal ranks finish what they are doing; saves have their own time beside it
+FAIL_GRACE_S = 60.0  # after one rank failed the others get this long to end what they started; likewise
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,20 @@ def world_from_environment(environment: Mapping[str, str] = os.environ) -> World
     return None
 
 
-def start_ranks(command: Sequence[str], size: int, *, threads: int = 1) -> int:
+def start_ranks(
+    command: Sequence[str],
+    size: int,
+    *,
+    threads: int = 1,
+    save_limit_s: float = 0.0,
+    saving: Callable[[], bool] = lambda: False,
+) -> int:
     """Run `command` as `size` ranks of one world on this machine and wait for all; returns the exit code.
 
-    A signal to stop (SIGINT, SIGTERM) is passed on as SIGTERM and the ranks get STOP_GRACE_S to leave a checkpoint; a
-    second one kills them. When a rank fails the others are stopped. Ranks die with this process, whatever ends it.
+    A signal to stop (SIGINT, SIGTERM) is passed on as SIGTERM and the ranks get STOP_GRACE_S, and `save_limit_s` twice:
+    for the checkpoint under way and for that of the last step; a second one kills them. When a rank fails the others
+    get FAIL_GRACE_S and, while rank 0 lives and `saving()` finds a checkpoint under way, up to `save_limit_s` more.
+    Ranks die with this process, whatever ends it.
     """
     port = free_port()
     ranks = [_start(command, rank, size, port, threads) for rank in range(size)]
@@ -60,7 +69,7 @@ def start_ranks(command: Sequence[str], size: int, *, threads: int = 1) -> int:
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return _wait(ranks, received)
+        return _wait(ranks, received, save_limit_s, saving)
     finally:
         for process in ranks:
             if process.poll() is None:
@@ -70,16 +79,21 @@ def start_ranks(command: Sequence[str], size: int, *, threads: int = 1) -> int:
             signal.signal(number, handler)
 
 
-def _wait(ranks: list[subprocess.Popen], received: list[int]) -> int:
+def _wait(ranks: list[subprocess.Popen], received: list[int], save_limit_s: float, saving: Callable[[], bool]) -> int:
     deadline = None
+    latest = 0.0  # for a checkpoint under way at the deadline
     failed = 0
-    while any(process.poll() is None for process in ranks):
-        codes = [process.returncode for process in ranks if process.returncode not in (None, 0)]
+    while None in (ended := [process.poll() for process in ranks]):
+        codes = [code for code in ended if code]
         if codes and not failed:
             failed = codes[0]
         if deadline is None and (failed or received):
-            deadline = time.monotonic() + (STOP_GRACE_S if received else FAIL_GRACE_S)
+            deadline = time.monotonic() + (STOP_GRACE_S + 2 * save_limit_s if received else FAIL_GRACE_S)
+            latest = deadline if received else deadline + save_limit_s
         if deadline is not None and time.monotonic() > deadline:
+            if time.monotonic() < latest and ranks[0].poll() is None and saving():
+                time.sleep(0.1)
+                continue
             print("ranks did not end in time; killing them", file=sys.stderr)
             for process in ranks:
                 process.kill()

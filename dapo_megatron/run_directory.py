@@ -126,5 +126,11 @@ def _check_same_start(recipe: Recipe, run: Path) -> None:
             f"coefficient={kl_before.coefficient} in place={kl_before.place} in {run / 'config.yaml'}; only a new run "
             "may turn the KL term on or move it; use those, or coefficient=0"
         )
+    if kl_now.coefficient > 0 and now and not before:
+        problems.append(
+            f"supervised.stages={[stage.data for stage in now]} cannot be added to this run: "
+            f"algorithm.kl.coefficient={kl_now.coefficient} measures from the policy before the first rollout step, "
+            f"and by {run / 'config.yaml'} that had no supervised stages; use supervised.stages=[], or coefficient=0"
+        )
     if problems:
         raise RequestError("\n".join(problems))

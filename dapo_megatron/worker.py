@@ -1,10 +1,12 @@
 """One rank of a run, from joining the world to leaving it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dapo_megatron.assemble import Run, assemble
+from dapo_megatron.assemble import Run, assemble, group_settings
 from dapo_megatron.config import Recipe
+from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.errors import RequestError
 from dapo_megatron.launch import World
 from dapo_megatron.learner.checkpoint import load_checkpoint
@@ -113,13 +115,28 @@ def _resume(run: Run) -> list[str]:
     load_checkpoint(folder, run.learner)
     state = read_state(folder)
     run.load_state(state)
-    run.surplus = load_surplus(folder)
+    run.surplus, dropped = still_fitting(load_surplus(folder), state, run.recipe)
+    lines = [*lines, *dropped]
     if state.get("layout") == run.ranks():
         restore_random_states(read_random_states(random_states_file(folder, run.world.rank)), run.device)
         run.saver.holds(run.state())
     else:
         lines = [*lines, "the checkpoint is of another layout: metrics will agree to rounding, not to the bit"]
     return [*lines, f"resumed from {folder}"]
+
+
+def still_fitting(groups: Sequence[PromptGroup], state: dict, recipe: Recipe) -> tuple[list[PromptGroup], list[str]]:
+    """The kept groups of a checkpoint with this state.json, none if they were made under other settings than the
+    recipe's; and a line that says which."""
+    noted = state.get("groups", {})
+    changed = [
+        f"{name}={now} ({noted.get(name, 'unknown')} before)"
+        for name, now in group_settings(recipe).items()
+        if noted.get(name) != now
+    ]
+    if not groups or not changed:
+        return list(groups), []
+    return [], [f"{len(groups)} groups kept for the next step are dropped, they do not fit {', '.join(changed)}"]
 
 
 def _choose(run: Run) -> tuple[Path | None, list[str]]:

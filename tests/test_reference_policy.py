@@ -44,6 +44,23 @@ def test_the_coefficient_may_change_and_become_0(tmp_path, now):
     claim_run_directory(recipe, resume=True, overwrite=False)
 
 
+def stages(*names: str) -> str:
+    made = [f"{{data: {name}, steps: 2, batch_sequences: 8, learning_rate: 1.0e-3}}" for name in names]
+    return f"supervised.stages=[{', '.join(made)}]"
+
+
+@pytest.mark.parametrize("before", [(), ("worked",)])
+@pytest.mark.parametrize("coefficient", [0.1, 0.0])
+def test_a_first_stage_is_not_added_behind_the_reference(tmp_path, before, coefficient):
+    begun(tmp_path / "run", kl(coefficient, "loss"), stages(*before))
+    settings = [kl(coefficient, "loss"), stages(*before, "mixed")]
+    recipe = load_recipe(RECIPE, [f"run.directory={tmp_path / 'run'}", *settings])
+    if before or not coefficient:
+        return claim_run_directory(recipe, resume=True, overwrite=False)
+    with pytest.raises(RequestError, match=r"stages=\['mixed'\] cannot be added.*coefficient=0\.1 measures"):
+        claim_run_directory(recipe, resume=True, overwrite=False)
+
+
 def test_a_reference_that_was_lost_or_damaged_is_told(tmp_path):
     recipe = load_recipe(RECIPE, [f"run.directory={tmp_path}", kl(0.1, "loss")])
     run = SimpleNamespace(

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -142,7 +142,8 @@ class Ranks:
 
     def kill(self) -> None:
         """SIGKILL to all at once, what they started included."""
-        os.killpg(self.pids[0], signal.SIGKILL)
+        with suppress(ProcessLookupError):  # all have ended by themselves
+            os.killpg(self.pids[0], signal.SIGKILL)
         while not self.poll():
             time.sleep(0.01)
 

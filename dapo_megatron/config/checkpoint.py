@@ -23,7 +23,9 @@ class Checkpoint(Section):
     state. False: it waits, and the memory is saved."""
 
     time_limit_s: float = Field(1800.0, gt=0)
-    """Longest a checkpoint may take to be written, seconds."""
+    """Longest a checkpoint may take to be written, seconds. Before the launcher kills ranks that do not end, it gives
+    them twice as long and 300 s after a signal; and after one failed 60 s, or as long while a checkpoint is under
+    way."""
 
     hugging_face: bool = True
     """Whether the trained model is written as a Hugging Face folder, `hf` in the run directory, at the end."""

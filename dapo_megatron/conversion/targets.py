@@ -21,7 +21,7 @@ from dapo_megatron.conversion.streams import HashedFile
 from dapo_megatron.conversion.workspace import Workspace
 from dapo_megatron.files import write_text_atomically
 from dapo_megatron.learner.manifest import MANIFEST, read_state, write_manifest
-from dapo_megatron.resharding.hf_files import TORCH_DTYPES, copy_side_files
+from dapo_megatron.resharding.hf_files import copy_side_files, dtype_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +109,15 @@ class MegatronTarget:
         shard_writer.write_index(shards, self.pieces, places)
         state: dict[str, Any] = {"step": 0, "updates": 0}
         if self.source_folder is not None:
-            state = read_state(self.source_folder)
+            # random states of each rank and kept groups are left behind, and what is known of them
+            state = {k: v for k, v in read_state(self.source_folder).items() if k not in ("layout", "groups")}
         if self.optimizer and self.source_folder is not None:
             shutil.copyfile(self.source_folder / "shards" / shard_writer.COMMON, shards / shard_writer.COMMON)
         else:
             shard_writer.write_common(shards)
         (content / "hf").mkdir(exist_ok=True)
         copy_side_files(self.source.side_files, content / "hf", self.dtype)
-        state["dtype"] = next(name for name, dtype in TORCH_DTYPES.items() if dtype is self.dtype)
+        state["dtype"] = dtype_name(self.dtype)
         write_text_atomically(content / "state.json", json.dumps(state, indent=2))
         known = {name: entry["sha256"] for name, entry in workspace.finished.items()}
         write_manifest(content, known)

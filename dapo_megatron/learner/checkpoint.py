@@ -1,48 +1,19 @@
-"""A learner's checkpoint: written while the caller waits, and loaded at any layout. checkpoint_saver.py saves beside
-training, checkpoint_files.py says which files there are."""
+"""A learner's checkpoint, loaded at any layout. checkpoint_saver.py writes it, checkpoint_files.py says which files
+there are."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.errors import RequestError
-from dapo_megatron.learner.checkpoint_files import Content, write_checkpoint
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.manifest import read_state
-from dapo_megatron.learner.snapshot import ensure_state, model_state, optimizer_state, parts, set_steps, take_snapshot
-from dapo_megatron.resharding.hf_files import TORCH_DTYPES
-
-
-def save_checkpoint(
-    folder: Path,
-    learner: Learner,
-    state: dict,
-    *,
-    side_files: Path,
-    groups: Sequence[PromptGroup] = (),
-    group: dist.ProcessGroup | None = None,
-) -> None:
-    """Write a checkpoint of all ranks and return when it is there; collective over the world, on its gloo `group`.
-
-    `groups`: those kept for the next step.
-
-    Raises:
-        RunError: it could not be written; on rank 0, whichever rank it was.
-    """
-    dtype = next(name for name, dtype in TORCH_DTYPES.items() if dtype is learner.dtype)
-    build = take_snapshot(learner, None)
-    content = Content(folder, build, {**state, "dtype": dtype}, None, groups, side_files)
-    group = group or dist.group.WORLD
-    write_checkpoint(content, group)
-    dist.barrier(group)
+from dapo_megatron.learner.snapshot import ensure_state, model_state, optimizer_state, parts, set_steps
 
 
 def load_checkpoint(folder: Path, learner: Learner) -> None:

@@ -5,7 +5,8 @@
         random/        states of each rank's random number generators
         hf/            config.json and tokenizer, so that the folder can be converted alone
         surplus.safetensors   groups kept for the next step, if any
-        state.json     where the run stands: steps, updates, place in the prompt order, best validation, layout, dtype
+        state.json     where the run stands: steps, updates, place in the prompt order, best validation, layout, dtype,
+                       settings that kept groups depend on
         manifest.json  SHA-256 of every other file and of itself: nothing is parsed before it agrees
 
 A checkpoint is written beside its final name, flushed to disk and renamed, so one that is there is whole.
@@ -36,23 +37,23 @@ from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.group_files import load_groups, save_groups
 from dapo_megatron.errors import RunError
 from dapo_megatron.files import FULL, HashedFile, replace_folder, sync_path, sync_tree, write_text_atomically
-from dapo_megatron.learner.manifest import temporary_folder, write_manifest
+from dapo_megatron.learner.manifest import SURPLUS, temporary_folder, write_manifest
 from dapo_megatron.learner.random_states import RandomStates, random_states_bytes
 from dapo_megatron.resharding.hf_files import copy_side_files
 
-SURPLUS, COMMON = "surplus.safetensors", "common.pt"
+COMMON = "common.pt"
 BACKEND = CheckpointingConfig("torch_dist", 1)
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a checkpoint at `folder` is to hold. build: as `take_snapshot` returns it; random: None leaves the states
-    out; side_files: a Hugging Face folder."""
+    """What a checkpoint at `folder` is to hold. build: as `take_snapshot` returns it; side_files: a Hugging Face
+    folder."""
 
     folder: Path
     build: Callable[[], dict]
     state: dict
-    random: RandomStates | None
+    random: RandomStates
     groups: Sequence[PromptGroup]
     side_files: Path
 
@@ -84,18 +85,18 @@ def write_checkpoint(content: Content, group: dist.ProcessGroup) -> None:
         RunError: a file could not be written, here or, on rank 0, on any rank; nothing is left then.
     """
     temporary, rank = temporary_folder(content.folder), dist.get_rank()
-    failure = None
+    refusal: list[str | None] = [None]
     if rank == 0:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            for name in ("shards", "random", "hf") if content.random else ("shards", "hf"):
+            for name in ("shards", "random", "hf"):
                 (temporary / name).mkdir(parents=True)
         except OSError as error:
-            failure = error
-    dist.barrier(group)
-    share, common = _Share(error=failure and _why(failure, content.folder)), {}
+            refusal = [_why(error, content.folder)]
+    dist.broadcast_object_list(refusal, src=0, group=group)  # `build` must not wait for a rank that never calls it
+    share, common = _Share(error=refusal[0]), {}
     try:
-        if failure is None:
+        if refusal[0] is None:
             share, common = _write_share(content, temporary, rank)
     except Exception as error:  # whatever it is, the others wait to hear of it
         share.error = _why(error, content.folder)
@@ -135,9 +136,8 @@ def _write_share(content: Content, temporary: Path, rank: int) -> tuple[_Share, 
                 file.write(data.getbuffer())
             length = file.tell() - start
             share.results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
-    if content.random is not None:
-        with _hashed(random_states_file(temporary, rank), share.sums, temporary) as file:
-            file.write(random_states_bytes(content.random))
+    with _hashed(random_states_file(temporary, rank), share.sums, temporary) as file:
+        file.write(random_states_bytes(content.random))
     return share, common
 
 
@@ -187,6 +187,7 @@ def _why(error: Exception, folder: Path) -> str:
     if isinstance(error, RunError):
         return str(error)
     if isinstance(error, OSError) and error.errno in FULL:
-        free = f"{shutil.disk_usage(folder.parent).free} bytes are free in {folder.parent}"
+        place = next(path for path in folder.absolute().parents if path.exists())
+        free = f"{shutil.disk_usage(place).free} bytes are free in {place}"
         return f"{told}{error.strerror} ({free}); make room and continue with --resume"
     return told + " ".join(f"{type(error).__name__} {error}".split())

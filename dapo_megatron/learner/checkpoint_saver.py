@@ -19,8 +19,9 @@ from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.manifest import checkpoint_folder, prune
 from dapo_megatron.learner.random_states import take_random_states
 from dapo_megatron.learner.snapshot import HostMemory, take_snapshot
-from dapo_megatron.resharding.hf_files import TORCH_DTYPES
+from dapo_megatron.resharding.hf_files import dtype_name
 
+UNTOUCHED = "older checkpoints are untouched"
 TOGETHER_S = 60.0  # ranks come this much apart to a wait
 
 
@@ -33,16 +34,20 @@ class _Writing(threading.Thread):
         self.failure: str | None = None
 
     def run(self) -> None:
+        folder = self.content.folder
         try:
             write_checkpoint(self.content, self.group)
-            if dist.get_rank() == 0:
-                best = self.content.state.get("best") if self.settings.keep_best else None
-                folder = self.content.folder.parent
-                prune(folder, keep=self.settings.keep, best=None if best is None else best["step"])
         except RunError as error:
-            self.failure = str(error)
+            self.failure = f"{error}; {UNTOUCHED}"
         except Exception as error:  # told by the training thread
-            self.failure = f"checkpoint {self.content.folder.name} could not be written: {error or type(error)}"
+            self.failure = f"checkpoint {folder.name} could not be written: {error or type(error)}; {UNTOUCHED}"
+        if self.failure is not None or dist.get_rank() != 0:
+            return
+        best = self.content.state.get("best") if self.settings.keep_best else None
+        try:
+            prune(folder.parent, keep=self.settings.keep, best=None if best is None else best["step"])
+        except Exception as error:
+            self.failure = f"checkpoint {folder.name} is whole, but older ones could not be put in order: {error}"
 
 
 class CheckpointSaver:
@@ -77,11 +82,10 @@ class CheckpointSaver:
             limit = timedelta(seconds=self._settings.time_limit_s)
             self._group = dist.new_group(backend="gloo", timeout=limit)
         learner = self._learner
-        dtype = next(name for name, dtype in TORCH_DTYPES.items() if dtype is learner.dtype)
         content = Content(
             folder=checkpoint_folder(self._run, state["step"]),
             build=take_snapshot(learner, self._memory),
-            state={**state, "dtype": dtype},
+            state={**state, "dtype": dtype_name(learner.dtype)},
             random=take_random_states(learner.device),
             groups=list(groups),
             side_files=self._side_files,
@@ -131,7 +135,8 @@ class CheckpointSaver:
         told = next((failure for _, failure in ends if failure is not None), None)
         if told is None and any(alive for alive, _ in ends):
             limit = self._settings.time_limit_s
-            told = f"checkpoint {writing.content.folder.name} is not written after checkpoint.time_limit_s={limit:g} s"
+            name = writing.content.folder.name
+            told = f"checkpoint {name} is not written after checkpoint.time_limit_s={limit:g} s; {UNTOUCHED}"
         if told is not None:
             self._saved = None
-            raise RunError(f"{told}; older checkpoints are untouched", on_every_rank=True)
+            raise RunError(told, on_every_rank=True)

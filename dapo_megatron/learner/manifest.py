@@ -17,6 +17,7 @@ from dapo_megatron.files import write_text_atomically
 
 MANIFEST = "manifest.json"
 BEST = "best.json"
+SURPLUS = "surplus.safetensors"  # groups kept for the next step
 HASHING_THREADS = 8
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -28,6 +29,11 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 def temporary_folder(folder: Path) -> Path:
     """Where a checkpoint grows before it gets its name."""
     return folder.with_name(f".{folder.name}.tmp")
+
+
+def checkpoint_under_way(run: Path) -> bool:
+    """Whether a checkpoint is growing, or one killed while it grew is left."""
+    return any((run / "checkpoints").glob(".step-*.tmp"))
 
 
 def read_state(folder: Path) -> dict:

@@ -20,6 +20,11 @@ SIDE_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that safetensors gives a dtype: "BF16" for torch.bfloat16."""
+    return next(name for name, known in TORCH_DTYPES.items() if known is dtype)
+
+
 @torch.no_grad()
 def read_placements(folder: Path, placements: Sequence[Placement], tensors: Mapping[str, Tensor]) -> None:
     """Fill the local tensors from the folder's files, reading only the boxes asked for; what no placement covers

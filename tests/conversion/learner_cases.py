@@ -6,9 +6,11 @@ import torch
 from megatron.core import dist_checkpointing
 
 from dapo_megatron.config.optimizer import Optimizer
-from dapo_megatron.learner.checkpoint import load_checkpoint, save_checkpoint
+from dapo_megatron.learner.checkpoint import load_checkpoint
 from dapo_megatron.learner.losses import policy_loss
+from tests.data.test_group_files import group
 from tests.learner.layouts import build
+from tests.learner.saving import save_as
 from tests.learner.update_cases import CLIP, load_batch, save_whole
 
 SETTINGS = {"learning_rate": 1e-3, "weight_decay": 0.1, "gradient_clip": 0.5}
@@ -51,10 +53,12 @@ def write_trained(payload: dict) -> bool:
         for _ in range(2):
             _update(learner, batch)
         folder = out / f"{dtype}-{distributed}"
-        save_checkpoint(folder, learner, {"step": 3, "updates": 2}, side_files=Path(payload["model"]))
+        state = {"step": 3, "updates": 2, "layout": {"tensor": 2}}
+        kept = [group(0, [3, 1], scored=True)]
+        save_as(folder, learner, state, side_files=Path(payload["model"]), groups=kept)
         save_whole(learner, learner.weights, out / f"{dtype}-{distributed}")
     plain = build(payload["model"], "tp2pp2", dtype=torch.bfloat16)
-    save_checkpoint(out / "plain", plain, {"step": 0, "updates": 0}, side_files=Path(payload["model"]))
+    save_as(out / "plain", plain, {"step": 0, "updates": 0}, side_files=Path(payload["model"]))
     return True
 
 

@@ -76,8 +76,11 @@ def test_checkpoints_of_a_training_run(tmp_path, batch, monkeypatch, capsys):
         assert all(torch.equal(found[key], expected[key].to(DTYPES[dtype])) for key in expected), name
         assert "optimizer state is left behind" in capsys.readouterr().out
         convert("megatron-to-megatron", tmp_path / name, tmp_path / f"{name}-converted", ["parallel.tensor=4"])
-        assert "optimizer state is carried over" in capsys.readouterr().out
-        assert read_state(tmp_path / f"{name}-converted") == read_state(tmp_path / name)
+        told = capsys.readouterr().out
+        assert "optimizer state is carried over" in told and "groups kept for the next step are left behind" in told
+        state = read_state(tmp_path / name)
+        del state["layout"]  # that of random states, which are not converted: the run goes on as at another layout
+        assert read_state(tmp_path / f"{name}-converted") == state
     light, options = tmp_path / "light", Options(weights_only=True, dtype="fp32")
     with pytest.raises(RequestError, match="--weights-only"):
         convert("megatron-to-megatron", tmp_path / "bf16-True", light, options=Options(dtype="fp32"))
@@ -105,7 +108,9 @@ def compare_with_the_learners(written: Path, model: Path, streamed: Path) -> Non
     for source in (ours, theirs):
         assert all(torch.load(io.BytesIO(source.object_bytes(n)), weights_only=True) == [None] for n in source.objects)
     names = [{p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()} for root in (streamed, written)]
-    shards = [{name for name in found if not name.endswith(".distcp")} for found in names]
+    shards = [
+        {name for name in found if not name.endswith(".distcp") and not name.startswith("random/")} for found in names
+    ]
     assert shards[0] == shards[1]
     for name in ("shards/metadata.json", "state.json"):
         assert (streamed / name).read_text() == (written / name).read_text()

@@ -6,9 +6,10 @@ import torch.distributed as dist
 
 from dapo_megatron.config.optimizer import Optimizer
 from dapo_megatron.errors import RequestError
-from dapo_megatron.learner.checkpoint import load_checkpoint, save_checkpoint
+from dapo_megatron.learner.checkpoint import load_checkpoint
 from dapo_megatron.learner.losses import policy_loss
 from tests.learner.layouts import build
+from tests.learner.saving import save_as
 from tests.learner.update_cases import CLIP, load_batch, save_whole
 
 SETTINGS = {"learning_rate": 1e-3, "weight_decay": 0.1, "gradient_clip": 0.5}
@@ -38,8 +39,7 @@ def continue_elsewhere(payload: dict) -> dict[str, float]:
         updates = payload["updates"]
         for _ in range(updates):
             _update(learner, batch)
-        side_files = Path(payload["model"])
-        save_checkpoint(folder, learner, {"step": 0, "updates": updates}, side_files=side_files)
+        save_as(folder, learner, {"step": 0, "updates": updates}, side_files=Path(payload["model"]))
         norms[f"straight|{distributed}"] = _update(learner, batch)
         save_whole(learner, learner.weights, out / f"straight|{distributed}")
         for layout in payload["to"]:
@@ -55,7 +55,7 @@ def load_into_another_model(payload: dict) -> str:
     settings = Optimizer(**SETTINGS)
     folder = Path(payload["out"]) / "step"
     learner = build(payload["model"], "tp1pp1", train=settings)
-    save_checkpoint(folder, learner, {"step": 0, "updates": 0}, side_files=Path(payload["model"]))
+    save_as(folder, learner, {"step": 0, "updates": 0}, side_files=Path(payload["model"]))
     try:
         load_checkpoint(folder, build(payload["other"], "tp1pp1", train=settings))
     except RequestError as error:

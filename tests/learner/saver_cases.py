@@ -1,5 +1,6 @@
 """Run on ranks: checkpoints written beside training, a disk that fills up, what is kept."""
 
+import errno
 import random
 import resource
 import threading
@@ -62,6 +63,13 @@ def save_beside_training(payload: dict) -> dict:
         found[f"{name} weights after"] = _all(
             all(torch.equal(tensor, _weights(learner)[key]) for key, tensor in _weights(loaded).items())
         )
+        if name == "data":  # whose ranks gather the optimizer's shards while they save
+            (out / "blocked").mkdir(exist_ok=True)
+            (out / "blocked" / "checkpoints").touch()
+            blocked = CheckpointSaver(Checkpoint(), learner, out / "blocked", side_files=Path(payload["model"]))
+            with _told_of_gathering() as gathered:
+                found["nowhere to write"] = _told_on_every_rank(blocked, _state(1))
+            found["none gathers alone"] = _all(not gathered)
     found["surplus"] = [g.step for g in load_surplus(checkpoint_folder(run, 1))]
     found["random"] = _random_states_come_back(random_states_file(checkpoint_folder(run, 1), dist.get_rank()))
     found |= _keep_and_fail(learner, saver, out / "plain", Path(payload["model"]))
@@ -74,7 +82,7 @@ def _held_back() -> Iterator[threading.Event]:
     go_on, write = threading.Event(), checkpoint_saver.write_checkpoint
 
     def write_then(*arguments: object) -> None:
-        assert go_on.wait(60)
+        assert go_on.wait(300)  # an update lies between
         write(*arguments)
 
     checkpoint_saver.write_checkpoint = write_then
@@ -99,21 +107,53 @@ def _keep_and_fail(learner: Learner, saver: CheckpointSaver, run: Path, side_fil
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if dist.get_rank() == failing:
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # as a full disk: a write fails half-way
-        told = "saved"
-        try:
-            saver.save(_state(4, best=best))
-            saver.wait()
-        except RunError as error:
-            told = str(error) if error.on_every_rank else "not on every rank"
+        found[f"full on {failing}, {asynchronous}"] = _told_on_every_rank(saver, _state(4, best=best))
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        everyone: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, told)
-        found[f"full on {failing}, {asynchronous}"] = everyone
     found["left"] = [_names(run), newest_checkpoint(run)[0].name]
     saver.save(_state(4, best=best))
     saver.wait()
     found["then"] = [_names(run), newest_checkpoint(run)[0].name]
+    with _undeletable():
+        found["not deleted"] = [_told_on_every_rank(saver, _state(5, best=best)), newest_checkpoint(run)[0].name]
     return found
+
+
+def _told_on_every_rank(saver: CheckpointSaver, state: dict) -> list[str]:
+    """What each rank hears of a save."""
+    told = "saved"
+    try:
+        saver.save(state)
+        saver.wait()
+    except RunError as error:
+        told = str(error) if error.on_every_rank else "not on every rank"
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, told)
+    return everyone
+
+
+@contextmanager
+def _told_of_gathering() -> Iterator[list]:
+    """Not empty once this rank gathers state: without rank 0 it would wait, or leave its message to a later save."""
+    take, gathered = checkpoint_saver.take_snapshot, []
+    checkpoint_saver.take_snapshot = lambda *_: lambda: gathered.append(True) or {}
+    try:
+        yield gathered
+    finally:
+        checkpoint_saver.take_snapshot = take
+
+
+@contextmanager
+def _undeletable() -> Iterator[None]:
+    """Older checkpoints cannot be deleted."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "step-000001")
+
+    prune, checkpoint_saver.prune = checkpoint_saver.prune, refuse
+    try:
+        yield
+    finally:
+        checkpoint_saver.prune = prune
 
 
 def _random_states_come_back(path: Path) -> bool:

@@ -59,6 +59,19 @@ def test_a_full_disk_is_told_on_every_rank_and_costs_no_older_checkpoint(world, 
     assert found["then"] == [["step-000001", "step-000004"], "step-000004"]
 
 
+def test_no_rank_waits_for_one_that_cannot_begin(world):
+    told = world[0]["nowhere to write"]
+    assert told[0] == told[1] and world[0]["none gathers alone"]
+    assert told[0].startswith("checkpoint step-000001 could not be written: NotADirectoryError")
+
+
+def test_what_cannot_be_deleted_is_told_as_that(world):
+    told, newest = world[0]["not deleted"]
+    assert told[0] == told[1] and "step-000005 is whole" in told[0] and "Permission denied" in told[0]
+    assert "could not be written" not in told[0] and "untouched" not in told[0]
+    assert newest == "step-000005"
+
+
 def damage(folder: Path, draw: random.Random) -> str:
     """Change a copy of a checkpoint, whose files are links, in one place; returns what was done."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
