@@ -212,7 +212,7 @@ def rows_csv(cells: Sequence[Cell]) -> str:
 def draw_curves(cells: Sequence[Cell], path: Path) -> None:
     """Eight panels over rollout steps: a line a rung (mean over seeds), in a band of all seeds."""
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}), atomic_path(path) as temporary:
-        figure = Figure(figsize=(16, 8), dpi=80, layout="constrained")
+        figure = Figure(figsize=(16, 8), dpi=70, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(2, 4).ravel()
         rungs = _rungs(cells)
@@ -224,7 +224,7 @@ def draw_curves(cells: Sequence[Cell], path: Path) -> None:
                 _draw_rung(place, [curve(cell, key) for cell in cells if cell.rung == rung], rung, colour)
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper center", ncols=len(rungs))
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", pil_kwargs={"optimize": True})
 
 
 def curve(cell: Cell, key: str) -> dict[int, float]:
