@@ -6,7 +6,7 @@ the real one, and its random log-probs are made beforehand.
 
     python tools/bench_bookkeeping.py [--prompts 512] [--samples 16] [--tokens 20000] [--output FILE.csv]
 
-One process of one thread. Memory: the peak of the process beyond what stood there before: interpreter, groups, and the
+One process of one thread; system_s is what the kernel takes to hand out fresh pages. Memory: the peak of the process beyond what stood there before: interpreter, groups, and the
 stand-in's log-probs.
 """
 
@@ -107,6 +107,7 @@ def measure(prompts: int, samples: int, tokens: int) -> dict[str, object]:
     before = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     seconds: dict[str, float] = {}
+    started_cpu = os.times()
 
     def timed(name: str, work):
         started = time.perf_counter()
@@ -120,12 +121,15 @@ def measure(prompts: int, samples: int, tokens: int) -> dict[str, object]:
     timed("old_policy", lambda: score_old_policy(learner, sampled.trained, recipe.algorithm))
     result = timed("learn_step", lambda: learn_step(learner, sampled.trained, recipe, learning_rate=1e-6))
     timed("learner_metrics", lambda: learner_metrics(result))
+    ended_cpu = os.times()
     return {
         "prompts": prompts,
         "samples": samples,
         "tokens": tokens,
         **{f"{name}_s": f"{value:.3g}" for name, value in seconds.items()},
         "total_s": f"{sum(seconds.values()):.3g}",
+        "user_s": f"{ended_cpu.user - started_cpu.user:.3g}",
+        "system_s": f"{ended_cpu.system - started_cpu.system:.3g}",
         "groups_bytes": prompts * samples * tokens * 12,
         "added_bytes": resident_bytes("VmHWM") - before,
     }
