@@ -6,8 +6,8 @@ the real one, and its random log-probs are made beforehand.
 
     python tools/bench_bookkeeping.py [--prompts 512] [--samples 16] [--tokens 20000] [--output FILE.csv]
 
-One process of one thread; system_s is what the kernel takes to hand out fresh pages. Memory: the peak of the process beyond what stood there before: interpreter, groups, and the
-stand-in's log-probs.
+One process of one thread; system_s is what the kernel takes to hand out fresh pages. Memory: the peak of the process
+beyond what stood there before: interpreter, groups, and the stand-in's log-probs.
 """
 
 import argparse
