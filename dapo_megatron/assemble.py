@@ -63,7 +63,7 @@ class Run:
 
     def close(self) -> None:
         """End what runs beside this rank: a checkpoint being written, grader, engines."""
-        self.saver.close(self.recipe.checkpoint.time_limit_s)
+        self.saver.close()
         if self.sync is not None:
             self.sync.close()
         if self.engines is not None:

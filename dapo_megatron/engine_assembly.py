@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 import torch
 
+from dapo_megatron.agreement import everyone
 from dapo_megatron.config import Recipe
 from dapo_megatron.config.derive import derive_engines
 from dapo_megatron.engine_sync import EngineSync
@@ -15,7 +16,6 @@ from dapo_megatron.launch import World
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.prepare import RunPaths
 from dapo_megatron.resharding.bridge import Bridge
-from dapo_megatron.rollout.agreement import everyone
 from dapo_megatron.rollout.launcher import EngineSettings, engine_settings
 from dapo_megatron.rollout.server_dispatcher import ServerDispatcher
 from dapo_megatron.rollout.vllm_engines import VLLMEngines, visible_devices

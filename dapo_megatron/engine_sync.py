@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dapo_megatron.agreement import everyone, from_rank_zero
 from dapo_megatron.config import Recipe
 from dapo_megatron.errors import RunError
 from dapo_megatron.learner.learner import Learner
@@ -25,7 +26,6 @@ from dapo_megatron.resharding.bridge import Bridge
 from dapo_megatron.resharding.checksum import checksum
 from dapo_megatron.resharding.shared_memory import Export, export_tensors
 from dapo_megatron.resharding.transport import Transport, local_view
-from dapo_megatron.rollout.agreement import everyone, from_rank_zero
 from dapo_megatron.rollout.fleet import STEER_S, EnginesLost
 from dapo_megatron.rollout.vllm_engines import VLLMEngines
 

@@ -189,14 +189,13 @@ def _hugging_face(found: Path, scratch: Path) -> Path:
 
 def _sample(recipe: Recipe, folder: Path, logs: Path) -> tuple[list, int]:
     """Graded groups and the number of items without a verdict."""
-    import torch
-
     from dapo_megatron.data.tokenizer import load_tokenizer, stop_tokens
     from dapo_megatron.evaluation_engine import check_engine, open_engine
     from dapo_megatron.prepare import check_answers, encode_prompts
     from dapo_megatron.resharding.hf_layout import check_checkpoint
     from dapo_megatron.rewards.grader import Grader, check_grader
     from dapo_megatron.rollout.groups import GroupSampler
+    from dapo_megatron.rollout.hf_engine import own_device
 
     architecture = read_architecture(folder)
     check_checkpoint(folder, architecture)
@@ -211,10 +210,9 @@ def _sample(recipe: Recipe, folder: Path, logs: Path) -> tuple[list, int]:
     if not stops:
         raise RequestError(f"{folder}: neither config.json nor the tokenizer names an end-of-sequence token")
     longest = max(map(len, used))
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     with (
-        Grader(recipe.reward, device) as grader,
-        open_engine(recipe, folder, stop_tokens=stops, longest_prompt=longest, logs=logs) as dispatcher,
+        Grader(recipe.reward, own_device()) as grader,
+        open_engine(recipe, architecture, folder, stop_tokens=stops, longest_prompt=longest, logs=logs) as dispatcher,
     ):
         sampler = GroupSampler(recipe, tokenizer, prompts, token_ids, dispatcher, grader)
         return sample_problems(sampler, recipe), grader.failures

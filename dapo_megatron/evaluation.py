@@ -84,7 +84,7 @@ def score(groups: Sequence[PromptGroup], *, votes: bool = True) -> Scores:
     """The scores of graded groups of equal size; at least one group. `votes`: whether final answers are counted."""
     samples = len(groups[0].completions)
     right_PK = np.stack([g.accuracies for g in groups]).astype(bool)
-    answers = [[final_answer(response) for response in g.responses] for g in groups]
+    answers = [[final_answer(response) for response in g.responses] for g in groups] if votes else []
     completions = [c for g in groups for c in g.completions]
     lengths = np.array([len(c.tokens) for c in completions])
     ks = sorted({samples, *(2**i for i in range(samples.bit_length()) if 2**i <= samples)})

@@ -45,6 +45,7 @@ def check_engine(recipe: Recipe, architecture: Architecture) -> None:
 @contextmanager
 def open_engine(
     recipe: Recipe,
+    architecture: Architecture,
     folder: Path,
     *,
     stop_tokens: Collection[int],
@@ -62,7 +63,9 @@ def open_engine(
     """
     rollout = recipe.rollout
     if rollout.engine == "hf":
-        engine = engine_of_folder(folder, stop_tokens=stop_tokens, max_batch_sequences=rollout.max_batch_sequences)
+        engine = engine_of_folder(
+            folder, architecture, stop_tokens=stop_tokens, max_batch_sequences=rollout.max_batch_sequences
+        )
         yield Dispatcher(engine, rank=0, world=1, time_limit_s=rollout.time_limit_s)
         return
     devices = visible_devices(torch.cuda.device_count())[: rollout.tensor] if torch.cuda.is_available() else None

@@ -97,8 +97,7 @@ def check_request(recipe: Recipe, world: int | None = None) -> tuple[Architectur
     elif generated:
         _collect(problems, lambda: _check_generated(recipe, architecture))
     else:
-        tokenizer = paths.model if scratch is None else Path(scratch.tokenizer)
-        _collect(problems, lambda: _check_files(recipe, paths, tokenizer, architecture))
+        _collect(problems, lambda: _check_files(recipe, paths, architecture))
     if problems:
         raise RequestError("\n".join(problems))
     return architecture, layout
@@ -111,6 +110,17 @@ def planned_architecture(recipe: Recipe) -> Architecture:
         return read_architecture(Path(recipe.model.path))
     config = scratch_config(scratch, vocabulary=vocabulary_of(scratch), eos_token=0)
     return architecture_from_dict(config, "model.scratch")
+
+
+def planned_tokenizer(recipe: Recipe):
+    """The model's tokenizer, also of one that is yet to be made."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    scratch = recipe.model.scratch
+    if scratch is None or scratch.tokenizer != ARITHMETIC:
+        return load_tokenizer(recipe.model.path if scratch is None else scratch.tokenizer)
+    with TemporaryDirectory() as folder:
+        build_tokenizer(Path(folder))
+        return load_tokenizer(folder)
 
 
 def encode_prompts(
@@ -163,12 +173,11 @@ def encode_examples(tokenizer, recipe: Recipe, stage: Stage) -> list[tuple[np.nd
     return examples
 
 
-def _check_files(recipe: Recipe, paths: RunPaths, folder: Path, architecture: Architecture) -> None:
+def _check_files(recipe: Recipe, paths: RunPaths, architecture: Architecture) -> None:
     """Encode every prompt and example once, so that none is refused in the middle of a run."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = planned_tokenizer(recipe)
     if tokenizer.eos_token_id is None and not architecture.eos_token_ids:
-        raise RequestError(f"{folder}: neither config.json nor the tokenizer names an end-of-sequence token")
+        raise RequestError(f"{paths.model}: neither config.json nor the tokenizer names an end-of-sequence token")
     sides: list[list[Prompt]] = []
     for side, path in (("train", paths.train), ("validation", paths.validation)):
         if path is not None:
@@ -196,12 +205,7 @@ def _check_generated(recipe: Recipe, architecture: Architecture) -> None:
         _check_example_length(whole, " and ".join(GENERATED), recipe, architecture)
     if not own:
         return
-    if recipe.model.scratch is None:
-        tokenizer = load_tokenizer(recipe.model.path)
-    else:
-        with TemporaryDirectory() as folder:
-            build_tokenizer(Path(folder))
-            tokenizer = load_tokenizer(folder)
+    tokenizer = planned_tokenizer(recipe)
     for stage in own:
         _check_stage(tokenizer, recipe, stage, architecture)
 

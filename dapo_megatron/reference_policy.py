@@ -5,11 +5,13 @@ any. These stages' result is kept as RUN/reference, a Hugging Face folder, so th
 at any layout; without stages the model folder itself is read again.
 """
 
+from functools import partial
+
+from dapo_megatron.agreement import checked_on_rank_zero
 from dapo_megatron.assemble import Run
 from dapo_megatron.errors import RequestError
 from dapo_megatron.learner.manifest import check_manifest, write_manifest
 from dapo_megatron.learner.reference import ReferenceWeights
-from dapo_megatron.rollout.agreement import from_rank_zero
 from dapo_megatron.weight_sync import export_hugging_face
 
 
@@ -34,16 +36,11 @@ def keep_reference(run: Run) -> ReferenceWeights | None:
         return ReferenceWeights(run.learner)
     if not supervised:
         return ReferenceWeights(run.learner, run.paths.model)
-    refusal = None
-    if run.world.rank == 0:
-        try:
-            check_manifest(kept)
-        except RequestError as error:
-            refusal = str(error)
-    refusal = from_rank_zero(refusal, run.world.size)
-    if refusal is not None:
+    try:
+        checked_on_rank_zero(partial(check_manifest, kept), run.world.rank, run.world.size)
+    except RequestError as refusal:
         raise RequestError(
             f"algorithm.kl.coefficient={run.recipe.algorithm.kl.coefficient} needs the reference policy that this run "
             f"began with: {refusal}; use coefficient=0, or start anew with --overwrite"
-        )
+        ) from None
     return ReferenceWeights(run.learner, kept)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dapo_megatron.agreement import checked_on_rank_zero, from_rank_zero
 from dapo_megatron.assemble import Run, assemble, group_settings
 from dapo_megatron.config import Recipe
 from dapo_megatron.data.completions import PromptGroup
@@ -18,7 +19,6 @@ from dapo_megatron.monitoring import write_report
 from dapo_megatron.monitoring.journal import Journal
 from dapo_megatron.monitoring.metrics import read_metrics
 from dapo_megatron.prepare import check_request
-from dapo_megatron.rollout.agreement import from_rank_zero
 from dapo_megatron.run_directory import claim_run_directory, lay_out_run
 from dapo_megatron.stop import StopSignal
 from dapo_megatron.train import train, train_from_files
@@ -91,18 +91,14 @@ def _train(run: Run, mode: Mode) -> int:
 
 
 def _prepare_on_rank_zero(recipe: Recipe, world: World, mode: Mode) -> None:
-    """Check and lay out once for the whole world; a refusal reaches every rank, so that all of them end alike."""
-    refusal = None
-    if world.rank == 0:
-        try:
-            check_request(recipe, world.size)
-            claim_run_directory(recipe, resume=mode.resume, overwrite=mode.overwrite, needed=mode.train_only)
-            lay_out_run(recipe, overwrite=mode.overwrite)
-        except RequestError as error:
-            refusal = str(error)
-    refusal = from_rank_zero(refusal, world.size)
-    if refusal is not None:
-        raise RequestError(refusal)
+    """Check and lay out once for the whole world."""
+
+    def prepare() -> None:
+        check_request(recipe, world.size)
+        claim_run_directory(recipe, resume=mode.resume, overwrite=mode.overwrite, needed=mode.train_only)
+        lay_out_run(recipe, overwrite=mode.overwrite)
+
+    checked_on_rank_zero(prepare, world.rank, world.size)
 
 
 def _resume(run: Run) -> list[str]:

@@ -12,10 +12,8 @@ The allocator keeps what was freed, as a GPU's does: no way pays for page faults
 """
 
 import argparse
-import csv
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -34,8 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from dapo_megatron.errors import RequestError, RunError, exit_with_message  # noqa: E402
-from dapo_megatron.files import atomic_path  # noqa: E402
 from dapo_megatron.launch import die_with_parent, free_port  # noqa: E402
+from tools.bench_record import machine, print_table, quantile, write_rows  # noqa: E402
 from tools.resharding_ways import LEARNERS, PLACES, WARM_UP, WAYS  # noqa: E402
 
 BASELINE = "gather, broadcast, load_weights"
@@ -109,20 +107,17 @@ def measure(dtype: str, layers: int, repeats: int) -> list[Row]:
                 bytes=moved,
                 messages=sum(found[-1]["messages"] for found in by_place),
                 seconds=median,
-                seconds_p20=_quantile(seconds, 0.2),
-                seconds_p80=_quantile(seconds, 0.8),
+                seconds_p20=quantile(seconds, 0.2),
+                seconds_p80=quantile(seconds, 0.8),
                 gb_per_s=moved / median / 1e9,
                 of_floor=None,
                 speed_up=None,
                 peak_learner_bytes=max(peaks[:LEARNERS]),
                 peak_worker_bytes=max(peaks[LEARNERS:]),
                 repeats=repeats,
-                machine=_processor(),
-                cores=os.cpu_count() or 0,
-                load=load,
                 torch=torch.__version__,
                 vllm=_vllm_version(),
-                commit=_commit(),
+                **machine(load),
             )
         )
     return [_compared(row, rows) for row in rows]
@@ -199,25 +194,9 @@ def _print_table(rows: Sequence[Row]) -> None:
         )
         for row in rows
     ]  # fmt: skip
-    widths = [max(len(line[i]) for line in (heads, *lines)) for i in range(len(heads))]
     first = rows[0]
     print(f"\n{first.parameters / 1e6:.0f} million parameters, {first.dtype}, TP2 × PP2 → vLLM {first.vllm} TP2")
-    for line in (heads, *lines):
-        print(
-            "  ".join(
-                word.ljust(w) if i == 0 else word.rjust(w) for i, (word, w) in enumerate(zip(line, widths, strict=True))
-            )
-        )
-
-
-def _write(rows: Sequence[Row], path: Path) -> None:
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        names = [field.name for field in fields(Row)]
-        writer.writerow(names)
-        for row in rows:
-            values = (getattr(row, name) for name in names)
-            writer.writerow([f"{v:.4g}" if isinstance(v, float) else "" if v is None else v for v in values])
+    print_table(heads, lines)
 
 
 def _verdicts(rows: Sequence[Row]) -> None:
@@ -237,26 +216,10 @@ def _parameters(layers: int) -> int:
     return layers * layer + 2 * c["vocab_size"] * hidden + hidden
 
 
-def _quantile(values: Sequence[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, round(share * (len(values) - 1)))]
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
 def _vllm_version() -> str:
     from dapo_megatron.rollout.vllm_plugin import vllm_version
 
     return vllm_version() or ""
-
-
-def _commit() -> str:
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return found.stdout.strip()
 
 
 def main() -> None:
@@ -281,7 +244,7 @@ def main() -> None:
             rows += found
         print()
         _verdicts(rows)
-        _write(rows, options.output)
+        write_rows(rows, options.output)
         print(f"written to {options.output}")
 
 

@@ -9,18 +9,16 @@ what a core gives where others work on the machine too.
 """
 
 import argparse
-import csv
 import json
 import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,11 +29,11 @@ sys.path.insert(0, str(ROOT))
 
 from dapo_megatron.config.reward import Code, Reward  # noqa: E402
 from dapo_megatron.errors import RequestError, RunError, exit_with_message  # noqa: E402
-from dapo_megatron.files import atomic_path  # noqa: E402
 from dapo_megatron.rewards import grade  # noqa: E402
 from dapo_megatron.rewards.code_tests import CodeTests, close_sandbox  # noqa: E402
 from dapo_megatron.rewards.equivalence import load as load_mathematics  # noqa: E402
 from dapo_megatron.rewards.grader import Grader  # noqa: E402
+from tools.bench_record import machine, print_table, quantile, write_rows  # noqa: E402
 
 INTEGERS_WANTED = 2000.0  # a second a core
 SHORT, LONG = 500, 20_000  # characters of a response; the latter are some 5,000 tokens
@@ -142,17 +140,14 @@ def measure(task: Task, place: str, repeats: int) -> Row:
         place=place,
         items=items,
         seconds=median,
-        seconds_p20=_quantile(seconds, 0.2),
-        seconds_p80=_quantile(seconds, 0.8),
+        seconds_p20=quantile(seconds, 0.2),
+        seconds_p80=quantile(seconds, 0.8),
         per_second=items / median,
         per_cpu_second=items / max(statistics.median(cpu_seconds), 0.001),
         repeats=repeats,
-        machine=_processor(),
-        cores=os.cpu_count() or 0,
-        load=load,
         python=platform.python_version(),
         math_verify=version("math-verify"),
-        commit=_commit(),
+        **machine(load),
     )
 
 
@@ -199,12 +194,7 @@ def _print_table(rows: Sequence[Row]) -> None:
         )
         for row in rows
     ]  # fmt: skip
-    widths = [max(len(line[i]) for line in (heads, *lines)) for i in range(len(heads))]
-    for line in (heads, *lines):
-        cells = (
-            word.ljust(w) if i < 2 else word.rjust(w) for i, (word, w) in enumerate(zip(line, widths, strict=True))
-        )
-        print("  ".join(cells))
+    print_table(heads, lines, left=2)
 
 
 def _verdicts(rows: Sequence[Row]) -> None:
@@ -212,32 +202,6 @@ def _verdicts(rows: Sequence[Row]) -> None:
         if row.task.startswith("integers"):
             met = "met" if row.per_cpu_second >= INTEGERS_WANTED else "MISSED"
             print(f"{row.task}, {row.place}: {row.per_cpu_second:,.0f} a core (wanted {INTEGERS_WANTED:,.0f}): {met}")
-
-
-def _write(rows: Sequence[Row], path: Path) -> None:
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        names = [field.name for field in fields(Row)]
-        writer.writerow(names)
-        for row in rows:
-            values = (getattr(row, name) for name in names)
-            writer.writerow([f"{v:.4g}" if isinstance(v, float) else v for v in values])
-
-
-def _quantile(values: Sequence[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, round(share * (len(values) - 1)))]
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
-def _commit() -> str:
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return found.stdout.strip()
 
 
 def main() -> None:
@@ -259,7 +223,7 @@ def main() -> None:
         _print_table(rows)
         print()
         _verdicts(rows)
-        _write(rows, options.output)
+        write_rows(rows, options.output)
         print(f"written to {options.output}")
 
 

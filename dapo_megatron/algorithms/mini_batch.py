@@ -38,9 +38,10 @@ def batch_of_groups(
     )
     if all(g.reference_logprobs for g in groups):
         batch.reference_logprobs_T = torch.from_numpy(np.zeros(len(batch.tokens_T), np.float32))
+    scored = bool(groups[0].old_logprobs)
     for (rows, group, i), value in zip(response_rows(batch, groups), advantages.tolist(), strict=True):
         batch.advantages_T[rows] = value
-        if groups[0].old_logprobs:
+        if scored:
             batch.old_logprobs_T[rows] = torch.from_numpy(group.old_logprobs[i])
         if batch.reference_logprobs_T is not None:
             batch.reference_logprobs_T[rows] = torch.from_numpy(group.reference_logprobs[i])

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from dapo_megatron.config import Architecture
 from dapo_megatron.conversion.regions import pieces
-from dapo_megatron.conversion.streams import HashedFile
-from dapo_megatron.files import write_text_atomically
+from dapo_megatron.files import HashedFile, write_text_atomically
 from dapo_megatron.resharding.hf_files import TORCH_DTYPES, file_groups, file_name
 from dapo_megatron.resharding.hf_layout import INDEX, canonical_tensors
 from dapo_megatron.resharding.layout import Box

@@ -19,8 +19,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from dapo_megatron.conversion.streams import HashedFile
-from dapo_megatron.files import atomic_path, write_text_atomically
+from dapo_megatron.files import HashedFile, atomic_path, write_text_atomically
 from dapo_megatron.resharding.layout import Box
 
 FORMAT = {

@@ -17,9 +17,8 @@ from dapo_megatron.conversion.names import object_names, owned_boxes, positions,
 from dapo_megatron.conversion.regions import cut_box
 from dapo_megatron.conversion.shard_writer import Piece, Written
 from dapo_megatron.conversion.sources import Source, open_hugging_face, open_megatron, weight_name
-from dapo_megatron.conversion.streams import HashedFile
 from dapo_megatron.conversion.workspace import Workspace
-from dapo_megatron.files import write_text_atomically
+from dapo_megatron.files import HashedFile, write_text_atomically
 from dapo_megatron.learner.manifest import MANIFEST, read_state, write_manifest
 from dapo_megatron.resharding.hf_files import copy_side_files, dtype_name
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from dapo_megatron.agreement import everyone
 from dapo_megatron.config.checkpoint import Checkpoint
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.errors import RunError
@@ -106,8 +107,7 @@ class CheckpointSaver:
         """
         if self._writing is None:
             return
-        states: list = [None] * dist.get_world_size()
-        dist.all_gather_object(states, (self._writing.is_alive(), self._writing.failure is not None))
+        states = everyone((self._writing.is_alive(), self._writing.failure is not None), dist.get_world_size())
         if any(failed for _, failed in states) or not any(alive for alive, _ in states):
             self._settle(TOGETHER_S)
 
@@ -120,18 +120,17 @@ class CheckpointSaver:
         if self._writing is not None:
             self._settle(self._settings.time_limit_s + TOGETHER_S)
 
-    def close(self, time_limit_s: float) -> None:
+    def close(self) -> None:
         """Give the checkpoint under way its time, without the other ranks: for the way out after an error."""
         if self._writing is not None and self._writing.is_alive():
-            self._writing.join(time_limit_s)
+            self._writing.join(self._settings.time_limit_s)
 
     def _settle(self, time_limit_s: float) -> None:
         """Agree on how the checkpoint ended."""
         writing, self._writing = self._writing, None
         if writing.ident is not None:
             writing.join(time_limit_s)
-        ends: list = [None] * dist.get_world_size()
-        dist.all_gather_object(ends, (writing.is_alive(), writing.failure))
+        ends = everyone((writing.is_alive(), writing.failure), dist.get_world_size())
         told = next((failure for _, failure in ends if failure is not None), None)
         if told is None and any(alive for alive, _ in ends):
             limit = self._settings.time_limit_s

@@ -116,15 +116,17 @@ class HuggingFaceModel:
     def __init__(self, folder: Path, *, max_tokens: int = 2048, batch: int = 32, time_limit_s: float = 3600.0) -> None:
         from dapo_megatron.config.architecture import read_architecture
         from dapo_megatron.data.tokenizer import load_tokenizer, stop_tokens
+        from dapo_megatron.resharding.hf_layout import check_checkpoint
         from dapo_megatron.rollout.hf_engine import engine_of_folder
 
         self.name = str(folder)
         self._max_tokens, self._time_limit_s = max_tokens, time_limit_s
         architecture = read_architecture(folder)
+        check_checkpoint(folder, architecture)
         self._positions = architecture.max_positions
         self._tokenizer = load_tokenizer(folder)
         ends = stop_tokens(architecture.eos_token_ids, self._tokenizer)
-        self._engine = engine_of_folder(folder, stop_tokens=ends, max_batch_sequences=batch)
+        self._engine = engine_of_folder(folder, architecture, stop_tokens=ends, max_batch_sequences=batch)
 
     def complete(self, requests: Sequence[str]) -> list[str | None]:
         """See `Completer`; None for a request that leaves no room for an answer.

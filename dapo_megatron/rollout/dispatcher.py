@@ -7,8 +7,8 @@ a request goes to the engine that is least loaded, and completions are made know
 from collections.abc import Sequence
 
 import numpy as np
-import torch.distributed as dist
 
+from dapo_megatron.agreement import everyone
 from dapo_megatron.data.completions import Completion
 from dapo_megatron.errors import RunError
 from dapo_megatron.rollout.engine import RolloutEngine, RolloutRequest
@@ -49,9 +49,7 @@ class Dispatcher:
     def _share(self, mine: list[Completion]) -> list[Completion]:
         if self.world == 1:
             return mine
-        everyone: list = [None] * self.world
-        dist.all_gather_object(everyone, flatten(mine))
-        return [completion for part in everyone for completion in unflatten(*part)]
+        return [completion for part in everyone(flatten(mine), self.world) for completion in unflatten(*part)]
 
 
 def flatten(completions: Sequence[Completion]) -> tuple:

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dapo_megatron.agreement import from_rank_zero
 from dapo_megatron.config import Recipe
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.prompts import Prompt
 from dapo_megatron.rewards.grader import Grader
 from dapo_megatron.rewards.overlong import overlong_penalties
-from dapo_megatron.rollout.agreement import from_rank_zero
 from dapo_megatron.rollout.dispatcher import Dispatcher
 from dapo_megatron.rollout.engine import RolloutRequest, sample_seed
 from dapo_megatron.rollout.server_dispatcher import ServerDispatcher

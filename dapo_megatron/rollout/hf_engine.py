@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dapo_megatron.config.architecture import read_architecture
+from dapo_megatron.config import Architecture
 from dapo_megatron.data.completions import Completion
 from dapo_megatron.errors import RunError
 from dapo_megatron.resharding.hf_files import folder_dtype, read_placements
-from dapo_megatron.resharding.hf_layout import check_checkpoint, whole_layout
+from dapo_megatron.resharding.hf_layout import whole_layout
 from dapo_megatron.rollout.engine import PartialCompletion, RolloutRequest
 
 COMPACT_BELOW = 0.75  # finished rows leave the batch once fewer than this share of its rows is alive
@@ -31,18 +31,20 @@ class _Sequence(PartialCompletion):
     uniforms: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
-def engine_of_folder(folder: Path, *, stop_tokens: Collection[int], max_batch_sequences: int) -> "HFEngine":
-    """An engine that holds the weights of a Hugging Face folder, in the folder's dtype, on the first GPU or the CPU.
+def own_device() -> torch.device:
+    """Where a process without ranks computes: the first GPU, or the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
-    Raises:
-        RequestError: the folder's weights do not fit its config.json.
-    """
-    architecture = read_architecture(folder)
-    check_checkpoint(folder, architecture)
+
+def engine_of_folder(
+    folder: Path, architecture: Architecture, *, stop_tokens: Collection[int], max_batch_sequences: int
+) -> "HFEngine":
+    """An engine on `own_device` that holds the weights of a Hugging Face folder, in the folder's dtype; `architecture`
+    is the folder's, which the caller has held to its weights (`check_checkpoint`)."""
     engine = HFEngine(
         folder,
         dtype=folder_dtype(folder),
-        device=torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"),
+        device=own_device(),
         stop_tokens=stop_tokens,
         max_batch_sequences=max_batch_sequences,
     )

@@ -6,9 +6,9 @@ same seeds.
 
 from collections.abc import Callable, Sequence
 
+from dapo_megatron.agreement import from_rank_zero
 from dapo_megatron.data.completions import Completion
 from dapo_megatron.errors import RunError
-from dapo_megatron.rollout.agreement import from_rank_zero
 from dapo_megatron.rollout.dispatcher import flatten, unflatten
 from dapo_megatron.rollout.engine import RolloutRequest
 from dapo_megatron.rollout.fleet import EnginesLost

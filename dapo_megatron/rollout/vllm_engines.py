@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
+from dapo_megatron.agreement import everyone, from_rank_zero
 from dapo_megatron.errors import RequestError, RunError
-from dapo_megatron.rollout.agreement import everyone, from_rank_zero
 from dapo_megatron.rollout.fleet import EnginesLost, Fleet
 from dapo_megatron.rollout.launcher import EngineProcess, EngineSettings, RunningEngine, wait_until_ready
 from dapo_megatron.rollout.vllm_client import EngineClient

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dapo_megatron import agreement
 from dapo_megatron.data.completions import Completion
-from dapo_megatron.rollout import dispatcher
 from dapo_megatron.rollout.dispatcher import Dispatcher
 from dapo_megatron.rollout.engine import RolloutRequest
 
@@ -64,7 +64,7 @@ def in_threads(requests: list[RolloutRequest], engines: int, group: int, rounds:
             answers[rank] = queue.generate(requests, group=group)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatcher, "dist", SimpleNamespace(all_gather_object=all_gather_object))
+        patch.setattr(agreement, "dist", SimpleNamespace(all_gather_object=all_gather_object))
         threads = [threading.Thread(target=work, args=(rank,)) for rank in range(engines)]
         for thread in threads:
             thread.start()

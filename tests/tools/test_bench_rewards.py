@@ -17,7 +17,7 @@ def test_every_task_is_measured_and_written(tmp_path: Path):
         ("integers", 8), ("integers", 1), ("LaTeX", 8), ("code tests", 10), ("code tests", 10),
     ]  # fmt: skip
     assert all(row.per_second == row.items / row.seconds and row.per_cpu_second > 0 for row in rows)
-    bench_rewards._write(rows, tmp_path / "r.csv")
+    bench_rewards.write_rows(rows, tmp_path / "r.csv")
     with open(tmp_path / "r.csv", newline="") as file:
         assert [row["task"] for row in csv.DictReader(file)] == [row.task for row in rows]
 
