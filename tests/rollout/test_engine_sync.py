@@ -3,7 +3,7 @@
 import pytest
 
 from tests.ranks import run_ranks
-from tests.rollout.served import write_models
+from tests.rollout.served import START_LIMIT_S, write_models
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -15,7 +15,10 @@ def test_after_training_vllm_computes_with_the_learners_weights(tmp_path, engine
     payload = {
         "model": str(model), "scratch": str(tmp_path), "engines": engines, "tensor": tensor, "transport": transport,
     }  # fmt: skip
-    found = run_ranks(4, "tests.rollout.engine_sync_cases:trained_weights", payload, time_limit_s=800)
+    found = run_ranks(
+        4, "tests.rollout.engine_sync_cases:trained_weights", payload, time_limit_s=800,
+        collective_limit_s=START_LIMIT_S,
+    )  # fmt: skip
     assert found["moved"], "training moved every weight"
     assert found["greedy"] == [16, 16]
     assert max(found["gaps"]) <= 2e-5
