@@ -82,7 +82,7 @@ class Run:
         return [process for process, group in group_of.items() if group in self.groups]
 
     def server(self) -> psutil.Process:
-        return next(p for p in self.processes() if "vllm.entrypoints.openai.api_server" in p.cmdline())
+        return next(p for p in self.processes() if "dapo_megatron.rollout.vllm_server" in p.cmdline())
 
     def workers(self) -> list[psutil.Process]:
         return [p for p in self.processes() if any(word.startswith("VLLM::Worker") for word in p.cmdline())]
