@@ -14,6 +14,7 @@ from dapo_megatron.algorithms.mini_batch import (
     response_rows,
     scoring_batch,
 )
+from dapo_megatron.algorithms.registry import policy_losses
 from dapo_megatron.algorithms.statistics import TokenStatistics, token_statistics
 from dapo_megatron.config import Recipe
 from dapo_megatron.config.algorithm import Algorithm
@@ -23,7 +24,7 @@ from dapo_megatron.data.packing import packing_efficiency
 from dapo_megatron.data.records import SequenceBatch
 from dapo_megatron.divergence import Divergence, charges_rewards, divergence, reward_penalties
 from dapo_megatron.learner.learner import Learner
-from dapo_megatron.learner.losses import POLICY_SUMS, policy_loss
+from dapo_megatron.learner.losses import POLICY_SUMS, Head, RowLoss, policy_loss, token_policy_loss
 from dapo_megatron.learner.reference import ReferenceWeights
 
 
@@ -126,17 +127,7 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
         if denominator == 0:
             skipped += 1
             continue
-        loss = policy_loss(
-            learner.head,
-            denominator=denominator,
-            eps_low=algorithm.eps_low,
-            eps_high=algorithm.eps_high,
-            eps_dual=algorithm.eps_dual,
-            entropy_coefficient=algorithm.entropy_coefficient,
-            kl_coefficient=kl.coefficient if kl.place == "loss" else 0.0,
-            kl_estimator=kl.estimator,
-        )
-        sums += learner.gradients(batch, sequences, loss)
+        sums += learner.gradients(batch, sequences, recipe_loss(learner.head, algorithm, denominator))
         norms.append(learner.step(learning_rate, recipe.optimizer.weight_decay))
         efficiencies.append(_efficiency(learner, batch, sequences))
     named = dict(zip(POLICY_SUMS, sums.tolist(), strict=True))
@@ -162,6 +153,23 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
         tokens=statistics,
         divergence=apart,
     )
+
+
+def recipe_loss(head: Head, algorithm: Algorithm, denominator: float) -> RowLoss:
+    """The policy loss that a recipe chose; the clipped one in its own kernel."""
+    kl, name = algorithm.kl, algorithm.policy_loss
+    settings = {
+        "denominator": denominator,
+        "eps_low": algorithm.eps_low,
+        "eps_high": algorithm.eps_high,
+        "eps_dual": algorithm.eps_dual,
+        "entropy_coefficient": algorithm.entropy_coefficient,
+        "kl_coefficient": kl.coefficient if kl.place == "loss" else 0.0,
+        "kl_estimator": kl.estimator,
+    }
+    if name == "clip":
+        return policy_loss(head, **settings)
+    return token_policy_loss(head, policy_losses()[name], clips_low=algorithm.cispo.lower_clip, **settings)
 
 
 def _efficiency(learner: Learner, batch: SequenceBatch, sequences: Sequence[int]) -> float:

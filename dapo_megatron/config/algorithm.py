@@ -49,12 +49,32 @@ class KL(Section):
     """Which estimate of the divergence; k1 is for rewards only."""
 
 
-class Algorithm(Section):
-    """Clipped policy gradient with group advantages."""
+class Cispo(Section):
+    """Settings of policy_loss: cispo."""
 
-    advantage: Literal["group", "group-mean"] = "group"
+    lower_clip: bool = False
+    """Whether the ratio that weighs a token is bounded by 1 - eps_low too."""
+
+
+class Algorithm(Section):
+    """What is learnt from graded groups: an advantage rule and a policy loss.
+
+    Names are those of `dapo-megatron train --list-methods`, or of the user's own in `extensions`.
+    """
+
+    extensions: list[str] = Field(default_factory=list)
+    """Python files that register advantages and policy losses of one's own; trusted code, run before anything else."""
+
+    advantage: str = Field("group", min_length=1)
     """group: A = (R - mean R) / (std R + advantage_epsilon) over the responses to one prompt; group-mean: A = R -
-    mean R (Dr.GRPO)."""
+    mean R (Dr.GRPO); leave-one-out: A = R - mean R of the others (RLOO); or a registered one."""
+
+    policy_loss: str = Field("clip", min_length=1)
+    """clip: the clipped importance ratio (PPO, DAPO); gspo: a ratio a sequence; cispo: the clipped ratio as a weight of
+    log pi; or a registered one."""
+
+    cispo: Cispo = Cispo()
+    """Settings of policy_loss: cispo."""
 
     eps_low: float = Field(0.2, ge=0, le=1)
     """The importance ratio is clipped below at 1 - eps_low."""
