@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -11,7 +12,6 @@ from dapo_megatron.algorithms.mini_batch import (
     batch_of_groups,
     correct_engine_mismatch,
     mini_batches,
-    response_rows,
     scoring_batch,
 )
 from dapo_megatron.algorithms.registry import policy_losses
@@ -19,7 +19,6 @@ from dapo_megatron.algorithms.statistics import TokenStatistics, token_statistic
 from dapo_megatron.config import Recipe
 from dapo_megatron.config.algorithm import Algorithm
 from dapo_megatron.data.completions import PromptGroup
-from dapo_megatron.data.group_files import GROUP_ARRAYS
 from dapo_megatron.data.packing import packing_efficiency
 from dapo_megatron.data.records import SequenceBatch
 from dapo_megatron.divergence import Divergence, charges_rewards, divergence, reward_penalties
@@ -59,9 +58,8 @@ def score_old_policy(
     """Leave log-probs and entropies of the present policy in every group that has none yet: before the first update.
 
     A group drawn by an earlier policy keeps that policy's. Responses that overlong filtering takes out are not scored,
-    theirs stay 0, unless their reward is charged for a KL divergence: it counts in their group's mean. Those of
-    `groups` share the memory of the whole step, those `kept` for a later one have memory of their own.
-    `reference`: leave its log-probs too, once a group.
+    theirs stay 0, unless their reward is charged for a KL divergence: it counts in their group's mean. `kept`: groups
+    of a later step, scored with the others. `reference`: leave its log-probs too, once a group.
     """
     overlong_filtering = algorithm.overlong_filtering and not charges_rewards(algorithm.kl)
     groups = [*groups, *kept]
@@ -73,9 +71,6 @@ def score_old_policy(
         with reference.in_place():
             for group, logprobs, _ in _score(learner, new, overlong_filtering):
                 group.reference_logprobs = logprobs
-    for group in kept:
-        for name in GROUP_ARRAYS:
-            setattr(group, name, [values if values.base is None else values.copy() for values in getattr(group, name)])
 
 
 def _score(
@@ -84,14 +79,12 @@ def _score(
     """(group, log-probs, entropies) of the model as it is, fp32 [L] a completion."""
     if not groups:
         return []
-    batch = scoring_batch(groups, overlong_filtering=overlong_filtering)
-    logprobs_T, entropy_T = (values.numpy() for values in learner.score(batch))
-    found: dict[int, tuple[PromptGroup, list[np.ndarray], list[np.ndarray]]] = {}
-    for rows, group, _ in response_rows(batch, groups):
-        _, logprobs, entropies = found.setdefault(id(group), (group, [], []))
-        logprobs.append(logprobs_T[rows])
-        entropies.append(entropy_T[rows])
-    return list(found.values())
+    logprobs, entropies = map(iter, learner.score(scoring_batch(groups, overlong_filtering=overlong_filtering)))
+    samples = [len(group.completions) for group in groups]
+    return [
+        (group, list(islice(logprobs, count)), list(islice(entropies, count)))
+        for group, count in zip(groups, samples, strict=True)
+    ]
 
 
 def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, *, learning_rate: float) -> PolicyStep:
@@ -134,9 +127,9 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
     tokens = max(1.0, named["tokens"])
     apart = None
     if kl.coefficient > 0 and statistics is not None:
-        trained = batch.loss_weights_T > 0
-        log_ratio_T = (batch.old_logprobs_T - batch.reference_logprobs_T)[trained]
-        apart = divergence(log_ratio_T, kl, loss=named["kl_loss"] / max(1, len(norms)), penalties=penalties)
+        columns = (batch.loss_weights, batch.old_logprobs, batch.reference_logprobs)
+        log_ratios = ((old - reference)[weights > 0] for weights, old, reference in zip(*columns, strict=True))
+        apart = divergence(log_ratios, kl, loss=named["kl_loss"] / max(1, len(norms)), penalties=penalties)
     return PolicyStep(
         loss=named["loss"] / max(1, len(norms)),
         grad_norm=sum(norms) / max(1, len(norms)),
@@ -173,4 +166,4 @@ def recipe_loss(head: Head, algorithm: Algorithm, denominator: float) -> RowLoss
 
 
 def _efficiency(learner: Learner, batch: SequenceBatch, sequences: Sequence[int]) -> float:
-    return packing_efficiency(batch.lengths.tolist(), learner.packing(batch, sequences))
+    return packing_efficiency(batch.lengths, learner.packing(batch, sequences))

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 
 from dapo_megatron.config.supervised import Stage
 from dapo_megatron.data.packing import packing_efficiency
@@ -50,10 +49,8 @@ def run_stage(
                 "loss/supervised": loss,
                 "grad_norm": norm,
                 "learning_rate": rate,
-                "tokens/trained": float(torch.count_nonzero(batch.loss_weights_T)),
-                "packing/efficiency": packing_efficiency(
-                    batch.lengths.tolist(), learner.packing(batch, range(len(batch)))
-                ),
+                "tokens/trained": float(sum(np.count_nonzero(weights) for weights in batch.loss_weights)),
+                "packing/efficiency": packing_efficiency(batch.lengths, learner.packing(batch, range(len(batch)))),
                 "time/step": time.perf_counter() - started,
             }
         )
@@ -66,7 +63,7 @@ def supervised_update(
     learner: Learner, batch: SequenceBatch, learning_rate: float, weight_decay: float
 ) -> tuple[float, float]:
     """One optimizer step on the mean −log π over the batch's weighted tokens; returns (loss, gradient norm)."""
-    denominator = float(batch.loss_weights_T.sum())
-    sums = learner.gradients(batch, range(len(batch)), supervised_loss(learner.head, denominator=denominator))
+    loss = supervised_loss(learner.head, denominator=batch.weight_sum)
+    sums = learner.gradients(batch, range(len(batch)), loss)
     norm = learner.step(learning_rate, weight_decay)
     return float(sums[SUPERVISED_SUMS.index("loss")]), norm

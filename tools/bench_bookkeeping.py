@@ -52,11 +52,12 @@ class ModelFreeLearner:
     tokens_per_micro_batch: int
     head: None = None
 
-    def score(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-        return self.logprobs_T, self.entropy_T
+    def score(self, batch: SequenceBatch) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        stops = np.cumsum([len(response) for response in batch.responses])[:-1]
+        return np.split(self.logprobs_T.numpy(), stops), np.split(self.entropy_T.numpy(), stops)
 
     def packing(self, batch: SequenceBatch, sequences) -> list[list[list[int]]]:
-        lengths = batch.lengths[list(sequences)].tolist()
+        lengths = [batch.length(s) for s in sequences]
         return assign_micro_batches(lengths, token_budget=self.tokens_per_micro_batch, data_parallel=DATA_PARALLEL)
 
     def gradients(self, batch: SequenceBatch, sequences, loss) -> Tensor:
@@ -99,7 +100,7 @@ def measure(prompts: int, samples: int, tokens: int) -> dict[str, object]:
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     groups = synthetic_groups(prompts, samples, tokens, rng)
-    rows = prompts * samples * (PROMPT_TOKENS + tokens)
+    rows = prompts * samples * tokens
     scores = [torch.from_numpy(-rng.random(rows, dtype=np.float32)) for _ in range(2)]
     learner = ModelFreeLearner(*scores, tokens_per_micro_batch=PROMPT_TOKENS + tokens)
     recipe = load_recipe(RECIPE, [f"rollout.max_response_length={tokens}", "algorithm.mini_batch_prompts=32"])

@@ -6,8 +6,10 @@ Every rank calls every method with the same batch; each takes its own share of i
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from dapo_kernels import device_errors
 from megatron.core import parallel_state
@@ -106,18 +108,25 @@ class Learner:
         return {f"chunk{v}.{name}": p.data for v, m in enumerate(self.models) for name, p in m.named_parameters()}
 
     @torch.no_grad()
-    def score(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-        """(log π(target), entropy), fp32 [T] on the CPU of every rank; 0 on rows without a loss weight. No gradient."""
-        flat = torch.zeros(2, int(batch.offsets[-1]), device=self.device)
+    def score(self, batch: SequenceBatch) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """log π of the response tokens, and entropies there, on every rank: fp32 [L] a sequence, of its own memory; 0
+        where the loss weight is 0. No gradient."""
+        starts = [0, *accumulate(len(response) for response in batch.responses)]
+        flat = torch.zeros(2, starts[-1], device=self.device)  # Σ L columns
 
         def keep(logits_TV: Tensor, packed: PackedBatch) -> Tensor:
-            rows = packed.rows_T >= 0
-            flat[:, packed.rows_T[rows]] = score_rows(self.head, logits_TV, packed)[:, rows]
+            scores = score_rows(self.head, logits_TV, packed)
+            for sequence, rows in packed.responses:
+                flat[:, starts[sequence] : starts[sequence + 1]] = scores[:, rows]
             return logits_TV.new_zeros(())
 
         self.forward_backward(self.packs(batch, range(len(batch))), keep, forward_only=True)
-        logprobs, entropy = sum_over_world(flat).cpu()
-        return logprobs, entropy
+        logprobs, entropies = (
+            # arrays of a sequence's size come from memory that earlier steps gave back, one of all would be fresh pages
+            [values[start:stop].to("cpu", copy=True).numpy() for start, stop in pairwise(starts)]
+            for values in sum_over_world(flat)
+        )
+        return logprobs, entropies
 
     def gradients(self, batch: SequenceBatch, sequences: Sequence[int], loss: RowLoss) -> Tensor:
         """Leave the gradient of the mini-batch's loss in the gradient buffers; returns the loss's sums, fp64 [K]."""
@@ -155,9 +164,8 @@ class Learner:
 
     def packing(self, batch: SequenceBatch, sequences: Sequence[int]) -> list[list[list[int]]]:
         """[data-parallel rank][micro-batch] → sequence numbers of the batch."""
-        lengths = batch.lengths.tolist()
         assignment = assign_micro_batches(
-            [lengths[s] for s in sequences],
+            [batch.length(s) for s in sequences],
             token_budget=self.tokens_per_micro_batch,
             data_parallel=self.layout.data,
             multiple_of=self.layout.pipeline if self.layout.virtual_pipeline > 1 else 1,
@@ -171,9 +179,8 @@ class Learner:
         backward shapes in an interleaved schedule of two stages, and hangs.
         """
         share = self.packing(batch, sequences)[parallel_state.get_data_parallel_rank()]
-        lengths = batch.lengths.tolist()
         multiple = self.layout.tensor * self.layout.context
-        rows = [packed_length(sum(lengths[s] for s in members), multiple) for members in share]
+        rows = [packed_length(sum(batch.length(s) for s in members), multiple) for members in share]
         if self.layout.pipeline > 1:
             rows = [max(rows)] * len(rows)
         return [pack(batch, m, length=n, device=self.device) for m, n in zip(share, rows, strict=True)]

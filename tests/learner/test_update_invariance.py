@@ -1,11 +1,13 @@
 """One update is the same update, however the model, the batch and the ranks are cut; and it is transformers' update."""
 
+import numpy as np
 import pytest
 import torch
 from dapo_kernels import clipped_policy_loss
 from safetensors.torch import load_file, save_file
 
-from dapo_megatron.data.records import sequence_batch
+from dapo_megatron.data.records import repeated
+from tests.learner.batches import normal, random_batch, save_batch
 from tests.learner.update_cases import CLIP
 from tests.ranks import run_ranks
 from tests.tiny_models import load_model, write_model
@@ -36,20 +38,37 @@ def models(tmp_path_factory):
     }
 
 
+def _on_rows(batch, values):
+    """Numbers of response tokens on the rows that predict them, all sequences end to end; 0 elsewhere."""
+    parts = [
+        np.concatenate([np.zeros(len(p) - 1, np.float32), v, np.zeros(1, np.float32)])
+        for p, v in zip(batch.prompts, values, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def _of_responses(batch, values_T):
+    """The reverse of `_on_rows`."""
+    parts = zip(values_T.detach().split(batch.lengths), batch.prompts, strict=True)
+    return [part[len(prompt) - 1 : -1].numpy() for part, prompt in parts]
+
+
 def _reference(model, batch, kl):
     """(sums of terms, gradient by canonical name) from transformers' own forward pass, and the loss record."""
-    rows = [batch.rows(i) for i in range(len(batch))]
-    logits = torch.cat([model(batch.tokens_T[r].long()[None]).logits[0] for r in rows])
-    targets = torch.cat([torch.cat([batch.tokens_T[r][1:].long(), torch.zeros(1, dtype=torch.long)]) for r in rows])
+    tokens = [
+        torch.from_numpy(np.concatenate(pair)).long() for pair in zip(batch.prompts, batch.responses, strict=True)
+    ]
+    logits = torch.cat([model(t[None]).logits[0] for t in tokens])
+    targets = torch.cat([torch.cat([t[1:], torch.zeros(1, dtype=torch.long)]) for t in tokens])
     record = clipped_policy_loss(
         logits.clone().contiguous(),
         targets,
-        batch.old_logprobs_T,
-        batch.advantages_T,
-        batch.loss_weights_T,
-        denominator=float(batch.loss_weights_T.sum()),
+        _on_rows(batch, batch.old_logprobs),
+        _on_rows(batch, batch.advantages),
+        _on_rows(batch, batch.loss_weights),
+        denominator=batch.weight_sum,
         temperature=TEMPERATURE,
-        reference_logprobs=batch.reference_logprobs_T,
+        reference_logprobs=None if batch.reference_logprobs is None else _on_rows(batch, batch.reference_logprobs),
         **CLIP,
         **kl,
     )
@@ -60,38 +79,35 @@ def _reference(model, batch, kl):
 def _kl_term(record, batch, kl_coefficient=0.0, kl_estimator="k3"):
     if not kl_coefficient:
         return 0.0
-    delta = torch.where(batch.loss_weights_T > 0, record.logprobs - batch.reference_logprobs_T, 0.0).double()
+    weights_T, reference_T = _on_rows(batch, batch.loss_weights), _on_rows(batch, batch.reference_logprobs)
+    delta = torch.where(weights_T > 0, record.logprobs - reference_T, 0.0).double()
     k = delta**2 / 2 if kl_estimator == "k2" else (-delta).exp() - 1 + delta
-    return float(kl_coefficient * (batch.loss_weights_T * k).sum() / batch.loss_weights_T.sum())
+    return float(kl_coefficient * (weights_T * k).sum() / batch.weight_sum)
 
 
 @pytest.fixture(scope="module")
 def batches(models, tmp_path_factory):
     """One batch a model, its old log-probs moved away from the present ones so that every clip region occurs."""
     root = tmp_path_factory.mktemp("batches")
-    generator = torch.Generator().manual_seed(3)
-    lengths = [(5, 12), (9, 30), (3, 21), (11, 7), (6, 40), (4, 18), (8, 25), (7, 33), (5, 2), (10, 28)]
-    prompts = [torch.randint(0, 100, (p,), generator=generator).numpy() for p, _ in lengths]
-    responses = [torch.randint(0, 100, (r,), generator=generator).numpy() for _, r in lengths]
+    shapes = [(5, 12), (9, 30), (3, 21), (11, 7), (6, 40), (4, 18), (8, 25), (7, 33), (5, 2), (10, 28)]
     references = {}
     for name, folder in models.items():
-        batch = sequence_batch(prompts, responses)
-        batch.loss_weights_T *= torch.rand(batch.loss_weights_T.shape, generator=generator) + 0.5
-        batch.loss_weights_T[batch.rows(3)] = 0.0  # a filtered response
-        batch.advantages_T = torch.randn(batch.advantages_T.shape, generator=generator)
+        batch = random_batch(shapes, seed=3)
+        generator = np.random.default_rng(4)
+        batch.loss_weights = [generator.random(r, dtype=np.float32) + np.float32(0.5) for _, r in shapes]
+        batch.loss_weights[3] = repeated(0.0, shapes[3][1])  # a filtered response
         model = load_model(folder)
         record, _ = _reference(model, batch, {})
         if KL_TERMS[name]:
-            moved = torch.randn(record.logprobs.shape, generator=generator)
-            batch.reference_logprobs_T = record.logprobs + moved
-        batch.old_logprobs_T = record.logprobs + torch.randn(record.logprobs.shape, generator=generator)
+            batch.reference_logprobs = [v + normal(generator, v) for v in _of_responses(batch, record.logprobs)]
+        batch.old_logprobs = [v + normal(generator, v) for v in _of_responses(batch, record.logprobs)]
         model.zero_grad()
         record, gradient = _reference(model, batch, KL_TERMS[name])
         assert record.clipped_low.any() and record.clipped_high.any() and record.clipped_dual.any()
-        path = root / f"{name.replace(' ', '-')}.safetensors"
-        save_file(batch.state(), path)
-        terms = (batch.loss_weights_T * (record.ratio * batch.advantages_T).abs()).sum() / batch.loss_weights_T.sum()
-        references[name] = (str(path), record, gradient, float(terms), _kl_term(record, batch, **KL_TERMS[name]))
+        path = save_batch(batch, root / f"{name.replace(' ', '-')}.safetensors")
+        weights_T, advantages_T = _on_rows(batch, batch.loss_weights), _on_rows(batch, batch.advantages)
+        terms = (weights_T * (record.ratio * advantages_T).abs()).sum() / batch.weight_sum
+        references[name] = (path, record, gradient, float(terms), _kl_term(record, batch, **KL_TERMS[name]))
     return references
 
 

@@ -9,25 +9,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dapo_megatron.config.optimizer import Optimizer
-from dapo_megatron.data.records import SequenceBatch, sequence_batch
+from dapo_megatron.data.records import sequence_batch
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.losses import POLICY_SUMS, policy_loss
 from dapo_megatron.supervised import supervised_update
 from dapo_megatron.weight_sync import whole_on_rank_zero
+from tests.learner.batches import load_batch
 from tests.learner.layouts import build
 
 CLIP = {"eps_low": 0.2, "eps_high": 0.28, "eps_dual": 3.0, "entropy_coefficient": 0.01}
-
-
-def load_batch(path: str) -> SequenceBatch:
-    return SequenceBatch(**load_file(path))
 
 
 def gradients(payload: dict) -> dict[str, list[float]]:
     """For each "model layout budget": write the whole gradient to a file; returns the policy sums."""
     results = {}
     batch = load_batch(payload["batch"])
-    denominator = float(batch.loss_weights_T.sum())
+    denominator = batch.weight_sum
     for model_name, folder in payload["models"].items():
         for layout in payload["layouts"]:
             for budget in payload["budgets"]:
@@ -50,7 +47,7 @@ def updated_weights(payload: dict) -> dict[str, list[float]]:
     """Three policy updates with a distributed or an ordinary optimizer; writes the weights, returns the gradient
     norms."""
     batch = load_batch(payload["batch"])
-    denominator = float(batch.loss_weights_T.sum())
+    denominator = batch.weight_sum
     results = {}
     for layout in payload["layouts"]:
         for distributed in (True, False):

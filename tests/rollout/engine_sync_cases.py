@@ -46,8 +46,7 @@ def trained_weights(payload: dict) -> dict:
             greedy, drawn = completions[:16], completions[16:]
             found["versions"].append(sorted({int(v) for c in completions for v in c.policy_versions}))
             batch = sequence_batch([r.prompt_tokens for r in sampled], [c.tokens for c in drawn])
-            scores, _ = learner.score(batch)
-            mine = scores[batch.loss_weights_T > 0].numpy()
+            mine = np.concatenate(learner.score(batch)[0])
             found["gaps"].append(float(np.abs(mine - np.concatenate([c.logprobs for c in drawn])).max()))
             export_hugging_face(learner, scratch / f"hf{version}", side_files=folder, time_limit_s=60)
             model = load_model(scratch / f"hf{version}")
