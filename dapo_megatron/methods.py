@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from dapo_megatron.algorithms.extensions import load_extensions
 from dapo_megatron.algorithms.registry import advantages, policy_losses
+from dapo_megatron.algorithms.token_selection import SELECTIONS, STATISTICS
 from dapo_megatron.config import Recipe
 from dapo_megatron.config.problems import nearest_name
 from dapo_megatron.errors import RequestError
@@ -16,7 +17,7 @@ def check_methods(recipe: Recipe) -> None:
         RequestError: every broken rule, one a line.
     """
     load_extensions(recipe.algorithm.extensions)
-    problems = [*_advantage(recipe), *_policy_loss(recipe)]
+    problems = [*_advantage(recipe), *_policy_loss(recipe), *_token_selection(recipe)]
     if problems:
         raise RequestError("\n".join(problems))
 
@@ -27,6 +28,9 @@ def list_methods() -> str:
     for setting, methods in (("advantage", advantages()), ("policy_loss", policy_losses())):
         lines.append(f"algorithm.{setting}")
         lines += [f"  {name:<15} {method.description}" for name, method in methods.items()]
+    for setting, kinds in (("token_selection.kind", SELECTIONS), ("statistics", STATISTICS)):
+        lines.append(f"algorithm.{setting}")
+        lines += [f"  {name:<15} {description}" for name, description in kinds.items()]
     return "\n".join(lines)
 
 
@@ -65,6 +69,26 @@ def _policy_loss(recipe: Recipe) -> Iterator[str]:
         yield (
             f"algorithm.eps_dual={algorithm.eps_dual} means nothing to algorithm.policy_loss={name}; use null, or a "
             f"policy_loss that has a dual clip: {having}"
+        )
+
+
+def _token_selection(recipe: Recipe) -> Iterator[str]:
+    algorithm = recipe.algorithm
+    selection = algorithm.token_selection
+    if selection.kind == "clip-cov" and selection.cov_low >= selection.cov_high:
+        yield (
+            f"algorithm.token_selection.cov_low={selection.cov_low} must be less than cov_high={selection.cov_high}: "
+            "nothing lies between them; use 1.0 and 5.0"
+        )
+    if selection.kind == "clip-cov" and algorithm.policy_loss == "kl-cov":
+        yield (
+            "algorithm.token_selection.kind=clip-cov takes the gradient from tokens that algorithm.policy_loss=kl-cov "
+            "would hold back by a penalty; use one of the two"
+        )
+    if algorithm.statistics != "old" and selection.kind == "none" and algorithm.policy_loss != "kl-cov":
+        yield (
+            f"algorithm.statistics={algorithm.statistics} is looked at by algorithm.token_selection and by "
+            "policy_loss=kl-cov only, and neither is chosen; use old"
         )
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from dapo_megatron.algorithms.mini_batch import (
-    aggregate,
     batch_of_groups,
     correct_engine_mismatch,
     mini_batches,
@@ -25,6 +24,17 @@ from dapo_megatron.divergence import Divergence, charges_rewards, divergence, re
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.losses import POLICY_SUMS, Head, RowLoss, policy_loss, token_policy_loss
 from dapo_megatron.learner.reference import ReferenceWeights
+from dapo_megatron.token_choice import TokenChoice, choose_tokens, chooses_tokens, weigh
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Shares of the tokens that could be trained on: those that kept their gradient, those that KL-Cov penalised; and
+    the seconds that choosing them took on this rank."""
+
+    kept: float
+    penalised: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,7 @@ class PolicyStep:
     engine_weight_bounded: float  # share of tokens at their bound
     tokens: TokenStatistics | None  # None when nothing was trained
     divergence: Divergence | None = None  # with a KL term
+    selection: Selection | None = None  # where the recipe looks at tokens before their gradient
 
 
 def score_old_policy(
@@ -87,10 +98,12 @@ def _score(
     ]
 
 
-def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, *, learning_rate: float) -> PolicyStep:
+def learn_step(
+    learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, *, learning_rate: float, step: int = 0
+) -> PolicyStep:
     """One optimizer step for each mini-batch of `algorithm.mini_batch_prompts` prompts, after `score_old_policy`.
 
-    A mini-batch without a trained token is skipped and counted.
+    A mini-batch without a trained token is skipped and counted. `step`: the rollout step, for random draws.
     """
     algorithm, samples = recipe.algorithm, len(groups[0].completions)
     kl = algorithm.kl
@@ -110,13 +123,17 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
     norms: list[float] = []
     efficiencies: list[float] = []
     skipped = 0
-    for sequences in mini_batches(len(batch) // samples, samples, algorithm.mini_batch_prompts):
-        denominator = aggregate(
-            batch,
-            sequences,
-            algorithm.loss_aggregation,
-            constant_length=recipe.rollout.max_response_length,
-        )
+    trained = list(batch.loss_weights)  # before aggregation and selection
+    entropies = [values for group in groups for values in group.entropies]
+    choices: list[TokenChoice] = []
+    updates = mini_batches(len(batch) // samples, samples, algorithm.mini_batch_prompts)
+    for update, sequences in enumerate(updates):
+        choice = None
+        if chooses_tokens(algorithm):
+            key = (recipe.run.seed, step, update)
+            choice = choose_tokens(learner, batch, sequences, entropies, algorithm, key)
+            choices.append(choice)
+        denominator = weigh(batch, sequences, choice, algorithm, constant_length=recipe.rollout.max_response_length)
         if denominator == 0:
             skipped += 1
             continue
@@ -127,7 +144,7 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
     tokens = max(1.0, named["tokens"])
     apart = None
     if kl.coefficient > 0 and statistics is not None:
-        columns = (batch.loss_weights, batch.old_logprobs, batch.reference_logprobs)
+        columns = (trained, batch.old_logprobs, batch.reference_logprobs)
         log_ratios = ((old - reference)[weights > 0] for weights, old, reference in zip(*columns, strict=True))
         apart = divergence(log_ratios, kl, loss=named["kl_loss"] / max(1, len(norms)), penalties=penalties)
     return PolicyStep(
@@ -145,6 +162,18 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
         engine_weight_bounded=engine_weight[1],
         tokens=statistics,
         divergence=apart,
+        selection=_selection(choices),
+    )
+
+
+def _selection(choices: Sequence[TokenChoice]) -> Selection | None:
+    trained = max(1, sum(choice.trained for choice in choices))
+    if not choices:
+        return None
+    return Selection(
+        kept=sum(choice.kept_tokens for choice in choices) / trained,
+        penalised=sum(choice.penalised_tokens for choice in choices) / trained,
+        seconds=sum(choice.seconds for choice in choices),
     )
 
 

@@ -52,6 +52,8 @@ def refusal(*arguments: object, **settings: object) -> str:
         {"advantage": "group-mean", "loss_aggregation": "constant-length", "eps_dual": 3.0},
         {"advantage": "leave-one-out", "policy_loss": "cispo"},
         {"policy_loss": "gspo", "loss_aggregation": "sequence-mean"},
+        {"policy_loss": "kl-cov", "token_selection": {"kind": "high-entropy"}, "statistics": "current"},
+        {"token_selection": {"kind": "clip-cov"}, "statistics": "micro_batch", "eps_dual": 3.0},
     ],
 )
 def test_what_goes_together(algorithm):
@@ -71,6 +73,10 @@ def test_what_goes_together(algorithm):
         (1, {"advantage": "leave-one-out"}, ["rollout.samples_per_prompt=1", "use 2 or more"]),
         (8, {"policy_loss": "gspo"}, ["algorithm.loss_aggregation=token-mean", "gspo", "use sequence-mean"]),
         (8, {"policy_loss": "cispo", "eps_dual": 3.0}, ["algorithm.eps_dual=3.0", "cispo", "use null", "clip"]),
+        (8, {"policy_loss": "kl-cov", "eps_dual": 3.0}, ["algorithm.eps_dual=3.0", "kl-cov", "use null"]),
+        (8, {"policy_loss": "kl-cov", "token_selection": {"kind": "clip-cov"}}, ["clip-cov", "kl-cov", "one of"]),
+        (8, {"token_selection": {"kind": "clip-cov", "cov_low": 5.0}}, ["cov_low=5.0", "cov_high=5.0", "use 1.0"]),
+        (8, {"statistics": "current"}, ["algorithm.statistics=current", "token_selection", "use old"]),
     ],
 )
 def test_refused_with_the_reason(samples, algorithm, words):
@@ -157,5 +163,15 @@ def test_names_are_checked_without_torch():
     )
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert told.returncode == 0, told.stderr
-    for name in ("group", "leave-one-out", "clip", "gspo", "cispo"):
+    for name in (
+        "group",
+        "leave-one-out",
+        "clip",
+        "gspo",
+        "cispo",
+        "kl-cov",
+        "high-entropy",
+        "clip-cov",
+        "micro_batch",
+    ):
         assert f"  {name} " in told.stdout

@@ -192,7 +192,7 @@ def _trained_tokens(
         entropy_N=entropy_T[rows],
         old_logprobs_N=old_N,
         advantages_N=batch.advantages_T[rows],
-        penalties_N=torch.zeros_like(old_N),
+        penalties_N=torch.zeros_like(old_N) if batch.penalties_T is None else batch.penalties_T[rows],
         loss_weights_N=batch.loss_weights_T[rows],
         sequences_N=torch.bucketize(rows, batch.cu_seqlens.long(), right=True) - 1,
         sequences=batch.cu_seqlens.numel() - 1,
