@@ -143,7 +143,8 @@ def test_an_advantage_must_be_one_finite_number_a_response(tmp_path, answer):
         f"@register_advantage('{name}', '')\ndef bad(group):\n    {answer}\n"
     )
     load_extensions([str(file)])
-    with pytest.raises(RunError, match=f"algorithm.advantage={name}"):
+    where = " at bad.py:4 " if "raise" in answer else "one finite number a response"
+    with pytest.raises(RunError, match=f"algorithm.advantage={name} .*{where}"):
         advantages_of(name, GroupRewards(np.array([1.0, 2.0]), np.array([3, 3]), 0.0))
 
 
