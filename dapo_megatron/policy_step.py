@@ -127,6 +127,7 @@ def learn_step(
     skipped = 0
     trained = list(batch.loss_weights)  # before aggregation and selection
     entropies = [values for group in groups for values in group.entropies]
+    responses = [group.prompt_id * samples + i for group in groups for i in range(samples)]
     choices: list[TokenChoice] = []
     compared: list[PairSums] = []
     updates = mini_batches(len(batch) // samples, samples, algorithm.mini_batch_prompts)
@@ -139,7 +140,7 @@ def learn_step(
         else:
             if chooses_tokens(algorithm):
                 key = (recipe.run.seed, step, update)
-                choice = choose_tokens(learner, batch, sequences, entropies, algorithm, key)
+                choice = choose_tokens(learner, batch, sequences, responses, entropies, algorithm, key)
                 choices.append(choice)
             denominator = weigh(batch, sequences, choice, algorithm, constant_length=recipe.rollout.max_response_length)
         if denominator == 0:

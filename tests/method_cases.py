@@ -147,22 +147,14 @@ def first_update(payload: dict) -> dict[str, list[bool]]:
     score_old_policy(learner, fresh, recipe("clip").algorithm)
     batch = batch_of_groups(fresh, overlong_filtering=True, advantage_epsilon=1e-6)
     entropies = [values for group in fresh for values in group.entropies]
+    rows = range(len(batch))
     same: dict[str, list[bool]] = {}
     for name in METHODS:
         algorithm = recipe(name).algorithm
         if not chooses_tokens(algorithm) or algorithm.statistics == "micro_batch":
             continue
-        old, current = (
-            choose_tokens(
-                learner,
-                batch,
-                range(len(batch)),
-                entropies,
-                algorithm.model_copy(update={"statistics": which}),
-                (0, 0, 0),
-            )
-            for which in ("old", "current")
-        )
+        both = [algorithm.model_copy(update={"statistics": which}) for which in ("old", "current")]
+        old, current = (choose_tokens(learner, batch, rows, rows, entropies, a, (0, 0, 0)) for a in both)
         pairs = (zip(old.kept, current.kept, strict=True), zip(old.penalised, current.penalised, strict=True))
         same[name] = [all((a == b).all() for a, b in pair) for pair in pairs]
     return same
