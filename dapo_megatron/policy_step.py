@@ -23,6 +23,7 @@ from dapo_megatron.divergence import Divergence, charges_rewards, divergence, re
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.losses import POLICY_SUMS, Head, RowLoss, policy_loss, token_policy_loss
 from dapo_megatron.learner.reference import ReferenceWeights
+from dapo_megatron.pair_choice import PairSums, total, weigh_pairs
 from dapo_megatron.token_choice import TokenChoice, choose_tokens, chooses_tokens, weigh
 
 
@@ -53,8 +54,9 @@ class PolicyStep:
     engine_weight: float  # mean of the truncated importance weights, 1 without them
     engine_weight_bounded: float  # share of tokens at their bound
     tokens: TokenStatistics | None  # None when nothing was trained
-    divergence: Divergence | None = None  # with a KL term
+    divergence: Divergence | None = None  # with a reference policy
     selection: Selection | None = None  # where the recipe looks at tokens before their gradient
+    pairs: PairSums | None = None  # with policy_loss dpo
 
 
 def score_old_policy(
@@ -126,14 +128,20 @@ def learn_step(
     entropies = [values for group in groups for values in group.entropies]
     responses = [group.prompt_id * samples + i for group in groups for i in range(samples)]
     choices: list[TokenChoice] = []
+    compared: list[PairSums] = []
     updates = mini_batches(len(batch) // samples, samples, algorithm.mini_batch_prompts)
     for update, sequences in enumerate(updates):
         choice = None
-        if chooses_tokens(algorithm):
-            key = (recipe.run.seed, step, update)
-            choice = choose_tokens(learner, batch, sequences, responses, entropies, algorithm, key)
-            choices.append(choice)
-        denominator = weigh(batch, sequences, choice, algorithm, constant_length=recipe.rollout.max_response_length)
+        if algorithm.policy_loss == "dpo":
+            of_update = groups[sequences[0] // samples : sequences[-1] // samples + 1]
+            compared.append(weigh_pairs(learner, batch, sequences, of_update, algorithm))
+            denominator = float(compared[-1].pairs)
+        else:
+            if chooses_tokens(algorithm):
+                key = (recipe.run.seed, step, update)
+                choice = choose_tokens(learner, batch, sequences, responses, entropies, algorithm, key)
+                choices.append(choice)
+            denominator = weigh(batch, sequences, choice, algorithm, constant_length=recipe.rollout.max_response_length)
         if denominator == 0:
             skipped += 1
             continue
@@ -143,7 +151,7 @@ def learn_step(
     named = dict(zip(POLICY_SUMS, sums.tolist(), strict=True))
     tokens = max(1.0, named["tokens"])
     apart = None
-    if kl.coefficient > 0 and statistics is not None:
+    if batch.reference_logprobs is not None and statistics is not None:
         columns = (trained, batch.old_logprobs, batch.reference_logprobs)
         log_ratios = ((old - reference)[weights > 0] for weights, old, reference in zip(*columns, strict=True))
         apart = divergence(log_ratios, kl, loss=named["kl_loss"] / max(1, len(norms)), penalties=penalties)
@@ -163,6 +171,7 @@ def learn_step(
         tokens=statistics,
         divergence=apart,
         selection=_selection(choices),
+        pairs=total(compared) if compared else None,
     )
 
 

@@ -62,7 +62,7 @@ def choose_tokens(
     if algorithm.statistics == "old":
         logprobs, entropies = ([column[s] for s in sequences] for column in (batch.old_logprobs, old_entropies))
     else:
-        logprobs, entropies = _present_scores(learner, batch, sequences)
+        logprobs, entropies = present_scores(learner, batch, sequences)
     parts = [list(range(len(sequences)))]
     if algorithm.statistics == "micro_batch":
         place = {s: i for i, s in enumerate(sequences)}
@@ -112,7 +112,8 @@ def _drop(batch: SequenceBatch, sequences: Sequence[int], choice: TokenChoice) -
         batch.loss_weights[s] = batch.loss_weights[s] * kept
 
 
-def _present_scores(learner: Learner, batch: SequenceBatch, sequences: Sequence[int]) -> Scores:
+def present_scores(learner: Learner, batch: SequenceBatch, sequences: Sequence[int]) -> Scores:
+    """Log-probs and entropies of the mini-batch's response tokens under the policy as it is; collective."""
     columns = ("prompts", "responses", "loss_weights", "advantages", "old_logprobs")
     part = {name: [getattr(batch, name)[s] for s in sequences] for name in columns}
     return learner.score(replace(batch, **part, reference_logprobs=None, penalties=None))

@@ -41,6 +41,8 @@ METHODS = {
     "low-probability": {"token_selection": {"kind": "low-probability", "threshold": 0.02}},
     "clip-cov": {"token_selection": CLIP_COV},
     "clip-cov, current": {"token_selection": CLIP_COV, "statistics": "current"},
+    "dpo": {"policy_loss": "dpo", "dpo": {"beta": 0.3, "label_smoothing": 0.1}},
+    "dpo, current": {"policy_loss": "dpo", "statistics": "current", "dpo": {"beta": 0.2, "pairs": "all"}},
     "high-entropy, micro_batch": {"token_selection": {"kind": "high-entropy"}, "statistics": "micro_batch"},
 }  # fmt: skip
 
@@ -134,6 +136,7 @@ def _facts(learner: Learner, trained_on: list[PromptGroup], chosen: Recipe) -> d
         "low": step.clip_low, "high": step.clip_high, "tokens": step.trained_tokens,
         "kept": step.selection.kept if step.selection else 1.0,
         "kl": step.divergence.loss if step.divergence else 0.0,
+        "pairs": vars(step.pairs) if step.pairs else {},
     }  # fmt: skip
 
 

@@ -47,3 +47,28 @@ def test_two_steps(name, overrides, tmp_path):
         else:
             assert 0.9 < row["selection/kept"] <= 1.0 and row["selection/penalised"] == 0
     assert any(row["tokens/trained"] for row in rows)
+
+
+def test_pairs_of_a_file_and_a_resumed_run_agree_to_the_bit(tmp_path):
+    changes = ["optimizer.schedule=constant", "evaluation.every=0", "checkpoint.every=1", "monitoring.report=false"]
+
+    def train(run, *more):
+        recipe = str(ROOT / "recipes" / "methods" / "dpo.yaml")
+        result = CliRunner().invoke(app, ["train", recipe, f"run.directory={run}", *changes, *more])
+        assert result.exit_code == 0, result.output
+
+    train(tmp_path / "whole", "run.steps=2")
+    train(tmp_path / "parts", "run.steps=1")
+    train(tmp_path / "parts", "run.steps=2", "--resume")
+    whole, parts = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
+    assert [row["step"] for row in whole] == [0, 1, 2]
+    for one, other in zip(whole, parts, strict=True):
+        keys = {key for key in one if not key.startswith(("time/", "entropy/"))}
+        assert {key: one[key] for key in keys} == {key: other[key] for key in keys}
+    first, second = whole[1:]
+    assert first["pairs/trained"] == 16 and first["mismatch/logprob_abs_max"] == 0
+    # before its first update the policy is the reference
+    assert first["pairs/margin"] == pytest.approx(0, abs=1e-3) and first["loss/pairs"] == pytest.approx(
+        0.6931, abs=1e-3
+    )
+    assert second["pairs/margin"] > 0.01 and second["pairs/right"] > 0.6
