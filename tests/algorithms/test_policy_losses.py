@@ -94,6 +94,13 @@ def expected_kl_cov(arrays):
     return np.array(losses), np.array(gradient)
 
 
+def expected_weighted(arrays):
+    return (
+        -arrays["advantages_N"] * arrays["logprobs_N"],
+        -arrays["loss_weights_N"] * arrays["advantages_N"],
+    )
+
+
 CASES = {
     "clip": ({}, expected_clip),
     "clip, dual": ({"eps_dual": 3.0}, lambda arrays: expected_clip(arrays, 3.0)),
@@ -101,6 +108,7 @@ CASES = {
     "cispo": ({}, lambda arrays: expected_cispo(arrays, False)),
     "cispo, lower": ({"clips_low": True}, lambda arrays: expected_cispo(arrays, True)),
     "kl-cov": ({}, expected_kl_cov),
+    "dpo": ({}, expected_weighted),  # advantages are slopes of the pairs' loss
 }
 
 
