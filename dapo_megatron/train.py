@@ -38,6 +38,8 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
             save(run)  # the warm start is not to be lost
     while run.step < steps and not stop.requested():
         run.saver.check()
+        if run.grader is not None:
+            run.grader.begin_step()
         clock = Clock()
         with clock.phase("rollout"), checkpoint_on_failure(run):
             sampled = roll_out(run)

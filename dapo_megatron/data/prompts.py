@@ -1,5 +1,6 @@
 """Prompts with their reference answers, and supervised pairs, read from jsonl, parquet and json files."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,12 @@ class Prompt:
     answer: str
     messages: tuple[Message, ...] | None = None
 
+    @property
+    def question(self) -> str:
+        """The last user turn; `text` where there is none."""
+        turns = [turn.content for turn in self.messages or () if turn.role == "user"]
+        return turns[-1] if turns else self.text
+
 
 def read_prompts(
     path: str | Path,
@@ -48,8 +55,9 @@ def read_prompts(
 ) -> list[Prompt]:
     """All prompts of a .jsonl, .parquet or .json file or of a hub name (`data/hub.py`), in file order.
 
-    A prompt is a string or a list of {role, content}. An answer is a string or a number (142.0 reads as "142"). A
-    column inside another is named with dots: "reward_model.ground_truth". Blank lines of a jsonl file are skipped.
+    A prompt is a string or a list of {role, content}, also one written as JSON text. An answer is a string or a number
+    (142.0 reads as "142"). A column inside another is named with dots: "reward_model.ground_truth". Blank lines of a
+    jsonl file are skipped.
 
     Args:
         answer_after: the answer is what follows this text's last occurrence, "####" for GSM8K; None = all of it.
@@ -156,6 +164,8 @@ def check_prompt_lengths(
 
 def _read_prompt(value: Any, where: str) -> tuple[str, tuple[Message, ...] | None]:
     if isinstance(value, str):
+        value = _turns(value) or value
+    if isinstance(value, str):
         messages, text = None, value
     elif isinstance(value, list):
         messages = tuple(_read_message(turn, where) for turn in value)
@@ -165,6 +175,20 @@ def _read_prompt(value: Any, where: str) -> tuple[str, tuple[Message, ...] | Non
     if not text.strip():
         raise RequestError(f"{where}: the prompt is empty")
     return text, messages
+
+
+def _turns(text: str) -> list[Any] | None:
+    """The conversation that a text is the JSON of, None for any other text."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        turns = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    ours = isinstance(turns, list) and all(
+        isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in turns
+    )
+    return turns if ours else None
 
 
 def _read_message(turn: Any, where: str) -> Message:

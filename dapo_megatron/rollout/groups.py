@@ -7,6 +7,7 @@ import numpy as np
 from dapo_megatron.agreement import from_rank_zero
 from dapo_megatron.config import Recipe
 from dapo_megatron.data.completions import PromptGroup
+from dapo_megatron.data.prompt_template import bare_question
 from dapo_megatron.data.prompts import Prompt
 from dapo_megatron.rewards.grader import Grader
 from dapo_megatron.rewards.overlong import overlong_penalties
@@ -66,7 +67,7 @@ class GroupSampler:
         completions = self.dispatcher.generate(requests, group=samples)
         responses = self.tokenizer.batch_decode([c.tokens.tolist() for c in completions], skip_special_tokens=True)
         drawn = [self.prompts[row] for row in rows for _ in range(samples)]
-        right, rewards = self._grade(responses, [p.answer for p in drawn], [str(p.text) for p in drawn])
+        right, rewards = self._grade(responses, [p.answer for p in drawn], [self._asked(p) for p in drawn])
         groups = []
         for i, row in enumerate(rows):
             part = slice(i * samples, (i + 1) * samples)
@@ -105,6 +106,12 @@ class GroupSampler:
         if recipe.reward.shuffle:
             _shuffle_scores(groups, np.random.default_rng([recipe.run.seed, 2, step, wave]))
         return groups
+
+    def _asked(self, prompt: Prompt) -> str:
+        """What the grader is told of a prompt: a judge the question alone, others all of it."""
+        if self.recipe.reward.method == "judge":
+            return bare_question(prompt.question, self.recipe.data.prompt_template)
+        return str(prompt.text)
 
     def _grade(self, responses: list[str], answers: list[str], prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         scores = None if self.grader is None else self.grader.score(responses, answers, prompts)
