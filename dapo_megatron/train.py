@@ -193,4 +193,6 @@ def improved(run: Run, metrics: Mapping[str, float]) -> bool:
 
 def save(run: Run) -> None:
     """Begin a checkpoint of where the run stands; collective."""
+    if run.grader is not None:
+        run.grader.write_records()
     run.saver.save(run.state(), run.surplus)

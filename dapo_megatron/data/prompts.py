@@ -45,6 +45,15 @@ class Prompt:
         return turns[-1] if turns else self.text
 
 
+@dataclass(frozen=True)
+class Example:
+    """A worked example: prompt and response token ids int32, and the weight of the response's tokens in the loss."""
+
+    prompt: np.ndarray
+    response: np.ndarray
+    weight: float = 1.0
+
+
 def read_prompts(
     path: str | Path,
     *,
@@ -86,22 +95,33 @@ def read_prompts(
 
 
 def read_supervised(
-    path: str | Path, *, prompt_column: str = "prompt", response_column: str = "response"
-) -> list[tuple[Prompt, str]]:
-    """(prompt, response) of every row of a file that `read_prompts` could read; the response is a text.
+    path: str | Path,
+    *,
+    prompt_column: str = "prompt",
+    response_column: str = "response",
+    weight_column: str | None = None,
+) -> list[tuple[Prompt, str, float]]:
+    """(prompt, response, weight) of every row of a file that `read_prompts` could read; the response is a text.
+
+    Args:
+        weight_column: numbers more than 0; None = all weights are 1.
 
     Raises:
-        RequestError: as `read_prompts`.
+        RequestError: as `read_prompts`; a weight that is none.
     """
-    pairs: list[tuple[Prompt, str]] = []
-    for where, row in read_rows(path, (prompt_column, response_column)):
+    pairs: list[tuple[Prompt, str, float]] = []
+    columns = (prompt_column, response_column, *([weight_column] if weight_column else []))
+    for where, row in read_rows(path, columns):
         prompt, response = (pick_column(row, name, None, where) for name in (prompt_column, response_column))
         text, messages = _read_prompt(prompt, f"{where}, column {prompt_column}")
         if not isinstance(response, str) or not response:
             raise RequestError(
                 f"{where}, column {response_column}: must be a text that is not empty, not {shown(response)}"
             )
-        pairs.append((Prompt(len(pairs), text, "", messages), response))
+        weight = 1.0
+        if weight_column is not None:
+            weight = _read_weight(pick_column(row, weight_column, None, where), f"{where}, column {weight_column}")
+        pairs.append((Prompt(len(pairs), text, "", messages), response, weight))
     if not pairs:
         raise RequestError(f"{path}: the data set is empty; it needs at least 1 pair of prompt and response")
     return pairs
@@ -195,6 +215,12 @@ def _read_message(turn: Any, where: str) -> Message:
     if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
         raise RequestError(f"{where}: each message must be {{role: text, content: text}}, not {shown(turn)}")
     return Message(turn["role"], turn["content"])
+
+
+def _read_weight(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+        raise RequestError(f"{where}: a weight must be a finite number more than 0, not {shown(value)}")
+    return float(value)
 
 
 def _read_answer(value: Any, after: str | None, where: str) -> str:

@@ -62,27 +62,35 @@ class Grader:
         if self._judge is not None:
             self._judge.begin_step()
 
+    def write_records(self) -> None:
+        """Write what a judge was asked and said, where `reward.judge.collect` names a file."""
+        if self._judge is not None:
+            self._judge.write_records()
+
     def score(
-        self, responses: Sequence[str], answers: Sequence[str], prompts: Sequence[str]
+        self, responses: Sequence[str], answers: Sequence[str], prompts: Sequence[str], *, collect: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
         """(right bool [B], rewards fp32 [B]) of B responses.
 
         A grader of plain verdicts gives `reward.right` or `reward.wrong`; one of scores gives its own. An item without
-        a verdict is wrong and has `reward.wrong`. `prompts`: what was asked; for a judge the bare questions.
+        a verdict is wrong and has `reward.wrong`. `prompts`: what was asked; for a judge the bare questions. `collect`:
+        a judge's verdicts are kept for `write_records`.
 
         Raises:
             RunError: as `GraderPool.score`, as `ModelReward.score`, or as `JudgeReward.score`.
         """
-        scores = self._scores(responses, answers, prompts)
+        scores = self._scores(responses, answers, prompts, collect)
         verdicts_B = np.where(scores.right_B, self._reward.right, self._reward.wrong)
         rewards_B = np.where(np.isnan(scores.rewards_B), verdicts_B, scores.rewards_B)
         return scores.right_B, rewards_B.astype(np.float32)
 
-    def _scores(self, responses: Sequence[str], answers: Sequence[str], prompts: Sequence[str]) -> Scores:
+    def _scores(
+        self, responses: Sequence[str], answers: Sequence[str], prompts: Sequence[str], collect: bool
+    ) -> Scores:
         if self._model is not None:
             return self._model.score(responses, prompts)
         if self._judge is not None:
-            return self._judge.score(responses, answers, prompts)
+            return self._judge.score(responses, answers, prompts, collect=collect)
         return self._pool.score(responses, answers, *([prompts] if self._reward.method == "custom" else []))
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ Where the judge says nothing, the rule's verdict is the value.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from dapo_megatron.config.reward import Judge, Reward
 from dapo_megatron.errors import RequestError, RunError
 from dapo_megatron.rewards.judge_prompt import Case, check_wording, shown_answer
+from dapo_megatron.rewards.judge_records import Judged, JudgeRecords, check_collect
 from dapo_megatron.rewards.judge_server import JudgeServer, check_server
 from dapo_megatron.rewards.model_folder import check_judge_folder
 from dapo_megatron.rewards.pool import GraderPool, Scores
@@ -25,11 +27,16 @@ if TYPE_CHECKING:
 
 
 class JudgeReward:
-    """Rewards by `judge` and the rule in `pool`, which the caller closes."""
+    """Rewards by `judge` and the rule in `pool`, which the caller closes.
+
+    Raises:
+        RequestError: as `JudgeRecords`.
+    """
 
     def __init__(self, reward: Reward, judge: Judging, pool: GraderPool) -> None:
         self._reward, self._settings = reward, reward.judge
         self._judge, self._pool = judge, pool
+        self._records = None if reward.judge.collect is None else JudgeRecords(Path(reward.judge.collect))
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -51,8 +58,18 @@ class JudgeReward:
             return counts
         return counts | {"judge/p_yes": self._p_sum / judged, "judge/agreement": self._agreed / judged}
 
-    def score(self, responses: Sequence[str], answers: Sequence[str], questions: Sequence[str]) -> Scores:
+    def write_records(self) -> None:
+        """Bring `reward.judge.collect` up to date; as `JudgeRecords.write`."""
+        if self._records is not None:
+            self._records.write()
+
+    def score(
+        self, responses: Sequence[str], answers: Sequence[str], questions: Sequence[str], *, collect: bool = False
+    ) -> Scores:
         """right and reward of B responses. An empty response is wrong and not judged.
+
+        Args:
+            collect: verdicts go into `reward.judge.collect`, where there is one.
 
         Raises:
             RunError: as the judge, or as the pool; no verdict under `fallback: stop`.
@@ -63,14 +80,14 @@ class JudgeReward:
         asked = [i for i in range(len(shown)) if shown[i] and not (settings.rule_first and rule_B[i])]
         cases = [Case(questions[i], shown[i], answers[i]) for i in asked]
         p_yes_B = np.full(len(shown), np.nan)
-        p_yes_B[asked] = self._judged(cases, rule_B[asked])
+        p_yes_B[asked] = self._judged(cases, rule_B[asked], collect)
         value_B = np.where(np.isnan(p_yes_B), rule_B, p_yes_B if settings.mode == "soft" else p_yes_B > 0.5)
         rewards_B = self._reward.wrong + (self._reward.right - self._reward.wrong) * value_B.astype(np.float64)
         if settings.normalise == "z-score":
             rewards_B = z_scores(rewards_B)
         return Scores(rule_B | (p_yes_B > 0.5), rewards_B)
 
-    def _judged(self, cases: list[Case], rule_A: np.ndarray) -> np.ndarray:
+    def _judged(self, cases: list[Case], rule_A: np.ndarray, collect: bool) -> np.ndarray:
         """P(YES) of the cases that are asked, NaN without a verdict; equal ones are asked once."""
         if not cases:
             return np.empty(0)
@@ -82,6 +99,9 @@ class JudgeReward:
         verdict_A = ~np.isnan(p_yes_A)
         if self._settings.fallback == "stop" and not verdict_A.all():
             raise RunError(_without_verdict(opinions, cases[int(np.flatnonzero(~verdict_A)[0])]))
+        if collect and self._records is not None:
+            found = zip(distinct, opinions.p_yes_B.tolist(), strict=True)
+            self._records.add(Judged(case, p_yes) for case, p_yes in found if p_yes == p_yes)
         self._counts["judged"] += int(verdict_A.sum())
         self._counts["no_verdict"] += int((reached_A & ~verdict_A).sum())
         self._counts["unreachable"] += int((~reached_A).sum())
@@ -113,10 +133,12 @@ def check_judge(settings: Judge) -> None:
 
     Raises:
         RequestError: no model, a folder that holds none, an address that is none, a key that is not there, a wording
-            without places.
+            without places, a file to collect into that holds something else.
     """
     if settings.url is None and settings.model is None:
         raise RequestError("reward.grader=judge needs reward.judge.model, a folder with a language model, or .url")
+    if settings.collect is not None:
+        check_collect(Path(settings.collect))
     if settings.prompt is not None:
         check_wording(settings.prompt)
     if settings.url is not None:

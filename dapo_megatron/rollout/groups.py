@@ -46,11 +46,12 @@ class GroupSampler:
         temperature: float,
         top_p: float,
         seed_key: tuple[int, ...],
+        collect: bool = False,
     ) -> list[PromptGroup]:
         """One group of `samples` completions a prompt row, graded; rewards without overlong shaping.
 
         Sample j of the i-th row has the seed (seed_key, i, j): it depends neither on the other rows nor on the number
-        of engines.
+        of engines. `collect`: see `Grader.score`.
         """
         requests = [
             RolloutRequest(
@@ -67,7 +68,7 @@ class GroupSampler:
         completions = self.dispatcher.generate(requests, group=samples)
         responses = self.tokenizer.batch_decode([c.tokens.tolist() for c in completions], skip_special_tokens=True)
         drawn = [self.prompts[row] for row in rows for _ in range(samples)]
-        right, rewards = self._grade(responses, [p.answer for p in drawn], [self._asked(p) for p in drawn])
+        right, rewards = self._grade(responses, [p.answer for p in drawn], [self._asked(p) for p in drawn], collect)
         groups = []
         for i, row in enumerate(rows):
             part = slice(i * samples, (i + 1) * samples)
@@ -94,6 +95,7 @@ class GroupSampler:
             temperature=recipe.rollout.temperature,
             top_p=recipe.rollout.top_p,
             seed_key=(recipe.run.seed, 1, step, wave),
+            collect=True,
         )
         for group in groups:
             group.step = step
@@ -113,8 +115,12 @@ class GroupSampler:
             return bare_question(prompt.question, self.recipe.data.prompt_template)
         return str(prompt.text)
 
-    def _grade(self, responses: list[str], answers: list[str], prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        scores = None if self.grader is None else self.grader.score(responses, answers, prompts)
+    def _grade(
+        self, responses: list[str], answers: list[str], prompts: list[str], collect: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        scores = None
+        if self.grader is not None:
+            scores = self.grader.score(responses, answers, prompts, collect=collect)
         return from_rank_zero(scores, self.dispatcher.world)
 
 
