@@ -4,7 +4,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,17 +23,19 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "~~end~~")
 ADDED = ("<tool_call>",)  # in the vocabulary, and not called special
 
 
-def write_tokenizer(folder: Path) -> int:
-    """A byte-level BPE tokenizer with YES and NO as tokens, chat marks and a chat template; returns its size."""
+def write_tokenizer(folder: Path, texts: Sequence[str] = (), size: int = 340) -> int:
+    """A byte-level BPE tokenizer of `texts` with YES and NO as tokens, chat marks and a chat template; returns its
+    size."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=340, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=size, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator(["YES NO Yes No yes no ( YES ) (YES (NO the answer is right"] * 50, trainer)
+    words = ["YES NO Yes No yes no ( YES ) (YES (NO the answer is right"]
+    tokenizer.train_from_iterator([*words * 50, *texts], trainer)
     tokenizer.add_tokens(list(ADDED))
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
