@@ -56,12 +56,13 @@ def check_wording(wording: str) -> None:
 def shown_answer(response: str, characters: int) -> str:
     """The final answer in a response, at most `characters` of it; of a response without one, its last characters.
 
-    White space is single blanks. Empty where there is nothing to judge.
+    White space is single blanks, and what cannot be printed is left out. Empty where there is nothing to judge.
     """
     given = extract_answer(response)
-    if given is None:
-        return " ".join(_sound(response[-characters:]).split())
-    return " ".join(_sound(given[: 2 * characters]).split())[:characters]
+    # some more than is shown, for the blanks that go
+    cut = response[-2 * characters :] if given is None else given[: 2 * characters]
+    plain = "".join(c for c in " ".join(_sound(cut).split()) if c.isprintable()).strip()
+    return plain[-characters:] if given is None else plain[:characters]
 
 
 def render(case: Case, wording: str, clean: Callable[[str], str] = str) -> str:
