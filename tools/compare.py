@@ -97,7 +97,7 @@ def main() -> None:
         given.out, given.seeds, given.set, train, jobs=given.jobs, rungs=rungs, recipes=recipes
     )
     if cells:
-        table = table_markdown(cells, last_less_first=False)
+        table = table_markdown(cells, of="method", last_less_first=False)
         write_text_atomically(given.out / "compare.csv", rows_csv(cells))
         write_text_atomically(given.out / "compare.md", table)
         draw_curves(cells, given.out / "compare.png")

@@ -151,11 +151,11 @@ def read_cell(directory: Path, seed: int, rung: Rung) -> Cell:
     )
 
 
-def table_markdown(cells: Sequence[Cell], *, last_less_first: bool = True) -> str:
+def table_markdown(cells: Sequence[Cell], *, of: str = "rung", last_less_first: bool = True) -> str:
     """A row a rung: mean ± standard deviation over its seeds (one seed: the value). Below it the last rung less the
-    first, seed by seed."""
+    first, seed by seed. `of`: what a row is."""
     rungs = _rungs(cells)
-    headings = ["rung", "seeds", *(heading for heading, _, _ in COLUMNS)]
+    headings = [of, "seeds", *(heading for heading, _, _ in COLUMNS)]
     lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     start = [cell for cell in cells if cell.rung == rungs[0] and cell.validations[0]["step"] == 0]
     if start:

@@ -50,8 +50,9 @@ def test_cells_are_kept_and_told_without_a_last_less_first(recipes, tmp_path):
     again = FakeTrain()
     run_ladder(tmp_path, [1, 2], SETTINGS, again, jobs=1, rungs=rungs, recipes=recipes)
     assert again.calls == []
-    table = table_markdown(cells, last_less_first=False)
+    table = table_markdown(cells, of="method", last_less_first=False)
     assert all(f"| {title} | 2 |" in table for title in COMPARED.values()) and " less " not in table
+    assert table.startswith("| method | seeds |")
     assert rows_csv(cells).count("\n") == 1 + 3 * len(cells)
     draw_curves(cells, tmp_path / "compare.png")
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
