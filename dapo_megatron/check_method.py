@@ -5,7 +5,6 @@ sequences in another order, and over two ranks. Losses and gradient norms must a
 """
 
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -169,7 +168,6 @@ def run_cuts(recipe: Recipe, folder: Path) -> list[Outcome]:
     weights = random_weights(architecture_from_dict(config, "check-method"), std=MODEL.init_std, seed=0)
     save_file(weights, folder / SINGLE, metadata={"format": "pt"})
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported by the ranks
     outcomes: dict[str, Outcome] = {}
     for world in sorted({cut.world for cut in CUTS}):
         cuts = [cut for cut in CUTS if cut.world == world]

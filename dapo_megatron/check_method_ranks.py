@@ -4,6 +4,7 @@ FOLDER holds recipe.yaml, cuts.json and a tiny model; rank 0 adds outcomes.json.
 """
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ MOVED = 0.4  # nats by which old and reference log-probs are away from the prese
 
 def main(folder: Path) -> None:
     """Every cut of cuts.json, on this rank."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported
     import torch
 
     from dapo_megatron.learner.distributed import join_world, leave_world
