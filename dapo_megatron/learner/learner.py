@@ -35,16 +35,19 @@ from dapo_megatron.learner.model import build_chunks, transformer_config
 from dapo_megatron.learner.optimizer import build_optimizer, set_rates
 from dapo_megatron.learner.reductions import sum_over_world
 from dapo_megatron.resharding.hf_files import read_placements
+from dapo_megatron.resharding.hf_layout import VALUE_HEAD
 from dapo_megatron.resharding.layout import WeightLayout
 from dapo_megatron.resharding.megatron_layout import megatron_layout
 
 
 class Learner:
-    """A model in Megatron shards, its gradient buffers and its optimizer.
+    """A model in Megatron shards, its gradient buffers and its optimizer: a policy, or a critic, whose architecture has
+    a value head and no `head`.
 
     Args:
         architecture, layout: the model and how it is cut.
-        weights: a Hugging Face folder to start from; None leaves them unset, to be filled from a checkpoint.
+        weights: a Hugging Face folder to start from; None leaves them unset, to be filled from a checkpoint. A value
+            head that it lacks is 0.
         optimizer: None for a model that is only read (conversion, evaluation).
         loss_kernel: "auto", "triton" or "torch", for everything computed on logits.
         fused_linear_loss: never make the logits; the output layer's product belongs to the loss.
@@ -75,17 +78,20 @@ class Learner:
         self.config = transformer_config(architecture, layout, dtype=dtype, layer_spec=layer_spec, recompute=recompute)
         self.models = build_chunks(self.config, architecture, layout, layer_spec=layer_spec)
         self.weight_layout: WeightLayout = megatron_layout(architecture, layout, layer_spec=layer_spec)
-        self.head = Head(
-            architecture.vocab,
-            temperature,
-            parallel_state.get_tensor_model_parallel_group(),
-            implementation=choose_loss_kernel(loss_kernel, device, dtype),
-            output_weight=take_output_layer(self.models[-1]) if fused_linear_loss else None,
-            sequence_parallel=layout.sequence_parallel,
-        )
+        self.head: Head | None = None
+        if not architecture.value_head:
+            self.head = Head(
+                architecture.vocab,
+                temperature,
+                parallel_state.get_tensor_model_parallel_group(),
+                implementation=choose_loss_kernel(loss_kernel, device, dtype),
+                output_weight=take_output_layer(self.models[-1]) if fused_linear_loss else None,
+                sequence_parallel=layout.sequence_parallel,
+            )
         self._check_parameters()
         if weights is not None:
-            read_placements(weights, self.weight_layout.placements[torch.distributed.get_rank()], self.weights)
+            placements = self.weight_layout.placements[torch.distributed.get_rank()]
+            read_placements(weights, placements, self.weights, optional=VALUE_HEAD)
         wrapped = [Float16Module(self.config, m) if dtype is torch.bfloat16 else m for m in self.models]
         # megatron would hand out an fp32 copy of the bf16 logits, the largest tensor there is
         self._model_options = {"fp32_output": False} if dtype is torch.bfloat16 else {}

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,9 +26,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @torch.no_grad()
-def read_placements(folder: Path, placements: Sequence[Placement], tensors: Mapping[str, Tensor]) -> None:
+def read_placements(
+    folder: Path,
+    placements: Sequence[Placement],
+    tensors: Mapping[str, Tensor],
+    *,
+    optional: Collection[str] = (),
+) -> None:
     """Fill the local tensors from the folder's files, reading only the boxes asked for; what no placement covers
-    becomes 0.
+    becomes 0, and so do tensors of the names `optional` that the files lack.
 
     Raises:
         RequestError: a tensor that the files lack.
@@ -39,6 +45,8 @@ def read_placements(folder: Path, placements: Sequence[Placement], tensors: Mapp
     by_file: dict[Path, list[Placement]] = {}
     for placement in placements:
         if placement.name not in headers:
+            if placement.name in optional:
+                continue
             raise RequestError(f"{folder} lacks {placement.name}")
         by_file.setdefault(headers[placement.name][0], []).append(placement)
     for path, wanted in by_file.items():

@@ -15,11 +15,13 @@ TOKENIZER_FILES = (
     "merges.txt", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
 SINGLE = "model.safetensors"
+VALUE_HEAD = ("score.weight", "score.bias")
 ROTARY_BUFFER = "rotary_emb.inv_freq"  # old exporters wrote it along; follows from the architecture
 
 
 def canonical_tensors(a: Architecture) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name → shape of every tensor. Tied embeddings have no lm_head.weight."""
+    """Hugging Face name → shape of every tensor. Tied embeddings have no lm_head.weight; a critic has VALUE_HEAD in its
+    place, as a token classifier of one label."""
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (a.vocab, a.hidden)}
     for i in range(a.layers):
         prefix = f"model.layers.{i}."
@@ -37,7 +39,9 @@ def canonical_tensors(a: Architecture) -> dict[str, tuple[int, ...]]:
         shapes[prefix + "mlp.up_proj.weight"] = (a.ffn, a.hidden)
         shapes[prefix + "mlp.down_proj.weight"] = (a.hidden, a.ffn)
     shapes["model.norm.weight"] = (a.hidden,)
-    if not a.tied:
+    if a.value_head:
+        shapes |= {"score.weight": (1, a.hidden), "score.bias": (1,)}
+    elif not a.tied:
         shapes["lm_head.weight"] = (a.vocab, a.hidden)
     return shapes
 
