@@ -91,6 +91,8 @@ def _inputs(recipe: Recipe, paths: RunPaths) -> list[Path]:
     inputs = [paths.model] if scratch is None else [] if scratch.tokenizer == ARITHMETIC else [Path(scratch.tokenizer)]
     if recipe.data.generate is None:
         inputs += [path for path in (paths.train, paths.validation) if path is not None]
+    if recipe.critic.path is not None:
+        inputs.append(Path(recipe.critic.path))
     stages = recipe.supervised.stages
     return inputs + [paths.supervised(stage.data) for stage in stages if stage.data not in GENERATED]
 
@@ -131,6 +133,14 @@ def _check_same_start(recipe: Recipe, run: Path) -> None:
             f"supervised.stages={[stage.data for stage in now]} cannot be added to this run: "
             f"algorithm.kl.coefficient={kl_now.coefficient} measures from the policy before the first rollout step, "
             f"and by {run / 'config.yaml'} that had no supervised stages; use supervised.stages=[], or coefficient=0"
+        )
+    if recipe.algorithm.advantage == "gae" and (
+        begun.algorithm.advantage != "gae" or begun.critic.path != recipe.critic.path
+    ):
+        problems.append(
+            f"algorithm.advantage=gae with critic.path={recipe.critic.path} differs from advantage="
+            f"{begun.algorithm.advantage} with critic.path={begun.critic.path} in {run / 'config.yaml'}; only a new "
+            "run may begin with another critic"
         )
     if problems:
         raise RequestError("\n".join(problems))

@@ -43,18 +43,35 @@ class KL(Section):
 
     place: Literal["loss", "reward"] = "loss"
     """loss adds it to the loss of every token; reward takes its sum over a response from the reward, before advantages
-    and after dynamic sampling has looked at it."""
+    and after dynamic sampling has looked at it; with advantage=gae each token is charged its own."""
 
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """Which estimate of the divergence; k1 is for rewards only."""
 
 
-class Algorithm(Section):
-    """Clipped policy gradient with group advantages."""
+class GAE(Section):
+    """Advantages a token from the critic's values (arXiv 1506.02438): A_t = sum_k (gamma lam)^k d_(t+k), d_t = r_t +
+    gamma V_(t+1) - V_t. The reward is at a response's last token, after which the value is 0."""
 
-    advantage: Literal["group", "group-mean"] = "group"
+    gamma: float = Field(1.0, ge=0, le=1)
+    """Discount of a reward a token later."""
+
+    lam: float = Field(0.95, ge=0, le=1)
+    """1 = rewards less the value, 0 = what one token changes in the values."""
+
+
+class Algorithm(Section):
+    """Clipped policy gradient with group advantages, or with those of a critic (PPO)."""
+
+    advantage: Literal["group", "group-mean", "gae"] = "group"
     """group: A = (R - mean R) / (std R + advantage_epsilon) over the responses to one prompt; group-mean: A = R -
-    mean R (Dr.GRPO)."""
+    mean R (Dr.GRPO); gae: a token each, by `gae` and section `critic` (PPO)."""
+
+    gae: GAE = GAE()
+    """How rewards and values make advantages, with advantage=gae."""
+
+    whiten: bool = False
+    """Whether advantages are moved and scaled to mean 0 and standard deviation 1 over a step's trained tokens."""
 
     eps_low: float = Field(0.2, ge=0, le=1)
     """The importance ratio is clipped below at 1 - eps_low."""

@@ -79,7 +79,8 @@ def read_headers(folder: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
 
 
 def check_checkpoint(folder: Path, a: Architecture) -> None:
-    """Compare the folder's tensors with what the architecture needs, by name and shape, reading headers alone.
+    """Compare the folder's tensors with what the architecture needs, by name and shape, reading headers alone. A critic
+    may begin without a value head, and with an output layer that it has no use for.
 
     Raises:
         RequestError: tensors missing, not needed, or of another shape; names the first few of each.
@@ -87,7 +88,7 @@ def check_checkpoint(folder: Path, a: Architecture) -> None:
     expected, found = canonical_tensors(a), read_headers(folder)
     extra = {name for name in found if name not in expected and not _is_derived(name, a)}
     problems = []
-    if missing := sorted(set(expected) - set(found)):
+    if missing := sorted(set(expected) - set(found) - set(VALUE_HEAD)):
         problems.append(f"{folder} lacks {_some(missing)}")
     if extra:
         problems.append(f"{folder} holds {_some(sorted(extra))}, unknown to this {a.family} architecture")
@@ -100,7 +101,7 @@ def check_checkpoint(folder: Path, a: Architecture) -> None:
 
 def _is_derived(name: str, a: Architecture) -> bool:
     """Buffers and copies that old exporters wrote along and that carry nothing of their own."""
-    return name.endswith(ROTARY_BUFFER) or (a.tied and name == "lm_head.weight")
+    return name.endswith(ROTARY_BUFFER) or ((a.tied or a.value_head) and name == "lm_head.weight")
 
 
 def _some(names: list[str]) -> str:
