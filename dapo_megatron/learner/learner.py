@@ -30,7 +30,7 @@ from dapo_megatron.data.packing import PackedBatch, assign_micro_batches, pack, 
 from dapo_megatron.data.records import SequenceBatch
 from dapo_megatron.errors import RunError
 from dapo_megatron.learner.loss_kernel import choose_loss_kernel, take_output_layer
-from dapo_megatron.learner.losses import Head, RowLoss, score_rows
+from dapo_megatron.learner.losses import Head, RowLoss, score_rows, value_rows
 from dapo_megatron.learner.model import build_chunks, transformer_config
 from dapo_megatron.learner.optimizer import build_optimizer, set_rates
 from dapo_megatron.learner.reductions import sum_over_world
@@ -117,22 +117,34 @@ class Learner:
     def score(self, batch: SequenceBatch) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """log π of the response tokens, and entropies there, on every rank: fp32 [L] a sequence, of its own memory; 0
         where the loss weight is 0. No gradient."""
-        starts = [0, *accumulate(len(response) for response in batch.responses)]
-        flat = torch.zeros(2, starts[-1], device=self.device)  # Σ L columns
+        logprobs, entropies = self._of_responses(batch, partial(score_rows, self.head), kinds=2)
+        return logprobs, entropies
 
-        def keep(logits_TV: Tensor, packed: PackedBatch) -> Tensor:
-            scores = score_rows(self.head, logits_TV, packed)
+    @torch.no_grad()
+    def values(self, batch: SequenceBatch) -> list[np.ndarray]:
+        """A critic's value before each response token is drawn, on every rank: fp32 [L] a sequence; 0 where the loss
+        weight is 0. No gradient."""
+        return self._of_responses(batch, value_rows, kinds=1)[0]
+
+    def _of_responses(
+        self, batch: SequenceBatch, score: Callable[[Tensor, PackedBatch], Tensor], *, kinds: int
+    ) -> list[list[np.ndarray]]:
+        """`score` gives fp32 [kinds, T] of a micro-batch; returns, of each kind, a sequence's own numbers [L]."""
+        starts = [0, *accumulate(len(response) for response in batch.responses)]
+        flat = torch.zeros(kinds, starts[-1], device=self.device)  # Σ L columns
+
+        def keep(output: Tensor, packed: PackedBatch) -> Tensor:
+            scores = score(output, packed)
             for sequence, rows in packed.responses:
                 flat[:, starts[sequence] : starts[sequence + 1]] = scores[:, rows]
-            return logits_TV.new_zeros(())
+            return output.new_zeros(())
 
         self.forward_backward(self.packs(batch, range(len(batch))), keep, forward_only=True)
-        logprobs, entropies = (
+        return [
             # arrays of a sequence's size come from memory that earlier steps gave back, one of all would be fresh pages
             [values[start:stop].to("cpu", copy=True).numpy() for start, stop in pairwise(starts)]
             for values in sum_over_world(flat)
-        )
-        return logprobs, entropies
+        ]
 
     def gradients(self, batch: SequenceBatch, sequences: Sequence[int], loss: RowLoss) -> Tensor:
         """Leave the gradient of the mini-batch's loss in the gradient buffers; returns the loss's sums, fp64 [K]."""

@@ -11,17 +11,19 @@ from torch import Tensor
 from dapo_megatron.config.optimizer import Optimizer
 from dapo_megatron.data.records import sequence_batch
 from dapo_megatron.learner.learner import Learner
-from dapo_megatron.learner.losses import POLICY_SUMS, policy_loss
+from dapo_megatron.learner.losses import POLICY_SUMS, VALUE_SUMS, policy_loss, value_loss
 from dapo_megatron.supervised import supervised_update
 from dapo_megatron.weight_sync import whole_on_rank_zero
 from tests.learner.batches import load_batch
 from tests.learner.layouts import build
 
 CLIP = {"eps_low": 0.2, "eps_high": 0.28, "eps_dual": 3.0, "entropy_coefficient": 0.01}
+VALUE_CLIP = 0.5
 
 
 def gradients(payload: dict) -> dict[str, list[float]]:
-    """For each "model layout budget": write the whole gradient to a file; returns the policy sums."""
+    """For each "model layout budget": write the whole gradient to a file; returns the policy sums. With "critic" also
+    what `critic_gradients` returns of it, under that name."""
     results = {}
     batch = load_batch(payload["batch"])
     denominator = batch.weight_sum
@@ -40,6 +42,29 @@ def gradients(payload: dict) -> dict[str, list[float]]:
                 count = max(len(rank) for rank in learner.packing(batch, range(len(batch))))
                 results[name] = [*sums.tolist(), count, learner.layout.data]
     assert len(sums) == len(POLICY_SUMS)
+    if "critic" in payload:
+        results["critic"] = critic_gradients(payload | {"batch": payload["critic_batch"]})
+    return results
+
+
+def critic_gradients(payload: dict) -> dict[str, dict]:
+    """For each "layout budget" of a critic: write the whole gradient to a file; returns the sums and the values."""
+    results = {}
+    batch = load_batch(payload["batch"])
+    for layout in payload["layouts"]:
+        for budget in payload["budgets"]:
+            settings = Optimizer(distributed=False)
+            critic = build(payload["critic"], layout, budget=budget, train=settings, critic=True)
+            values = critic.values(batch)
+            loss = value_loss(denominator=batch.weight_sum, clip=VALUE_CLIP)
+            sums = critic.gradients(batch, range(len(batch)), loss)
+            name = f"{dist.get_world_size()}|critic|{layout}|{budget}"
+            save_whole(critic, main_gradients(critic), Path(payload["out"]) / name)
+            results[name] = {
+                "sums": dict(zip(VALUE_SUMS, sums.tolist(), strict=True)),
+                "values": [v.tolist() for v in values],
+                "norm": critic.step(0.0, 0.0),
+            }
     return results
 
 
