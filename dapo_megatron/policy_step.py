@@ -7,6 +7,7 @@ from itertools import islice
 import numpy as np
 import torch
 
+from dapo_megatron.algorithms.gae import whiten
 from dapo_megatron.algorithms.mini_batch import (
     aggregate,
     batch_of_groups,
@@ -17,6 +18,7 @@ from dapo_megatron.algorithms.mini_batch import (
 from dapo_megatron.algorithms.statistics import TokenStatistics, token_statistics
 from dapo_megatron.config import Recipe
 from dapo_megatron.config.algorithm import Algorithm
+from dapo_megatron.critic_step import CriticStep
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.packing import packing_efficiency
 from dapo_megatron.data.records import SequenceBatch
@@ -44,6 +46,8 @@ class PolicyStep:
     engine_weight_bounded: float  # share of tokens at their bound
     tokens: TokenStatistics | None  # None when nothing was trained
     divergence: Divergence | None = None  # with a KL term
+    waited: bool = False  # for a critic that warms up
+    critic: CriticStep | None = None  # with algorithm.advantage=gae
 
 
 def score_old_policy(
@@ -86,10 +90,19 @@ def _score(
     ]
 
 
-def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, *, learning_rate: float) -> PolicyStep:
+def learn_step(
+    learner: Learner,
+    groups: Sequence[PromptGroup],
+    recipe: Recipe,
+    *,
+    learning_rate: float,
+    estimates: Sequence[np.ndarray] | None = None,
+    waits: bool = False,
+) -> PolicyStep:
     """One optimizer step for each mini-batch of `algorithm.mini_batch_prompts` prompts, after `score_old_policy`.
 
-    A mini-batch without a trained token is skipped and counted.
+    A mini-batch without a trained token is skipped and counted. `estimates`: a critic's advantages, fp32 [L] a
+    completion. `waits`: no step at all, while a critic warms up.
     """
     algorithm, samples = recipe.algorithm, len(groups[0].completions)
     kl = algorithm.kl
@@ -100,7 +113,10 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
         advantage_epsilon=algorithm.advantage_epsilon,
         advantage=algorithm.advantage,
         penalties=penalties,
+        estimates=estimates,
     )
+    if algorithm.whiten:
+        batch.advantages = whiten(batch.advantages, [weights > 0 for weights in batch.loss_weights])
     statistics = token_statistics(batch, groups)
     engine_weight = (1.0, 0.0)
     if algorithm.importance_bound is not None:
@@ -109,7 +125,8 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
     norms: list[float] = []
     efficiencies: list[float] = []
     skipped = 0
-    for sequences in mini_batches(len(batch) // samples, samples, algorithm.mini_batch_prompts):
+    prompts = 0 if waits else len(groups)
+    for sequences in mini_batches(prompts, samples, algorithm.mini_batch_prompts):
         denominator = aggregate(
             batch,
             sequences,
@@ -154,6 +171,7 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
         engine_weight_bounded=engine_weight[1],
         tokens=statistics,
         divergence=apart,
+        waited=waits,
     )
 
 

@@ -2,6 +2,7 @@
 
 RUN/config.yaml     the resolved recipe          RUN/model/    a model made from scratch, if the recipe asks for one
 RUN/data/           a generated task, likewise   RUN/checkpoints/, metrics.jsonl, samples.jsonl, report.{html,png}, hf/
+RUN/critic/         a critic, beside hf/
 RUN/reference/      the policy after supervised stages, where `algorithm.kl` needs it
 """
 

@@ -19,24 +19,28 @@ def batch_of_groups(
     advantage_epsilon: float,
     advantage: str = "group",
     penalties: Sequence[np.ndarray] = (),
+    estimates: Sequence[np.ndarray] | None = None,
 ) -> SequenceBatch:
     """All completions of the groups, group after group: A_i on every response token, weight 1, or 0 for a truncated
     response. `advantage`: "group", or "group-mean" for A = R − mean R. `penalties`: [G] of each group, taken from its
-    rewards here and nowhere else.
+    rewards here and nowhere else. `estimates`: advantages fp32 [L] of each completion instead, from a critic.
 
     Old log-probs are the groups' own where they carry them (all or none do), else 0; those of the reference are there
     if all groups carry them.
     A truncated response that is filtered leaves the loss and its denominator, yet counts in its group's mean and std.
     """
     batch = scoring_batch(groups, overlong_filtering=overlong_filtering)
-    divide = advantage == "group"
-    rewards = [g.rewards for g in groups]
-    if penalties:
-        rewards = [r.astype(np.float64) - p for r, p in zip(rewards, penalties, strict=True)]
-    advantages = np.concatenate(
-        [group_advantages(r[None], epsilon=advantage_epsilon, divide=divide)[0] for r in rewards]
-    )
-    batch.advantages = [repeated(a, len(r)) for a, r in zip(advantages.tolist(), batch.responses, strict=True)]
+    if estimates is not None:
+        batch.advantages = list(estimates)
+    else:
+        divide = advantage == "group"
+        rewards = [g.rewards for g in groups]
+        if penalties:
+            rewards = [r.astype(np.float64) - p for r, p in zip(rewards, penalties, strict=True)]
+        advantages = np.concatenate(
+            [group_advantages(r[None], epsilon=advantage_epsilon, divide=divide)[0] for r in rewards]
+        )
+        batch.advantages = [repeated(a, len(r)) for a, r in zip(advantages.tolist(), batch.responses, strict=True)]
     if groups[0].old_logprobs:
         batch.old_logprobs = [values for g in groups for values in g.old_logprobs]
     if all(g.reference_logprobs for g in groups):
