@@ -10,6 +10,7 @@ from dapo_megatron.assemble import Run, append_samples
 from dapo_megatron.critic_step import critic_step, estimate
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.debug_batches import load_batches, save_batch
+from dapo_megatron.device_memory import held_on_card
 from dapo_megatron.errors import RunError
 from dapo_megatron.evaluation import evaluate
 from dapo_megatron.learner.critic import copy_decoder
@@ -51,6 +52,7 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
         if rollout_only:
             save_batch(run, sampled.trained)
         else:
+            metrics |= held_on_card(run.learner.device, "learn")
             with clock.phase("learn"):
                 metrics |= learner_metrics(learn(run, sampled.trained, sampled.kept))
             run.surplus, run.acceptance = sampled.kept, sampled.acceptance
@@ -59,6 +61,7 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
             with clock.phase("reshard"), checkpoint_on_failure(run, partial(journal.step, metrics)):
                 transfer = run.sync.push(run.updates)
             metrics["resharding/bytes_sent"] = float(transfer.bytes_sent if transfer else 0)
+            metrics |= held_on_card(run.learner.device, "rollout")
         metrics |= clock.metrics() | (run.grader.metrics() if run.grader else {"grader/failures": 0.0})
         if evaluation.every and (run.step % evaluation.every == 0 or run.step == steps):
             metrics |= validate(run, "after" if run.step == steps else "during", partial(journal.step, metrics))
