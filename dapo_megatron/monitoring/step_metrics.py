@@ -72,8 +72,8 @@ def rollout_metrics(sampled: SampledStep) -> dict[str, Any]:
 
 
 def learner_metrics(result: PolicyStep | None) -> dict[str, float]:
-    """Over the trained tokens; a step that trained on nothing has tokens/trained 0 and little else. While a critic warms
-    up there is nothing of the policy's updates."""
+    """Over the trained tokens; a step that trained on nothing has tokens/trained 0 and little else. While a critic
+    warms up there is nothing of the policy's updates."""
     if result is None or result.tokens is None:
         return {"tokens/trained": 0.0}
     tokens = result.tokens
