@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from dapo_megatron.algorithms.extensions import load_extensions
 from dapo_megatron.config import Architecture, Layout, Recipe, derive_layout, read_architecture
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.sampler import PromptSampler
@@ -149,6 +150,7 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     torch.set_num_threads(recipe.learner.threads)
+    load_extensions(recipe.algorithm.extensions)
     paths = run_paths(recipe)
     architecture = read_architecture(paths.model)
     layout = derive_layout(recipe, architecture, world.size)

@@ -9,12 +9,12 @@ import torch
 
 from dapo_megatron.algorithms.gae import whiten
 from dapo_megatron.algorithms.mini_batch import (
-    aggregate,
     batch_of_groups,
     correct_engine_mismatch,
     mini_batches,
     scoring_batch,
 )
+from dapo_megatron.algorithms.registry import policy_losses
 from dapo_megatron.algorithms.statistics import TokenStatistics, token_statistics
 from dapo_megatron.config import Recipe
 from dapo_megatron.config.algorithm import Algorithm
@@ -24,8 +24,19 @@ from dapo_megatron.data.packing import packing_efficiency
 from dapo_megatron.data.records import SequenceBatch
 from dapo_megatron.divergence import Divergence, charges_rewards, divergence, reward_penalties
 from dapo_megatron.learner.learner import Learner
-from dapo_megatron.learner.losses import POLICY_SUMS, policy_loss
+from dapo_megatron.learner.losses import POLICY_SUMS, Head, RowLoss, policy_loss, token_policy_loss
 from dapo_megatron.learner.reference import ReferenceWeights
+from dapo_megatron.token_choice import TokenChoice, choose_tokens, chooses_tokens, weigh
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Shares of the tokens that could be trained on: those that kept their gradient, those that KL-Cov penalised; and
+    the seconds that choosing them took on this rank."""
+
+    kept: float
+    penalised: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,7 @@ class PolicyStep:
     divergence: Divergence | None = None  # with a KL term
     waited: bool = False  # for a critic that warms up
     critic: CriticStep | None = None  # with algorithm.advantage=gae
+    selection: Selection | None = None  # where the recipe looks at tokens before their gradient
 
 
 def score_old_policy(
@@ -96,13 +108,14 @@ def learn_step(
     recipe: Recipe,
     *,
     learning_rate: float,
+    step: int = 0,
     estimates: Sequence[np.ndarray] | None = None,
     waits: bool = False,
 ) -> PolicyStep:
     """One optimizer step for each mini-batch of `algorithm.mini_batch_prompts` prompts, after `score_old_policy`.
 
-    A mini-batch without a trained token is skipped and counted. `estimates`: a critic's advantages, fp32 [L] a
-    completion. `waits`: no step at all, while a critic warms up.
+    A mini-batch without a trained token is skipped and counted. `step`: the rollout step, for random draws.
+    `estimates`: a critic's advantages, fp32 [L] a completion. `waits`: no step at all, while a critic warms up.
     """
     algorithm, samples = recipe.algorithm, len(groups[0].completions)
     kl = algorithm.kl
@@ -125,35 +138,28 @@ def learn_step(
     norms: list[float] = []
     efficiencies: list[float] = []
     skipped = 0
-    prompts = 0 if waits else len(groups)
-    for sequences in mini_batches(prompts, samples, algorithm.mini_batch_prompts):
-        denominator = aggregate(
-            batch,
-            sequences,
-            algorithm.loss_aggregation,
-            constant_length=recipe.rollout.max_response_length,
-        )
+    trained = list(batch.loss_weights)  # before aggregation and selection
+    entropies = [values for group in groups for values in group.entropies]
+    choices: list[TokenChoice] = []
+    updates = mini_batches(0 if waits else len(groups), samples, algorithm.mini_batch_prompts)
+    for update, sequences in enumerate(updates):
+        choice = None
+        if chooses_tokens(algorithm):
+            key = (recipe.run.seed, step, update)
+            choice = choose_tokens(learner, batch, sequences, entropies, algorithm, key)
+            choices.append(choice)
+        denominator = weigh(batch, sequences, choice, algorithm, constant_length=recipe.rollout.max_response_length)
         if denominator == 0:
             skipped += 1
             continue
-        loss = policy_loss(
-            learner.head,
-            denominator=denominator,
-            eps_low=algorithm.eps_low,
-            eps_high=algorithm.eps_high,
-            eps_dual=algorithm.eps_dual,
-            entropy_coefficient=algorithm.entropy_coefficient,
-            kl_coefficient=kl.coefficient if kl.place == "loss" else 0.0,
-            kl_estimator=kl.estimator,
-        )
-        sums += learner.gradients(batch, sequences, loss)
+        sums += learner.gradients(batch, sequences, recipe_loss(learner.head, algorithm, denominator))
         norms.append(learner.step(learning_rate, recipe.optimizer.weight_decay))
         efficiencies.append(_efficiency(learner, batch, sequences))
     named = dict(zip(POLICY_SUMS, sums.tolist(), strict=True))
     tokens = max(1.0, named["tokens"])
     apart = None
     if kl.coefficient > 0 and statistics is not None:
-        columns = (batch.loss_weights, batch.old_logprobs, batch.reference_logprobs)
+        columns = (trained, batch.old_logprobs, batch.reference_logprobs)
         log_ratios = ((old - reference)[weights > 0] for weights, old, reference in zip(*columns, strict=True))
         apart = divergence(log_ratios, kl, loss=named["kl_loss"] / max(1, len(norms)), penalties=penalties)
     return PolicyStep(
@@ -172,7 +178,36 @@ def learn_step(
         tokens=statistics,
         divergence=apart,
         waited=waits,
+        selection=_selection(choices),
     )
+
+
+def _selection(choices: Sequence[TokenChoice]) -> Selection | None:
+    trained = max(1, sum(choice.trained for choice in choices))
+    if not choices:
+        return None
+    return Selection(
+        kept=sum(choice.kept_tokens for choice in choices) / trained,
+        penalised=sum(choice.penalised_tokens for choice in choices) / trained,
+        seconds=sum(choice.seconds for choice in choices),
+    )
+
+
+def recipe_loss(head: Head, algorithm: Algorithm, denominator: float) -> RowLoss:
+    """The policy loss that a recipe chose; the clipped one in its own kernel."""
+    kl, name = algorithm.kl, algorithm.policy_loss
+    settings = {
+        "denominator": denominator,
+        "eps_low": algorithm.eps_low,
+        "eps_high": algorithm.eps_high,
+        "eps_dual": algorithm.eps_dual,
+        "entropy_coefficient": algorithm.entropy_coefficient,
+        "kl_coefficient": kl.coefficient if kl.place == "loss" else 0.0,
+        "kl_estimator": kl.estimator,
+    }
+    if name == "clip":
+        return policy_loss(head, **settings)
+    return token_policy_loss(head, policy_losses()[name], clips_low=algorithm.cispo.lower_clip, **settings)
 
 
 def _efficiency(learner: Learner, batch: SequenceBatch, sequences: Sequence[int]) -> float:

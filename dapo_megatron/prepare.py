@@ -29,6 +29,7 @@ from dapo_megatron.data.prompt_template import apply_template
 from dapo_megatron.data.prompts import Prompt, check_prompt_lengths, encode_prompt, read_supervised
 from dapo_megatron.data.tokenizer import load_tokenizer, vocabulary_size
 from dapo_megatron.errors import RequestError
+from dapo_megatron.methods import check_methods
 from dapo_megatron.monitoring import check_trackers
 from dapo_megatron.prompt_files import Side, check_overlap, load_prompts
 from dapo_megatron.resharding.hf_layout import check_checkpoint
@@ -77,6 +78,7 @@ def check_request(recipe: Recipe, world: int | None = None) -> tuple[Architectur
     problems: list[str] = []
     layout = _collect(problems, lambda: derive_layout(recipe, architecture, world))
     _collect(problems, lambda: check_recipe(recipe, architecture))
+    _collect(problems, lambda: check_methods(recipe))
     monitoring = recipe.monitoring
     _collect(
         problems,

@@ -142,18 +142,17 @@ def learn(run: Run, groups: Sequence[PromptGroup], kept: Sequence[PromptGroup] =
     score_old_policy(run.learner, groups, recipe.algorithm, kept=kept, reference=run.reference)
     if not groups:
         return None
-    if critic is None:
-        result = learn_step(run.learner, groups, recipe, learning_rate=learning_rate(run))
-    else:
-        estimates = estimate(critic, groups, recipe)
-        result = learn_step(
-            run.learner,
-            groups,
-            recipe,
-            learning_rate=learning_rate(run),
-            estimates=estimates.advantages,
-            waits=run.step < recipe.critic.warmup_steps,
-        )
+    estimates = None if critic is None else estimate(critic, groups, recipe)
+    result = learn_step(
+        run.learner,
+        groups,
+        recipe,
+        learning_rate=learning_rate(run),
+        step=run.step,
+        estimates=None if estimates is None else estimates.advantages,
+        waits=run.step < recipe.critic.warmup_steps,
+    )
+    if critic is not None:
         result = replace(result, critic=critic_step(critic, estimates, recipe))
         run.critic_updates += result.critic.updates
     run.updates += result.updates

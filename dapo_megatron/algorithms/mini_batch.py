@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from dapo_megatron.algorithms.advantages import group_advantages
+from dapo_megatron.algorithms.advantage_rules import advantages_of
+from dapo_megatron.algorithms.registry import GroupRewards
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.records import SequenceBatch, repeated, sequence_batch
 
@@ -22,7 +23,7 @@ def batch_of_groups(
     estimates: Sequence[np.ndarray] | None = None,
 ) -> SequenceBatch:
     """All completions of the groups, group after group: A_i on every response token, weight 1, or 0 for a truncated
-    response. `advantage`: "group", or "group-mean" for A = R − mean R. `penalties`: [G] of each group, taken from its
+    response. `advantage`: the name of a registered rule. `penalties`: [G] of each group, taken from its
     rewards here and nowhere else. `estimates`: advantages fp32 [L] of each completion instead, from a critic.
 
     Old log-probs are the groups' own where they carry them (all or none do), else 0; those of the reference are there
@@ -33,19 +34,25 @@ def batch_of_groups(
     if estimates is not None:
         batch.advantages = list(estimates)
     else:
-        divide = advantage == "group"
-        rewards = [g.rewards for g in groups]
-        if penalties:
-            rewards = [r.astype(np.float64) - p for r, p in zip(rewards, penalties, strict=True)]
-        advantages = np.concatenate(
-            [group_advantages(r[None], epsilon=advantage_epsilon, divide=divide)[0] for r in rewards]
-        )
-        batch.advantages = [repeated(a, len(r)) for a, r in zip(advantages.tolist(), batch.responses, strict=True)]
+        advantages = _group_advantages(groups, advantage, advantage_epsilon, penalties)
+        batch.advantages = [repeated(a, len(r)) for a, r in zip(advantages, batch.responses, strict=True)]
     if groups[0].old_logprobs:
         batch.old_logprobs = [values for g in groups for values in g.old_logprobs]
     if all(g.reference_logprobs for g in groups):
         batch.reference_logprobs = [values for g in groups for values in g.reference_logprobs]
     return batch
+
+
+def _group_advantages(
+    groups: Sequence[PromptGroup], advantage: str, epsilon: float, penalties: Sequence[np.ndarray]
+) -> list[float]:
+    """One a completion, by a registered rule."""
+    rewards = [g.rewards.astype(np.float64) for g in groups]
+    if penalties:
+        rewards = [r - p for r, p in zip(rewards, penalties, strict=True)]
+    lengths = [np.array([len(c.tokens) for c in g.completions]) for g in groups]
+    seen = [GroupRewards(r, n, epsilon) for r, n in zip(rewards, lengths, strict=True)]
+    return np.concatenate([advantages_of(advantage, group) for group in seen]).tolist()
 
 
 def scoring_batch(groups: Sequence[PromptGroup], *, overlong_filtering: bool) -> SequenceBatch:

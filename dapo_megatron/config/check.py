@@ -124,14 +124,9 @@ def _overlong(recipe: Recipe) -> Iterator[str]:
 
 
 def _algorithm(recipe: Recipe) -> Iterator[str]:
-    algorithm, samples = recipe.algorithm, recipe.rollout.samples_per_prompt
+    algorithm = recipe.algorithm
     if algorithm.eps_dual is not None and algorithm.eps_dual <= 1:
         yield f"algorithm.eps_dual={algorithm.eps_dual} must be more than 1; use 3.0, 10.0 or null"
-    if samples < 2 and algorithm.advantage != "gae":
-        yield (
-            f"rollout.samples_per_prompt={samples} leaves every advantage 0: algorithm.advantage="
-            f"{algorithm.advantage} subtracts the group's mean; use 2 or more"
-        )
     if algorithm.kl.coefficient > 0 and algorithm.kl.place == "loss" and algorithm.kl.estimator == "k1":
         yield (
             "algorithm.kl.estimator=k1 in algorithm.kl.place=loss has expected gradient 0 and would hold nothing back; "
@@ -150,12 +145,6 @@ def _critic(recipe: Recipe) -> Iterator[str]:
                         "has no critic; remove it, or use advantage=gae"
                     )
         return
-    samples = recipe.rollout.samples_per_prompt
-    if samples < 2 and algorithm.dynamic_sampling.enabled:
-        yield (
-            f"rollout.samples_per_prompt={samples} makes every group uniform, and algorithm.dynamic_sampling drops "
-            "those; use dynamic_sampling.enabled=false, or 2 or more samples"
-        )
     if 0 < steps <= critic.warmup_steps:
         yield (
             f"critic.warmup_steps={critic.warmup_steps} leaves none of run.steps={steps} to the policy; "

@@ -44,13 +44,13 @@ class Recipe(Section):
     """What a response is worth."""
 
     algorithm: Algorithm = Algorithm()
-    """The policy loss."""
-
-    critic: Critic = Critic()
-    """The model of values, with algorithm.advantage=gae."""
+    """Advantages, policy loss, token selection."""
 
     optimizer: Optimizer = Optimizer()
     """AdamW and its schedule."""
+
+    critic: Critic = Critic()
+    """The model of values, with algorithm.advantage=gae."""
 
     learner: Learner = Learner()
     """How the learner computes."""

@@ -26,7 +26,8 @@ class PackedBatch:
 
     tokens_T, targets_T, positions_T: int64.
     cu_seqlens: int32 [sequences + 1]; padding is cut into sequences of its own at the end.
-    loss_weights_T, advantages_T, old_logprobs_T: fp32; reference_logprobs_T, old_values_T, returns_T too, or None.
+    loss_weights_T, advantages_T, old_logprobs_T: fp32; reference_logprobs_T, penalties_T, old_values_T, returns_T too,
+        or None.
     trained: int64 [n] rows with a loss weight, in order: known here without asking the device.
     responses: (number in the batch, rows that predict its response) of each sequence, in order.
     longest: tokens of the longest sequence.
@@ -45,6 +46,7 @@ class PackedBatch:
     reference_logprobs_T: Tensor | None = None
     old_values_T: Tensor | None = None
     returns_T: Tensor | None = None
+    penalties_T: Tensor | None = None
 
 
 def assign_micro_batches(
@@ -148,7 +150,7 @@ def pack(
         "advantages_T": on_rows(batch.advantages),
         "old_logprobs_T": on_rows(batch.old_logprobs),
     }
-    for name in ("reference_logprobs", "old_values", "returns"):
+    for name in ("reference_logprobs", "penalties", "old_values", "returns"):
         if (values := getattr(batch, name)) is not None:
             host[f"{name}_T"] = on_rows(values)
     host["trained"] = np.flatnonzero(host["loss_weights_T"] > 0)

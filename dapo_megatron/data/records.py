@@ -21,6 +21,7 @@ class SequenceBatch:
     reference_logprobs: fp32 [L_b], the reference policy's; None without one.
     old_values, returns: fp32 [L_b], a critic's values before the step's first update and what they should have been;
         None for a policy.
+    penalties: fp32 [L_b] ≥ 0, what KL-Cov charges per nat; None without any.
 
     Arrays are shared, and one number may stand for all tokens of a response (`repeated`): never write into one, put
     another in its place.
@@ -34,6 +35,7 @@ class SequenceBatch:
     reference_logprobs: list[np.ndarray] | None = None
     old_values: list[np.ndarray] | None = None
     returns: list[np.ndarray] | None = None
+    penalties: list[np.ndarray] | None = None
 
     @property
     def lengths(self) -> list[int]:

@@ -89,6 +89,7 @@ def learner_metrics(result: PolicyStep | None) -> dict[str, float]:
         "mismatch/weight_bounded": result.engine_weight_bounded,
         **_divergence_metrics(result),
         **_critic_metrics(result),
+        **_selection_metrics(result),
     }
     if result.waited:
         return found
@@ -103,6 +104,18 @@ def learner_metrics(result: PolicyStep | None) -> dict[str, float]:
         "updates": float(result.updates),
         "updates/skipped": float(result.skipped_updates),
         "packing/efficiency": result.packing_efficiency,
+    }
+
+
+def _selection_metrics(result: PolicyStep) -> dict[str, float]:
+    """Nothing where every trained token keeps its gradient and none is penalised."""
+    chosen = result.selection
+    if chosen is None:
+        return {}
+    return {
+        "selection/kept": chosen.kept,
+        "selection/penalised": chosen.penalised,
+        "selection/seconds": chosen.seconds,
     }
 
 
