@@ -146,7 +146,7 @@ def critic(models, tmp_path_factory):
 
 @pytest.mark.parametrize("world", LAYOUTS)
 def test_one_update_agrees_with_transformers_for_every_split(models, batches, critic, world, tmp_path):
-    critic_case = {"critic": critic[0], "critic_batch": critic[1]}
+    critic_case = {"critic": critic[0], "critic_batch": critic[1], "copied": models[CRITIC_OF]}
     for name, folder in models.items():
         path, record, gradient, terms, kl_term = batches[name]
         payload = {
@@ -181,6 +181,7 @@ def _check_critic(critic, found, folder):
     _, _, batch, values, expected, gradient = critic
     norm = float(torch.stack([g.square().sum() for g in gradient.values()]).sum().sqrt())
     for case, report in found.items():
+        assert report["kept by copying"], case
         for seen, value, weights in zip(report["values"], values, batch.loss_weights, strict=True):
             np.testing.assert_allclose(seen, np.where(weights > 0, value, 0.0), rtol=1e-5, atol=1e-5, err_msg=case)
         assert report["sums"] == pytest.approx(expected, rel=1e-5), case

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from dapo_megatron.config.optimizer import Optimizer
 from dapo_megatron.data.records import sequence_batch
+from dapo_megatron.learner.critic import copy_decoder
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.losses import POLICY_SUMS, VALUE_SUMS, policy_loss, value_loss
 from dapo_megatron.supervised import supervised_update
@@ -48,11 +50,12 @@ def gradients(payload: dict) -> dict[str, list[float]]:
 
 
 def critic_gradients(payload: dict) -> dict[str, dict]:
-    """For each "layout budget" of a critic: write the whole gradient to a file; returns the sums and the values."""
+    """For each "layout budget" of a critic: write the whole gradient to a file; returns the sums and the values. For a
+    layout of stages also whether a critic that begins as the policy "copied", of the same decoder, has these values."""
     results = {}
     batch = load_batch(payload["batch"])
     for layout in payload["layouts"]:
-        for budget in payload["budgets"]:
+        for budget in payload["budgets"] if dist.get_world_size() == 1 else payload["budgets"][-1:]:
             settings = Optimizer(distributed=False)
             critic = build(payload["critic"], layout, budget=budget, train=settings, critic=True)
             values = critic.values(batch)
@@ -64,7 +67,15 @@ def critic_gradients(payload: dict) -> dict[str, dict]:
                 "sums": dict(zip(VALUE_SUMS, sums.tolist(), strict=True)),
                 "values": [v.tolist() for v in values],
                 "norm": critic.step(0.0, 0.0),
+                "kept by copying": True,
             }
+            if layout == "tp1pp2":
+                for key, weight in critic.weights.items():
+                    if "output_layer" not in key:
+                        weight.zero_()
+                copy_decoder(build(payload["copied"], layout), critic)
+                same = zip(critic.values(batch), values, strict=True)
+                results[name]["kept by copying"] = all(np.array_equal(a, b) for a, b in same)
     return results
 
 
