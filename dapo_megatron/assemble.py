@@ -21,11 +21,12 @@ from dapo_megatron.learner.distributed import choose_device, form_groups
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.model import DTYPES, choose_layer_spec
 from dapo_megatron.learner.reference import ReferenceWeights
-from dapo_megatron.prepare import RunPaths, encode_prompts, planned_critic, run_paths
+from dapo_megatron.prepare import RunPaths, encode_preferences, encode_prompts, planned_critic, run_paths
 from dapo_megatron.prompt_files import Side
 from dapo_megatron.rewards.grader import Grader
 from dapo_megatron.rollout.dispatcher import Dispatcher
 from dapo_megatron.rollout.groups import GroupSampler
+from dapo_megatron.rollout.preference_pairs import PreferencePairs
 from dapo_megatron.rollout.server_dispatcher import ServerDispatcher
 from dapo_megatron.rollout.vllm_engines import VLLMEngines
 from dapo_megatron.weight_sync import WeightSync
@@ -50,7 +51,7 @@ class Run:
     engines: VLLMEngines | None
     sync: WeightSync | EngineSync | None
     grader: Grader | None
-    training: GroupSampler | None
+    training: GroupSampler | PreferencePairs | None
     validation: GroupSampler | None
     prompt_order: PromptSampler | None
     data_lines: list[str]
@@ -174,7 +175,10 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
         data_lines.extend(lines)
         return GroupSampler(recipe, tokenizer, prompts, token_ids, dispatcher, grader)
 
-    training = sampler(paths.train, "train")
+    if recipe.rollout.shape == "preferences" and paths.train is not None:
+        training = PreferencePairs(*encode_preferences(tokenizer, recipe, paths.train))
+    else:
+        training = sampler(paths.train, "train")
     return Run(
         recipe=recipe,
         paths=paths,

@@ -89,6 +89,19 @@ def _print_methods(recipe: Path | None, overrides: list[str]) -> None:
     print(list_methods())
 
 
+@app.command("check-method")
+def check_method(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)],
+    overrides: Overrides = None,
+) -> None:
+    """Run a recipe's advantage, policy loss and token selection through every cut of a tiny step: are they one?"""
+    from dapo_megatron import check_method as command
+    from dapo_megatron.config import load_recipe
+
+    command.check_method(load_recipe(recipe, overrides or []), print)
+    print("the update is the same for every cut")
+
+
 @app.command()
 def plan(
     recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)],

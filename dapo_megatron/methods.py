@@ -17,7 +17,7 @@ def check_methods(recipe: Recipe) -> None:
         RequestError: every broken rule, one a line.
     """
     load_extensions(recipe.algorithm.extensions)
-    problems = [*_advantage(recipe), *_policy_loss(recipe), *_token_selection(recipe)]
+    problems = [*_advantage(recipe), *_policy_loss(recipe), *_token_selection(recipe), *_pairs(recipe)]
     if problems:
         raise RequestError("\n".join(problems))
 
@@ -85,10 +85,51 @@ def _token_selection(recipe: Recipe) -> Iterator[str]:
             "algorithm.token_selection.kind=clip-cov takes the gradient from tokens that algorithm.policy_loss=kl-cov "
             "would hold back by a penalty; use one of the two"
         )
-    if algorithm.statistics != "old" and selection.kind == "none" and algorithm.policy_loss != "kl-cov":
+    looks = selection.kind != "none" or algorithm.policy_loss in ("kl-cov", "dpo")
+    if algorithm.statistics != "old" and not looks:
         yield (
             f"algorithm.statistics={algorithm.statistics} is looked at by algorithm.token_selection and by "
-            "policy_loss=kl-cov only, and neither is chosen; use old"
+            "policy_loss=kl-cov or dpo only, and none is chosen; use old"
+        )
+
+
+def _pairs(recipe: Recipe) -> Iterator[str]:
+    algorithm, rollout = recipe.algorithm, recipe.rollout
+    samples, from_file = rollout.samples_per_prompt, rollout.shape == "preferences"
+    if from_file and algorithm.policy_loss != "dpo":
+        yield (
+            f"algorithm.policy_loss={algorithm.policy_loss} learns from responses that the policy drew, and "
+            "rollout.shape=preferences takes them from a file; use policy_loss=dpo, or shape=independent"
+        )
+    if from_file and samples != 2:
+        yield f"rollout.samples_per_prompt={samples}, and a row of rollout.shape=preferences has two responses; use 2"
+    if algorithm.policy_loss != "dpo":
+        return
+    if samples < 2 and not from_file:
+        yield f"rollout.samples_per_prompt={samples} makes no pair for algorithm.policy_loss=dpo; use 2 or more"
+    for setting, value, off in (
+        ("kl.coefficient", algorithm.kl.coefficient, 0.0),
+        ("token_selection.kind", algorithm.token_selection.kind, "none"),
+        ("importance_bound", algorithm.importance_bound, None),
+    ):
+        if value != off:
+            yield (
+                f"algorithm.{setting}={value} does not go with algorithm.policy_loss=dpo, whose loss is of whole "
+                f"responses beside the reference's; use {'null' if off is None else off}"
+            )
+    sampling = algorithm.dynamic_sampling
+    updates = rollout.prompts_per_step // algorithm.mini_batch_prompts
+    if algorithm.statistics == "micro_batch":
+        yield "algorithm.statistics=micro_batch means nothing to algorithm.policy_loss=dpo; use current"
+    if algorithm.statistics == "old" and (updates > 1 or (sampling.enabled and sampling.keep_surplus)):
+        why = (
+            f"the old policy is the present one in the first of {updates} updates alone"
+            if updates > 1
+            else "groups kept from an earlier step have an older policy's log-probs"
+        )
+        yield (
+            f"algorithm.statistics=old does not go with algorithm.policy_loss=dpo here: {why}; use statistics=current"
+            + (f", or mini_batch_prompts={rollout.prompts_per_step}" if updates > 1 else ", or keep_surplus=false")
         )
 
 

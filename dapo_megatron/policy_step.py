@@ -21,11 +21,11 @@ from dapo_megatron.config.algorithm import Algorithm
 from dapo_megatron.critic_step import CriticStep
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.packing import packing_efficiency
-from dapo_megatron.data.records import SequenceBatch
 from dapo_megatron.divergence import Divergence, charges_rewards, divergence, reward_penalties
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.losses import POLICY_SUMS, Head, RowLoss, policy_loss, token_policy_loss
 from dapo_megatron.learner.reference import ReferenceWeights
+from dapo_megatron.pair_choice import PairSums, total, weigh_pairs
 from dapo_megatron.token_choice import TokenChoice, choose_tokens, chooses_tokens, weigh
 
 
@@ -56,10 +56,11 @@ class PolicyStep:
     engine_weight: float  # mean of the truncated importance weights, 1 without them
     engine_weight_bounded: float  # share of tokens at their bound
     tokens: TokenStatistics | None  # None when nothing was trained
-    divergence: Divergence | None = None  # with a KL term
+    divergence: Divergence | None = None  # with a reference policy
     waited: bool = False  # for a critic that warms up
     critic: CriticStep | None = None  # with algorithm.advantage=gae
     selection: Selection | None = None  # where the recipe looks at tokens before their gradient
+    pairs: PairSums | None = None  # with policy_loss dpo
 
 
 def score_old_policy(
@@ -137,28 +138,35 @@ def learn_step(
     sums = torch.zeros(len(POLICY_SUMS), dtype=torch.float64)
     norms: list[float] = []
     efficiencies: list[float] = []
-    skipped = 0
+    lengths, skipped = batch.lengths, 0
     trained = list(batch.loss_weights)  # before aggregation and selection
     entropies = [values for group in groups for values in group.entropies]
+    responses = [group.prompt_id * samples + i for group in groups for i in range(samples)]
     choices: list[TokenChoice] = []
+    compared: list[PairSums] = []
     updates = mini_batches(0 if waits else len(groups), samples, algorithm.mini_batch_prompts)
     for update, sequences in enumerate(updates):
         choice = None
-        if chooses_tokens(algorithm):
-            key = (recipe.run.seed, step, update)
-            choice = choose_tokens(learner, batch, sequences, entropies, algorithm, key)
-            choices.append(choice)
-        denominator = weigh(batch, sequences, choice, algorithm, constant_length=recipe.rollout.max_response_length)
+        if algorithm.policy_loss == "dpo":
+            of_update = groups[sequences[0] // samples : sequences[-1] // samples + 1]
+            compared.append(weigh_pairs(learner, batch, sequences, of_update, algorithm))
+            denominator = float(compared[-1].pairs)
+        else:
+            if chooses_tokens(algorithm):
+                key = (recipe.run.seed, step, update)
+                choice = choose_tokens(learner, batch, sequences, responses, entropies, algorithm, key)
+                choices.append(choice)
+            denominator = weigh(batch, sequences, choice, algorithm, constant_length=recipe.rollout.max_response_length)
         if denominator == 0:
             skipped += 1
             continue
         sums += learner.gradients(batch, sequences, recipe_loss(learner.head, algorithm, denominator))
         norms.append(learner.step(learning_rate, recipe.optimizer.weight_decay))
-        efficiencies.append(_efficiency(learner, batch, sequences))
+        efficiencies.append(packing_efficiency(lengths, learner.packing(batch, sequences)))
     named = dict(zip(POLICY_SUMS, sums.tolist(), strict=True))
     tokens = max(1.0, named["tokens"])
     apart = None
-    if kl.coefficient > 0 and statistics is not None:
+    if batch.reference_logprobs is not None and statistics is not None:
         columns = (trained, batch.old_logprobs, batch.reference_logprobs)
         log_ratios = ((old - reference)[weights > 0] for weights, old, reference in zip(*columns, strict=True))
         apart = divergence(log_ratios, kl, loss=named["kl_loss"] / max(1, len(norms)), penalties=penalties)
@@ -179,6 +187,7 @@ def learn_step(
         divergence=apart,
         waited=waits,
         selection=_selection(choices),
+        pairs=total(compared) if compared else None,
     )
 
 
@@ -208,7 +217,3 @@ def recipe_loss(head: Head, algorithm: Algorithm, denominator: float) -> RowLoss
     if name == "clip":
         return policy_loss(head, **settings)
     return token_policy_loss(head, policy_losses()[name], clips_low=algorithm.cispo.lower_clip, **settings)
-
-
-def _efficiency(learner: Learner, batch: SequenceBatch, sequences: Sequence[int]) -> float:
-    return packing_efficiency(batch.lengths, learner.packing(batch, sequences))

@@ -46,6 +46,7 @@ def choose_tokens(
     learner: Learner,
     batch: SequenceBatch,
     sequences: Sequence[int],
+    samples: Sequence[int],
     old_entropies: Sequence[np.ndarray],
     algorithm: Algorithm,
     key: tuple[int, int, int],
@@ -53,6 +54,7 @@ def choose_tokens(
     """The choice for the mini-batch of `sequences`; the same on every rank, collective where a scoring pass is needed.
 
     Args:
+        samples: a number ≥ 0 of every sequence of the batch that says which response to which prompt it is.
         old_entropies: fp32 [L] of every sequence of the batch, of the policy whose log-probs are the old ones.
         key: (run seed, step, update).
     """
@@ -60,13 +62,13 @@ def choose_tokens(
     if algorithm.statistics == "old":
         logprobs, entropies = ([column[s] for s in sequences] for column in (batch.old_logprobs, old_entropies))
     else:
-        logprobs, entropies = _present_scores(learner, batch, sequences)
+        logprobs, entropies = present_scores(learner, batch, sequences)
     parts = [list(range(len(sequences)))]
     if algorithm.statistics == "micro_batch":
         place = {s: i for i, s in enumerate(sequences)}
         parts = [[place[s] for s in m] for rank in learner.packing(batch, sequences) for m in rank]
     trained = [batch.loss_weights[s] > 0 for s in sequences]
-    values = [_values(batch, sequences, part, (logprobs, entropies), trained, algorithm) for part in parts]
+    values = [_values(batch, sequences, samples, part, (logprobs, entropies), trained, algorithm) for part in parts]
     kept, penalised = ([np.zeros(len(flags), bool) for flags in trained] for _ in range(2))
     for part, chosen in zip(parts, choose(values, _settings(algorithm), key), strict=True):
         ends = np.cumsum([np.count_nonzero(trained[i]) for i in part])[:-1]
@@ -110,7 +112,8 @@ def _drop(batch: SequenceBatch, sequences: Sequence[int], choice: TokenChoice) -
         batch.loss_weights[s] = batch.loss_weights[s] * kept
 
 
-def _present_scores(learner: Learner, batch: SequenceBatch, sequences: Sequence[int]) -> Scores:
+def present_scores(learner: Learner, batch: SequenceBatch, sequences: Sequence[int]) -> Scores:
+    """Log-probs and entropies of the mini-batch's response tokens under the policy as it is; collective."""
     columns = ("prompts", "responses", "loss_weights", "advantages", "old_logprobs")
     part = {name: [getattr(batch, name)[s] for s in sequences] for name in columns}
     return learner.score(replace(batch, **part, reference_logprobs=None, penalties=None))
@@ -119,6 +122,7 @@ def _present_scores(learner: Learner, batch: SequenceBatch, sequences: Sequence[
 def _values(
     batch: SequenceBatch,
     sequences: Sequence[int],
+    samples: Sequence[int],
     part: Sequence[int],
     scores: Scores,
     trained: Sequence[np.ndarray],
@@ -142,7 +146,7 @@ def _values(
         entropies_N=column([scores[1][i] for i in part]),
         advantages_N=advantages_N,
         clipped_N=clipped_N,
-        samples_N=column([np.full(len(trained[i]), s, np.int32) for i, s in zip(part, chosen, strict=True)], np.int32),
+        samples_N=column([np.full(len(trained[i]), samples[sequences[i]]) for i in part], np.int64),
         positions_N=column([np.arange(len(trained[i]), dtype=np.int32) for i in part], np.int32),
     )
 

@@ -41,6 +41,8 @@ METHODS = {
     "low-probability": {"token_selection": {"kind": "low-probability", "threshold": 0.02}},
     "clip-cov": {"token_selection": CLIP_COV},
     "clip-cov, current": {"token_selection": CLIP_COV, "statistics": "current"},
+    "dpo": {"policy_loss": "dpo", "dpo": {"beta": 0.3, "label_smoothing": 0.1}},
+    "dpo, current": {"policy_loss": "dpo", "statistics": "current", "dpo": {"beta": 0.2, "pairs": "all"}},
     "high-entropy, micro_batch": {"token_selection": {"kind": "high-entropy"}, "statistics": "micro_batch"},
 }  # fmt: skip
 
@@ -134,6 +136,7 @@ def _facts(learner: Learner, trained_on: list[PromptGroup], chosen: Recipe) -> d
         "low": step.clip_low, "high": step.clip_high, "tokens": step.trained_tokens,
         "kept": step.selection.kept if step.selection else 1.0,
         "kl": step.divergence.loss if step.divergence else 0.0,
+        "pairs": vars(step.pairs) if step.pairs else {},
     }  # fmt: skip
 
 
@@ -144,22 +147,14 @@ def first_update(payload: dict) -> dict[str, list[bool]]:
     score_old_policy(learner, fresh, recipe("clip").algorithm)
     batch = batch_of_groups(fresh, overlong_filtering=True, advantage_epsilon=1e-6)
     entropies = [values for group in fresh for values in group.entropies]
+    rows = range(len(batch))
     same: dict[str, list[bool]] = {}
     for name in METHODS:
         algorithm = recipe(name).algorithm
         if not chooses_tokens(algorithm) or algorithm.statistics == "micro_batch":
             continue
-        old, current = (
-            choose_tokens(
-                learner,
-                batch,
-                range(len(batch)),
-                entropies,
-                algorithm.model_copy(update={"statistics": which}),
-                (0, 0, 0),
-            )
-            for which in ("old", "current")
-        )
+        both = [algorithm.model_copy(update={"statistics": which}) for which in ("old", "current")]
+        old, current = (choose_tokens(learner, batch, rows, rows, entropies, a, (0, 0, 0)) for a in both)
         pairs = (zip(old.kept, current.kept, strict=True), zip(old.penalised, current.penalised, strict=True))
         same[name] = [all((a == b).all() for a, b in pair) for pair in pairs]
     return same

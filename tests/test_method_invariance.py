@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from dapo_megatron.algorithms.registry import TokenBatch, policy_losses
-from tests.method_cases import METHODS, recipe
+from tests.method_cases import METHODS, groups, recipe
 from tests.ranks import run_ranks
 from tests.tiny_models import write_model
 
@@ -47,6 +47,7 @@ def _agree(found, expected, case):
         assert found[number] == pytest.approx(expected[number], rel=2e-5, abs=2e-6), (case, number)
     for number in ("low", "high", "tokens", "kept"):
         assert found[number] == expected[number], (case, number)
+    assert found["pairs"] == pytest.approx(expected["pairs"], rel=2e-5, abs=2e-5), case
 
 
 def test_every_method_agrees_over_micro_batches_and_ranks(alone, spread, out):
@@ -96,8 +97,37 @@ def test_the_loss_is_that_of_the_formula_over_its_denominator(alone, name):
             divisor = len(set(numbers[trained]))
         if algorithm.loss_aggregation == "constant-length":
             divisor = len(lengths) * 24
+        if algorithm.policy_loss == "dpo":
+            divisor = facts["pairs"]["pairs"] / 2
         losses.append((weights[rows] * a_token).sum() / divisor)
     assert facts["loss"] == pytest.approx(np.mean(losses), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dpo", "dpo, current"])
+def test_the_gradient_of_pairs_is_that_of_dpos_loss(alone, name):
+    """−A·log π over the number of pairs has the gradient of the loss by its definition, in fp64 by autograd."""
+    facts, values, algorithm = alone[f"tp1pp1|1000|{name}"], alone["tp1pp1|1000"], recipe(name).algorithm
+    settings, column = algorithm.dpo, "old_logprobs" if algorithm.statistics == "old" else "present_logprobs"
+    beta, smooth = settings.beta, settings.label_smoothing
+    losses, right, pairs = 0.0, 0, 0
+    for update in range(2):
+        logprobs, slopes = [], []
+        for g, group in enumerate(groups(1)[2 * update : 2 * update + 2], start=2 * update):
+            own = [torch.tensor(p, dtype=torch.float64, requires_grad=True) for p in values[column][g]]
+            gaps = [p.sum() - sum(r) for p, r in zip(own, values["reference_logprobs"][g], strict=True)]
+            better = int(group.rewards[1] > group.rewards[0])  # the third response is truncated
+            logit = beta * (gaps[better] - gaps[1 - better])
+            loss = -(1 - smooth) * logit.sigmoid().log() - smooth * (1 - logit.sigmoid()).log()
+            loss.backward()
+            losses, right, pairs = losses + float(loss.detach()), right + int(logit > 0), pairs + 1
+            logprobs += own
+            slopes += [-p.grad if p.grad is not None else torch.zeros_like(p) for p in own]
+        expected = torch.cat(slopes).numpy()
+        np.testing.assert_allclose(facts["advantages"][update], expected, rtol=1e-4, atol=1e-6)
+    found = facts["pairs"]
+    assert (found["pairs"], found["right"], found["left_out"]) == (pairs, right, 0)
+    assert found["loss"] == pytest.approx(losses, rel=1e-5)
+    assert found["worse"] < 0 and found["better"] < 0
 
 
 def test_every_method_is_another_update(alone):

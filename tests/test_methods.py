@@ -143,7 +143,8 @@ def test_an_advantage_must_be_one_finite_number_a_response(tmp_path, answer):
         f"@register_advantage('{name}', '')\ndef bad(group):\n    {answer}\n"
     )
     load_extensions([str(file)])
-    with pytest.raises(RunError, match=f"algorithm.advantage={name}"):
+    where = " at bad.py:4 " if "raise" in answer else "one finite number a response"
+    with pytest.raises(RunError, match=f"algorithm.advantage={name} .*{where}"):
         advantages_of(name, GroupRewards(np.array([1.0, 2.0]), np.array([3, 3]), 0.0))
 
 
@@ -175,3 +176,42 @@ def test_names_are_checked_without_torch():
         "micro_batch",
     ):
         assert f"  {name} " in told.stdout
+
+
+def pairs_recipe(*, shape: str = "independent", samples: int = 8, prompts: int = 32, **algorithm: object) -> Recipe:
+    own = {"policy_loss": "dpo", "mini_batch_prompts": 32, "dynamic_sampling": {"keep_surplus": False}}
+    rollout = {"shape": shape, "samples_per_prompt": samples, "prompts_per_step": prompts}
+    return Recipe.model_validate(
+        {"run": {"directory": "out"}, "model": {"path": "hf"}, "rollout": rollout, "algorithm": own | algorithm}
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"shape": "preferences", "samples": 2},
+        {"statistics": "current", "prompts": 512, "dynamic_sampling": {}, "entropy_coefficient": 0.01},
+    ],
+)
+def test_pairs_that_go_together(settings):
+    check_methods(pairs_recipe(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"shape": "preferences", "samples": 2, "policy_loss": "clip"}, "learns from responses that the policy drew"),
+        ({"shape": "preferences", "samples": 8}, "samples_per_prompt=8, and a row .* has two responses; use 2"),
+        ({"samples": 1}, "samples_per_prompt=1 makes no pair"),
+        ({"kl": {"coefficient": 0.1}}, r"kl.coefficient=0.1 does not go with .*=dpo.* use 0.0"),
+        ({"token_selection": {"kind": "high-entropy"}}, "token_selection.kind=high-entropy does not go with"),
+        ({"importance_bound": 2.0}, "importance_bound=2.0 does not go with .* use null"),
+        ({"statistics": "micro_batch"}, "micro_batch means nothing to .*=dpo; use current"),
+        ({"prompts": 64}, "in the first of 2 updates alone; use statistics=current, or mini_batch_prompts=64"),
+        ({"dynamic_sampling": {}}, "an older policy's log-probs; use statistics=current, or keep_surplus=false"),
+    ],
+)
+def test_pairs_that_make_no_sense(settings, told):
+    with pytest.raises(RequestError, match=told):
+        check_methods(pairs_recipe(**settings))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dapo_megatron.algorithms.registry import GroupRewards, advantages, register_advantage
+from dapo_megatron.algorithms.registry import GroupRewards, advantages, raised, register_advantage
 from dapo_megatron.errors import RunError
 
 
@@ -42,7 +42,8 @@ def advantages_of(name: str, rewards: GroupRewards) -> np.ndarray:
     except RunError:
         raise
     except Exception as error:
-        raise RunError(f"algorithm.advantage={name} raised {error!r} on rewards {rewards.rewards_G.tolist()}") from None
+        told = f"algorithm.advantage={name} raised {raised(error)} on rewards {rewards.rewards_G.tolist()}"
+        raise RunError(told) from None
     if found.shape != rewards.rewards_G.shape or not np.isfinite(found).all():
         raise RunError(
             f"algorithm.advantage={name} returned {found.tolist()} for rewards {rewards.rewards_G.tolist()}; it must "

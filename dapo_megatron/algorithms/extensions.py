@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dapo_megatron.algorithms.registry import advantages, policy_losses
+from dapo_megatron.algorithms.registry import advantages, policy_losses, raised
 from dapo_megatron.errors import RequestError
 
 _loaded: set[Path] = set()
@@ -42,7 +42,7 @@ def _run(path: Path, told: str) -> None:
     except SyntaxError as error:
         raise RequestError(f"{told} line {error.lineno} is not valid Python: {error.msg}") from None
     except (Exception, SystemExit) as error:
-        raise RequestError(f"{told} cannot be imported: {error!r}") from None
+        raise RequestError(f"{told} cannot be imported: {raised(error)}") from None
     finally:
         sys.path.remove(str(path.parent))
     if {**advantages(), **policy_losses()} == before:

@@ -80,6 +80,14 @@ def kl_cov(tokens: TokenBatch) -> TokenLosses:
     return TokenLosses(-ratio_N * tokens.advantages_N + penalty_N, ratio_N.detach())
 
 
+@register_policy_loss(
+    "dpo", "−log σ(β·margin) of pairs of responses; dpo.beta, dpo.label_smoothing; sees a reference policy"
+)
+def dpo(tokens: TokenBatch) -> TokenLosses:
+    """DPO (arXiv 2305.18290, eq. 7): −A·log π, where A is ± the slope of the pair's loss (`algorithms/pairs.py`)."""
+    return TokenLosses(-tokens.advantages_N * tokens.logprobs_N, tokens.log_ratio().detach().exp())
+
+
 def _clipped(tokens: TokenBatch, ratio_N: "Tensor") -> tuple["Tensor", "Tensor", "Tensor"]:
     """−min(r·A, clip(r)·A) [N], and where the clip cut below and above; at an edge the unclipped gradient flows."""
     low_N = (tokens.advantages_N < 0) & (ratio_N < 1 - tokens.eps_low)

@@ -11,9 +11,11 @@ Built-in methods register here as a user's own do, from a file named in `algorit
 Names are looked up before ranks start: nothing here imports torch.
 """
 
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -175,6 +177,13 @@ def policy_losses() -> dict[str, LossMethod]:
     """All registered policy losses by name, built-in ones first."""
     _register_built_in()
     return dict(_policy_losses)
+
+
+def raised(error: BaseException) -> str:
+    """What a method raised and where, in a few words: "KeyError('x') at mine.py:12"."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{error!r}{place}"
 
 
 def _add(known: dict, kind: str, method: AdvantageMethod | LossMethod) -> None:

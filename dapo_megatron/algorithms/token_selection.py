@@ -38,7 +38,7 @@ STATISTICS = {
 class TokenValues:
     """The trained tokens of a mini-batch, or of a part of it, end to end, fp32 [N] where not said otherwise.
 
-    samples_N, positions_N: int64, the sequence's number in the step and the token's in its response.
+    samples_N, positions_N: integers ≥ 0, which response to which prompt, and the token's place in it.
     clipped_N: bool, the loss's clip leaves no gradient.
     """
 

@@ -77,6 +77,25 @@ class KLCov(Section):
     """Weight of |log pi - log pi_old| on these tokens (per nat)."""
 
 
+class DPO(Section):
+    """Settings of policy_loss: dpo (arXiv 2305.18290), on pairs of responses to one prompt.
+
+    margin = log pi(better) - log pi_ref(better) - log pi(worse) + log pi_ref(worse), sums over tokens
+    """
+
+    beta: float = Field(0.1, gt=0)
+    """Multiplies the margin (per nat): how firmly the reference holds."""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of pairs whose label is taken to be the wrong way round."""
+
+    pairs: Literal["best-worst", "all"] = "best-worst"
+    """Of a group's responses: the one of highest reward with the one of lowest, or all whose rewards differ."""
+
+    least_gap: float = Field(0.0, ge=0)
+    """Pairs whose rewards differ by less are left out (reward units)."""
+
+
 class TokenSelection(Section):
     """Which trained tokens of a mini-batch keep their gradient; composes with every policy loss.
 
@@ -128,7 +147,8 @@ class Algorithm(Section):
 
     policy_loss: str = Field("clip", min_length=1)
     """clip: the clipped importance ratio (PPO, DAPO); gspo: a ratio a sequence; cispo: the clipped ratio as a weight of
-    log pi; kl-cov: no clip, a penalty on tokens of high covariance; or a registered one."""
+    log pi; kl-cov: no clip, a penalty on tokens of high covariance; dpo: pairs of responses, better and worse, against
+    a reference policy; or a registered one."""
 
     cispo: Cispo = Cispo()
     """Settings of policy_loss: cispo."""
@@ -136,13 +156,16 @@ class Algorithm(Section):
     kl_cov: KLCov = KLCov()
     """Settings of policy_loss: kl-cov."""
 
+    dpo: DPO = DPO()
+    """Settings of policy_loss: dpo."""
+
     token_selection: TokenSelection = TokenSelection()
     """Which tokens keep their gradient."""
 
     statistics: Literal["old", "current", "micro_batch"] = "old"
-    """What token_selection and kl-cov look at: old: log-probs and entropies of the old-policy pass, free; current: of
-    one more scoring pass before each update; micro_batch: as current, over each micro-batch alone (as other systems do;
-    the only one that changes with layout and micro-batch size)."""
+    """What token_selection, kl-cov and dpo look at: old: log-probs and entropies of the old-policy pass, free; current:
+    of one more scoring pass before each update; micro_batch: as current, over each micro-batch alone (as other systems
+    do; the only one that changes with layout and micro-batch size)."""
 
     eps_low: float = Field(0.2, ge=0, le=1)
     """The importance ratio is clipped below at 1 - eps_low."""
@@ -177,3 +200,8 @@ class Algorithm(Section):
 
     dynamic_sampling: DynamicSampling = DynamicSampling()
     """Replacement of groups without a signal."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a reference policy is kept beside the one that learns."""
+        return self.kl.coefficient > 0 or self.policy_loss == "dpo"

@@ -145,6 +145,11 @@ def _critic(recipe: Recipe) -> Iterator[str]:
                         "has no critic; remove it, or use advantage=gae"
                     )
         return
+    if algorithm.policy_loss == "dpo":
+        yield (
+            "algorithm.advantage=gae has no part in algorithm.policy_loss=dpo, which compares responses by their "
+            "rewards; use advantage=group"
+        )
     if 0 < steps <= critic.warmup_steps:
         yield (
             f"critic.warmup_steps={critic.warmup_steps} leaves none of run.steps={steps} to the policy; "

@@ -23,7 +23,7 @@ from dapo_kernels import (
 )
 from torch import Tensor
 
-from dapo_megatron.algorithms.registry import LossMethod, TokenBatch, TokenLosses
+from dapo_megatron.algorithms.registry import LossMethod, TokenBatch, TokenLosses, raised
 from dapo_megatron.data.packing import PackedBatch
 from dapo_megatron.errors import RunError
 
@@ -210,7 +210,7 @@ def _losses_of(method: LossMethod, tokens: TokenBatch) -> TokenLosses:
     except RunError:
         raise
     except Exception as error:
-        raise RunError(f"{told} raised {error!r}") from error
+        raise RunError(f"{told} raised {raised(error)}") from error
     found = found if isinstance(found, TokenLosses) else TokenLosses(found)
     losses_N, shape = found.losses_N, tokens.logprobs_N.shape
     if not isinstance(losses_N, Tensor) or losses_N.shape != shape:

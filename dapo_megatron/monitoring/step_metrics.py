@@ -90,6 +90,7 @@ def learner_metrics(result: PolicyStep | None) -> dict[str, float]:
         **_divergence_metrics(result),
         **_critic_metrics(result),
         **_selection_metrics(result),
+        **_pair_metrics(result),
     }
     if result.waited:
         return found
@@ -98,7 +99,7 @@ def learner_metrics(result: PolicyStep | None) -> dict[str, float]:
         "clip_fraction/high": result.clip_high,
         "clip_fraction/dual": result.clip_dual,
         "ratio/mean": result.ratio,
-        "loss/policy": result.loss,
+        "loss/policy": result.loss,  # with dpo the sum whose gradient is taken; its value is loss/pairs
         "grad_norm": result.grad_norm,
         "tokens/trained": float(result.trained_tokens),
         "updates": float(result.updates),
@@ -116,6 +117,25 @@ def _selection_metrics(result: PolicyStep) -> dict[str, float]:
         "selection/kept": chosen.kept,
         "selection/penalised": chosen.penalised,
         "selection/seconds": chosen.seconds,
+    }
+
+
+def _pair_metrics(result: PolicyStep) -> dict[str, float]:
+    """Means over the step's pairs, margins and log-probs in nats a response; nothing without pairs of DPO."""
+    sums = result.pairs
+    if sums is None:
+        return {}
+    pairs = max(1, sums.pairs)
+    return {
+        "pairs/trained": float(sums.pairs),
+        "pairs/groups_left_out": float(sums.left_out),
+        "loss/pairs": sums.loss / pairs,
+        "pairs/margin": (sums.better_gap - sums.worse_gap) / pairs,
+        "pairs/right": sums.right / pairs,
+        "pairs/chosen_logprob": sums.better / pairs,
+        "pairs/rejected_logprob": sums.worse / pairs,
+        "pairs/chosen_gap": sums.better_gap / pairs,
+        "pairs/rejected_gap": sums.worse_gap / pairs,
     }
 
 
