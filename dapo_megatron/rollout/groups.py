@@ -7,6 +7,7 @@ import numpy as np
 from dapo_megatron.agreement import from_rank_zero
 from dapo_megatron.config import Recipe
 from dapo_megatron.data.completions import PromptGroup
+from dapo_megatron.data.prompt_template import bare_question
 from dapo_megatron.data.prompts import Prompt
 from dapo_megatron.rewards.grader import Grader
 from dapo_megatron.rewards.overlong import overlong_penalties
@@ -45,11 +46,12 @@ class GroupSampler:
         temperature: float,
         top_p: float,
         seed_key: tuple[int, ...],
+        collect: bool = False,
     ) -> list[PromptGroup]:
         """One group of `samples` completions a prompt row, graded; rewards without overlong shaping.
 
         Sample j of the i-th row has the seed (seed_key, i, j): it depends neither on the other rows nor on the number
-        of engines.
+        of engines. `collect`: see `Grader.score`.
         """
         requests = [
             RolloutRequest(
@@ -66,7 +68,7 @@ class GroupSampler:
         completions = self.dispatcher.generate(requests, group=samples)
         responses = self.tokenizer.batch_decode([c.tokens.tolist() for c in completions], skip_special_tokens=True)
         drawn = [self.prompts[row] for row in rows for _ in range(samples)]
-        right, rewards = self._grade(responses, [p.answer for p in drawn], [str(p.text) for p in drawn])
+        right, rewards = self._grade(responses, [p.answer for p in drawn], [self._asked(p) for p in drawn], collect)
         groups = []
         for i, row in enumerate(rows):
             part = slice(i * samples, (i + 1) * samples)
@@ -93,6 +95,7 @@ class GroupSampler:
             temperature=recipe.rollout.temperature,
             top_p=recipe.rollout.top_p,
             seed_key=(recipe.run.seed, 1, step, wave),
+            collect=True,
         )
         for group in groups:
             group.step = step
@@ -106,8 +109,18 @@ class GroupSampler:
             _shuffle_scores(groups, np.random.default_rng([recipe.run.seed, 2, step, wave]))
         return groups
 
-    def _grade(self, responses: list[str], answers: list[str], prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        scores = None if self.grader is None else self.grader.score(responses, answers, prompts)
+    def _asked(self, prompt: Prompt) -> str:
+        """What the grader is told of a prompt: a judge the question alone, others all of it."""
+        if self.recipe.reward.method == "judge":
+            return bare_question(prompt.question, self.recipe.data.prompt_template)
+        return str(prompt.text)
+
+    def _grade(
+        self, responses: list[str], answers: list[str], prompts: list[str], collect: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        scores = None
+        if self.grader is not None:
+            scores = self.grader.score(responses, answers, prompts, collect=collect)
         return from_rank_zero(scores, self.dispatcher.world)
 
 
