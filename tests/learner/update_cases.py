@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dapo_megatron.config.optimizer import Optimizer
-from dapo_megatron.data.records import sequence_batch
+from dapo_megatron.data.records import SequenceBatch, sequence_batch
 from dapo_megatron.learner.critic import copy_decoder
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.losses import POLICY_SUMS, VALUE_SUMS, policy_loss, value_loss
@@ -75,8 +75,22 @@ def critic_gradients(payload: dict) -> dict[str, dict]:
                         weight.zero_()
                 copy_decoder(build(payload["copied"], layout), critic)
                 same = zip(critic.values(batch), values, strict=True)
-                results[name]["kept by copying"] = all(np.array_equal(a, b) for a, b in same)
+                results[name]["kept by copying"] = all(np.array_equal(a, b) for a, b in same) and _copied_in_bf16(
+                    payload, layout, batch
+                )
     return results
+
+
+def _copied_in_bf16(payload: dict, layout: str, batch: SequenceBatch) -> bool:
+    """Whether an optimizer step at rate 0, from fp32 copies, leaves a critic's bf16 decoder at the policy's."""
+    policy = build(payload["copied"], layout, dtype=torch.bfloat16)
+    for weight in policy.weights.values():
+        weight.mul_(2)
+    critic = build(payload["critic"], layout, train=Optimizer(), critic=True, dtype=torch.bfloat16)
+    copy_decoder(policy, critic)
+    critic.gradients(batch, range(len(batch)), value_loss(denominator=batch.weight_sum, clip=None))
+    critic.step(0.0, 0.0)
+    return all(torch.equal(w, policy.weights[key]) for key, w in critic.weights.items() if "output_layer" not in key)
 
 
 def updated_weights(payload: dict) -> dict[str, list[float]]:
