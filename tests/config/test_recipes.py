@@ -40,7 +40,7 @@ METHODS = {
     "kl-cov": {"policy_loss": "kl-cov", "eps_dual": None},
     "ppo": {"advantage": "gae", "policy_loss": "clip", "eps_high": 0.2, "whiten": False},
     "ppo-tricks/whitening": {"advantage": "gae", "whiten": True, "mini_batch_prompts": 32},
-    "ppo-tricks/large-batch": {"advantage": "gae", "whiten": True, "mini_batch_prompts": 128},
+    "ppo-tricks/large-batch": {"advantage": "gae", "whiten": True, "mini_batch_prompts": 64},
     "dpo": {"policy_loss": "dpo", "mini_batch_prompts": 16},
     "iterative-dpo": {"policy_loss": "dpo", "statistics": "current"},
 }
