@@ -25,14 +25,18 @@ def reward_penalties(groups: Sequence[PromptGroup], kl: KL) -> list[np.ndarray]:
     """
     if not charges_rewards(kl):
         return []
+    return [np.array([float(charge.sum()) for charge in token_penalties([group], kl)]) for group in groups]
+
+
+def token_penalties(groups: Sequence[PromptGroup], kl: KL) -> list[np.ndarray]:
+    """coefficient · k(log π_old − log π_ref) of each token, fp64 [L] a response, group after group, where `kl.place`
+    is "reward"; else nothing."""
+    if not charges_rewards(kl):
+        return []
     return [
-        np.array(
-            [
-                kl.coefficient * float(kl_estimate(torch.from_numpy(old - reference).double(), kl.estimator).sum())
-                for old, reference in zip(group.old_logprobs, group.reference_logprobs, strict=True)
-            ]
-        )
+        kl.coefficient * kl_estimate(torch.from_numpy(old - reference).double(), kl.estimator).numpy()
         for group in groups
+        for old, reference in zip(group.old_logprobs, group.reference_logprobs, strict=True)
     ]
 
 

@@ -7,6 +7,7 @@ from itertools import islice
 import numpy as np
 import torch
 
+from dapo_megatron.algorithms.gae import whiten
 from dapo_megatron.algorithms.mini_batch import (
     batch_of_groups,
     correct_engine_mismatch,
@@ -17,6 +18,7 @@ from dapo_megatron.algorithms.registry import policy_losses
 from dapo_megatron.algorithms.statistics import TokenStatistics, token_statistics
 from dapo_megatron.config import Recipe
 from dapo_megatron.config.algorithm import Algorithm
+from dapo_megatron.critic_step import CriticStep
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.packing import packing_efficiency
 from dapo_megatron.divergence import Divergence, charges_rewards, divergence, reward_penalties
@@ -55,6 +57,8 @@ class PolicyStep:
     engine_weight_bounded: float  # share of tokens at their bound
     tokens: TokenStatistics | None  # None when nothing was trained
     divergence: Divergence | None = None  # with a reference policy
+    waited: bool = False  # for a critic that warms up
+    critic: CriticStep | None = None  # with algorithm.advantage=gae
     selection: Selection | None = None  # where the recipe looks at tokens before their gradient
     pairs: PairSums | None = None  # with policy_loss dpo
 
@@ -100,11 +104,19 @@ def _score(
 
 
 def learn_step(
-    learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, *, learning_rate: float, step: int = 0
+    learner: Learner,
+    groups: Sequence[PromptGroup],
+    recipe: Recipe,
+    *,
+    learning_rate: float,
+    step: int = 0,
+    estimates: Sequence[np.ndarray] | None = None,
+    waits: bool = False,
 ) -> PolicyStep:
     """One optimizer step for each mini-batch of `algorithm.mini_batch_prompts` prompts, after `score_old_policy`.
 
     A mini-batch without a trained token is skipped and counted. `step`: the rollout step, for random draws.
+    `estimates`: a critic's advantages, fp32 [L] a completion. `waits`: no step at all, while a critic warms up.
     """
     algorithm, samples = recipe.algorithm, len(groups[0].completions)
     kl = algorithm.kl
@@ -115,7 +127,10 @@ def learn_step(
         advantage_epsilon=algorithm.advantage_epsilon,
         advantage=algorithm.advantage,
         penalties=penalties,
+        estimates=estimates,
     )
+    if algorithm.whiten:
+        batch.advantages = whiten(batch.advantages, [weights > 0 for weights in batch.loss_weights])
     statistics = token_statistics(batch, groups)
     engine_weight = (1.0, 0.0)
     if algorithm.importance_bound is not None:
@@ -129,7 +144,7 @@ def learn_step(
     responses = [group.prompt_id * samples + i for group in groups for i in range(samples)]
     choices: list[TokenChoice] = []
     compared: list[PairSums] = []
-    updates = mini_batches(len(batch) // samples, samples, algorithm.mini_batch_prompts)
+    updates = mini_batches(0 if waits else len(groups), samples, algorithm.mini_batch_prompts)
     for update, sequences in enumerate(updates):
         choice = None
         if algorithm.policy_loss == "dpo":
@@ -170,6 +185,7 @@ def learn_step(
         engine_weight_bounded=engine_weight[1],
         tokens=statistics,
         divergence=apart,
+        waited=waits,
         selection=_selection(choices),
         pairs=total(compared) if compared else None,
     )

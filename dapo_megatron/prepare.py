@@ -20,7 +20,7 @@ from dapo_megatron.config import (
     derive_layout,
     read_architecture,
 )
-from dapo_megatron.config.architecture import architecture_from_dict
+from dapo_megatron.config.architecture import architecture_from_dict, critic_of
 from dapo_megatron.config.check import cpu_engine_problem
 from dapo_megatron.config.data import Data
 from dapo_megatron.config.derive import derive_engines
@@ -90,6 +90,7 @@ def check_request(recipe: Recipe, world: int | None = None) -> tuple[Architectur
         lambda: check_trackers(tensorboard=monitoring.tensorboard, wandb=monitoring.wandb, mlflow=monitoring.mlflow),
     )
     _collect(problems, lambda: check_grader(recipe.reward))
+    _collect(problems, lambda: _check_critic(recipe, architecture, world))
     _collect(problems, lambda: _check_accelerator(recipe))
     _collect(problems, lambda: _check_engines(recipe, architecture, layout))
     if recipe.model.scratch is None:
@@ -117,6 +118,13 @@ def planned_architecture(recipe: Recipe) -> Architecture:
         return read_architecture(Path(recipe.model.path))
     config = scratch_config(scratch, vocabulary=vocabulary_of(scratch), eos_token=0)
     return architecture_from_dict(config, "model.scratch")
+
+
+def planned_critic(recipe: Recipe, policy: Architecture) -> Architecture | None:
+    """The architecture of the recipe's critic, None without one: its folder's, or the policy's with a value head."""
+    if recipe.algorithm.advantage != "gae":
+        return None
+    return critic_of(policy if recipe.critic.path is None else read_architecture(Path(recipe.critic.path)))
 
 
 def planned_tokenizer(recipe: Recipe):
@@ -270,6 +278,30 @@ def _check_example_length(longest: int, data: str, recipe: Recipe, architecture:
     if longest > architecture.max_positions:
         raise RequestError(
             f"{data}: an example of {longest} tokens exceeds the model's {architecture.max_positions} positions"
+        )
+
+
+def _check_critic(recipe: Recipe, policy: Architecture, world: int | None) -> None:
+    """A critic from a folder of its own: its files, sizes under the policy's layout, vocabulary, positions."""
+    path = recipe.critic.path
+    if recipe.algorithm.advantage != "gae" or path is None:
+        return
+    critic = planned_critic(recipe, policy)
+    check_checkpoint(Path(path), critic)
+    try:
+        derive_layout(recipe, critic, world)
+    except RequestError as error:
+        raise RequestError(f"critic.path={path}: {error}") from None
+    if critic.vocab < policy.vocab:
+        raise RequestError(
+            f"critic.path={path} has {critic.vocab} vocabulary rows and the policy {policy.vocab}; a critic reads the "
+            "policy's tokens: use a model of its tokenizer"
+        )
+    longest = recipe.data.max_prompt_length + recipe.rollout.max_response_length
+    if critic.max_positions < longest:
+        raise RequestError(
+            f"critic.path={path} has {critic.max_positions} positions; data.max_prompt_length + "
+            f"rollout.max_response_length need {longest}"
         )
 
 

@@ -49,6 +49,25 @@ def test_two_steps(name, overrides, tmp_path):
     assert any(row["tokens/trained"] for row in rows)
 
 
+def test_a_critic_warms_up_alone_and_then_the_policy_moves(tmp_path):
+    run = tmp_path / "run"
+    changes = [
+        f"run.directory={run}", "run.steps=2", "evaluation.every=0", "monitoring.report=false", "parallel.tensor=2",
+        "critic.warmup_steps=1", "rollout.prompts_per_step=32", "algorithm.mini_batch_prompts=16",
+        "supervised.stages=[{data: worked, steps: 10, batch_sequences: 16, learning_rate: 1.0e-3}]",
+        "algorithm.kl={coefficient: 0.01, place: reward, estimator: k3}", "model.dtype=bf16",
+        "resharding.max_logprob_gap=null",
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, ["train", str(ROOT / "recipes" / "methods" / "ppo.yaml"), *changes])
+    assert result.exit_code == 0, result.output
+    first, second = (row for row in read_metrics(run / "metrics.jsonl") if row["step"] > 0)
+    assert "loss/policy" not in first and "nothing trained" not in result.output
+    assert first["critic/updates"] == second["critic/updates"] == 4 and second["updates"] == 2
+    assert first["critic/value_mean"] == 0.0 and second["critic/value_mean"] != 0.0
+    # bf16 weights in whole: the reference, swapped in, is the policy itself until that moves
+    assert first["kl/mean"] == second["kl/mean"] == 0.0 and second["grad_norm"] > 0
+
+
 def test_pairs_of_a_file_and_a_resumed_run_agree_to_the_bit(tmp_path):
     changes = ["optimizer.schedule=constant", "evaluation.every=0", "checkpoint.every=1", "monitoring.report=false"]
     changes.append("supervised.stages=[{data: worked, steps: 8, batch_sequences: 16, learning_rate: 1.0e-3}]")

@@ -25,6 +25,12 @@ def leave_one_out(rewards: GroupRewards) -> np.ndarray:
     return _group(rewards, divide=False).astype(np.float64) * (count / (count - 1))
 
 
+@register_advantage("gae", "GAE(gae.gamma, gae.lam) a token, from the values of section critic (PPO)", least_samples=1)
+def gae(rewards: GroupRewards) -> np.ndarray:
+    """arXiv 1506.02438, 1707.06347; gae.py computes it from a critic's values, which no rule on rewards alone has."""
+    raise RunError("algorithm.advantage=gae needs the values of a critic, and there is none here")
+
+
 def advantages_of(name: str, rewards: GroupRewards) -> np.ndarray:
     """fp32 [G] by the registered rule `name`.
 

@@ -20,28 +20,39 @@ def batch_of_groups(
     advantage_epsilon: float,
     advantage: str = "group",
     penalties: Sequence[np.ndarray] = (),
+    estimates: Sequence[np.ndarray] | None = None,
 ) -> SequenceBatch:
     """All completions of the groups, group after group: A_i on every response token, weight 1, or 0 for a truncated
     response. `advantage`: the name of a registered rule. `penalties`: [G] of each group, taken from its
-    rewards here and nowhere else.
+    rewards here and nowhere else. `estimates`: advantages fp32 [L] of each completion instead, from a critic.
 
     Old log-probs are the groups' own where they carry them (all or none do), else 0; those of the reference are there
     if all groups carry them.
     A truncated response that is filtered leaves the loss and its denominator, yet counts in its group's mean and std.
     """
     batch = scoring_batch(groups, overlong_filtering=overlong_filtering)
-    rewards = [g.rewards.astype(np.float64) for g in groups]
-    if penalties:
-        rewards = [r - p for r, p in zip(rewards, penalties, strict=True)]
-    lengths = [np.array([len(c.tokens) for c in g.completions]) for g in groups]
-    seen = [GroupRewards(r, n, advantage_epsilon) for r, n in zip(rewards, lengths, strict=True)]
-    advantages = np.concatenate([advantages_of(advantage, group) for group in seen])
-    batch.advantages = [repeated(a, len(r)) for a, r in zip(advantages.tolist(), batch.responses, strict=True)]
+    if estimates is not None:
+        batch.advantages = list(estimates)
+    else:
+        advantages = _group_advantages(groups, advantage, advantage_epsilon, penalties)
+        batch.advantages = [repeated(a, len(r)) for a, r in zip(advantages, batch.responses, strict=True)]
     if groups[0].old_logprobs:
         batch.old_logprobs = [values for g in groups for values in g.old_logprobs]
     if all(g.reference_logprobs for g in groups):
         batch.reference_logprobs = [values for g in groups for values in g.reference_logprobs]
     return batch
+
+
+def _group_advantages(
+    groups: Sequence[PromptGroup], advantage: str, epsilon: float, penalties: Sequence[np.ndarray]
+) -> list[float]:
+    """One a completion, by a registered rule."""
+    rewards = [g.rewards.astype(np.float64) for g in groups]
+    if penalties:
+        rewards = [r - p for r, p in zip(rewards, penalties, strict=True)]
+    lengths = [np.array([len(c.tokens) for c in g.completions]) for g in groups]
+    seen = [GroupRewards(r, n, epsilon) for r, n in zip(rewards, lengths, strict=True)]
+    return np.concatenate([advantages_of(advantage, group) for group in seen]).tolist()
 
 
 def scoring_batch(groups: Sequence[PromptGroup], *, overlong_filtering: bool) -> SequenceBatch:

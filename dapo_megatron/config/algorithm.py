@@ -43,10 +43,21 @@ class KL(Section):
 
     place: Literal["loss", "reward"] = "loss"
     """loss adds it to the loss of every token; reward takes its sum over a response from the reward, before advantages
-    and after dynamic sampling has looked at it."""
+    and after dynamic sampling has looked at it; with advantage=gae each token is charged its own."""
 
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """Which estimate of the divergence; k1 is for rewards only."""
+
+
+class GAE(Section):
+    """Advantages a token from the critic's values (arXiv 1506.02438): A_t = sum_k (gamma lam)^k d_(t+k), d_t = r_t +
+    gamma V_(t+1) - V_t. The reward is at a response's last token, after which the value is 0."""
+
+    gamma: float = Field(1.0, ge=0, le=1)
+    """Discount of a reward a token later."""
+
+    lam: float = Field(0.95, ge=0, le=1)
+    """1 = rewards less the value, 0 = what one token changes in the values."""
 
 
 class Cispo(Section):
@@ -125,7 +136,14 @@ class Algorithm(Section):
 
     advantage: str = Field("group", min_length=1)
     """group: A = (R - mean R) / (std R + advantage_epsilon) over the responses to one prompt; group-mean: A = R -
-    mean R (Dr.GRPO); leave-one-out: A = R - mean R of the others (RLOO); or a registered one."""
+    mean R (Dr.GRPO); leave-one-out: A = R - mean R of the others (RLOO); gae: a token each, by `gae` and section
+    `critic` (PPO); or a registered one."""
+
+    gae: GAE = GAE()
+    """How rewards and values make advantages, with advantage=gae."""
+
+    whiten: bool = False
+    """Whether advantages are moved and scaled to mean 0 and standard deviation 1 over a step's trained tokens."""
 
     policy_loss: str = Field("clip", min_length=1)
     """clip: the clipped importance ratio (PPO, DAPO); gspo: a ratio a sequence; cispo: the clipped ratio as a weight of

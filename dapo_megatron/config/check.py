@@ -21,6 +21,7 @@ def check_recipe(recipe: Recipe, architecture: Architecture) -> None:
         *_lengths(recipe, architecture),
         *_overlong(recipe),
         *_algorithm(recipe),
+        *_critic(recipe),
         *_data(recipe),
     ]
     if problems:
@@ -130,6 +131,29 @@ def _algorithm(recipe: Recipe) -> Iterator[str]:
         yield (
             "algorithm.kl.estimator=k1 in algorithm.kl.place=loss has expected gradient 0 and would hold nothing back; "
             "use estimator=k3 or k2, or place=reward"
+        )
+
+
+def _critic(recipe: Recipe) -> Iterator[str]:
+    algorithm, critic, steps = recipe.algorithm, recipe.critic, recipe.run.steps
+    if algorithm.advantage != "gae":
+        for section, settings in (("critic", critic), ("algorithm.gae", algorithm.gae)):
+            for name, value in settings:
+                if value != type(settings).model_fields[name].default:
+                    yield (
+                        f"{section}.{name}={value} is a setting of algorithm.advantage=gae, and {algorithm.advantage} "
+                        "has no critic; remove it, or use advantage=gae"
+                    )
+        return
+    if algorithm.policy_loss == "dpo":
+        yield (
+            "algorithm.advantage=gae has no part in algorithm.policy_loss=dpo, which compares responses by their "
+            "rewards; use advantage=group"
+        )
+    if 0 < steps <= critic.warmup_steps:
+        yield (
+            f"critic.warmup_steps={critic.warmup_steps} leaves none of run.steps={steps} to the policy; "
+            f"use {steps - 1} or less"
         )
 
 

@@ -26,7 +26,8 @@ class PackedBatch:
 
     tokens_T, targets_T, positions_T: int64.
     cu_seqlens: int32 [sequences + 1]; padding is cut into sequences of its own at the end.
-    loss_weights_T, advantages_T, old_logprobs_T: fp32; reference_logprobs_T and penalties_T too, or None.
+    loss_weights_T, advantages_T, old_logprobs_T: fp32; reference_logprobs_T, penalties_T, old_values_T, returns_T too,
+        or None.
     trained: int64 [n] rows with a loss weight, in order: known here without asking the device.
     responses: (number in the batch, rows that predict its response) of each sequence, in order.
     longest: tokens of the longest sequence.
@@ -43,6 +44,8 @@ class PackedBatch:
     responses: tuple[tuple[int, slice], ...]
     longest: int
     reference_logprobs_T: Tensor | None = None
+    old_values_T: Tensor | None = None
+    returns_T: Tensor | None = None
     penalties_T: Tensor | None = None
 
 
@@ -147,10 +150,9 @@ def pack(
         "advantages_T": on_rows(batch.advantages),
         "old_logprobs_T": on_rows(batch.old_logprobs),
     }
-    if batch.reference_logprobs is not None:
-        host["reference_logprobs_T"] = on_rows(batch.reference_logprobs)
-    if batch.penalties is not None:
-        host["penalties_T"] = on_rows(batch.penalties)
+    for name in ("reference_logprobs", "penalties", "old_values", "returns"):
+        if (values := getattr(batch, name)) is not None:
+            host[f"{name}_T"] = on_rows(values)
     host["trained"] = np.flatnonzero(host["loss_weights_T"] > 0)
     return PackedBatch(
         responses=tuple(responses),

@@ -19,6 +19,8 @@ class SequenceBatch:
     advantages: fp32 [L_b].
     old_logprobs: fp32 [L_b], the learner's before the step's first update.
     reference_logprobs: fp32 [L_b], the reference policy's; None without one.
+    old_values, returns: fp32 [L_b], a critic's values before the step's first update and what they should have been;
+        None for a policy.
     penalties: fp32 [L_b] ≥ 0, what KL-Cov charges per nat; None without any.
 
     Arrays are shared, and one number may stand for all tokens of a response (`repeated`): never write into one, put
@@ -31,6 +33,8 @@ class SequenceBatch:
     advantages: list[np.ndarray]
     old_logprobs: list[np.ndarray]
     reference_logprobs: list[np.ndarray] | None = None
+    old_values: list[np.ndarray] | None = None
+    returns: list[np.ndarray] | None = None
     penalties: list[np.ndarray] | None = None
 
     @property

@@ -1,7 +1,7 @@
 """What the last pipeline stage does with a micro-batch: score it, or turn it into a loss.
 
-Its output is the logits [T, V/TP], or, where the head's product is fused into the loss, the hidden states [T, H] before
-it (T/TP rows a rank under sequence parallelism); `Head` knows which.
+A policy's output is the logits [T, V/TP], or, where the head's product is fused into the loss, the hidden states [T, H]
+before it (T/TP rows a rank under sequence parallelism); `Head` knows which. A critic's is its values [T, 1].
 
 Every loss divides by the weight sum of the whole global mini-batch and by nothing else, so that the split into
 micro-batches and ranks does not show.
@@ -29,6 +29,7 @@ from dapo_megatron.errors import RunError
 
 POLICY_SUMS = ("loss", "clip_low", "clip_high", "clip_dual", "ratio", "tokens", "kl_loss")
 SUPERVISED_SUMS = ("loss", "tokens")
+VALUE_SUMS = ("loss", "clipped", "tokens")
 
 
 @dataclass(frozen=True)
@@ -230,3 +231,32 @@ def supervised_loss(head: Head, *, denominator: float) -> RowLoss:
         return value, torch.stack([value.detach().double(), trained.sum().double()])
 
     return RowLoss(loss, len(SUPERVISED_SUMS))
+
+
+def value_rows(output_T1: Tensor, batch: PackedBatch) -> Tensor:
+    """fp32 [1, T]: the value of each row with a loss weight, 0 elsewhere."""
+    return torch.where(batch.loss_weights_T > 0, output_T1.squeeze(-1).float(), 0.0)[None]
+
+
+def value_loss(*, denominator: float, clip: float | None) -> RowLoss:
+    """The clipped value loss of PPO, over the rows with a loss weight; sums are VALUE_SUMS.
+
+        Σ w · ½ max((V − R)², (V_old + clamp(V − V_old, −clip, clip) − R)²) / denominator
+
+    `clip` None leaves (V − R)² alone. "clipped" counts the rows whose value has gone beyond the clip, away from R: they
+    have no gradient.
+    """
+
+    def loss(output_T1: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        trained = batch.loss_weights_T > 0
+        values = output_T1.squeeze(-1).float()
+        error, clipped = (values - batch.returns_T).square(), torch.zeros_like(trained)
+        if clip is not None:
+            near = batch.old_values_T + (values - batch.old_values_T).clamp(-clip, clip)
+            held = (near - batch.returns_T).square()
+            clipped = trained & ((values - batch.old_values_T).abs() > clip) & (held > error)
+            error = torch.where(clipped, held, error)
+        value = 0.5 * torch.where(trained, batch.loss_weights_T * error, 0.0).sum() / denominator
+        return value, torch.stack([value.detach().double(), clipped.sum().double(), trained.sum().double()])
+
+    return RowLoss(loss, len(VALUE_SUMS))

@@ -34,6 +34,8 @@ def refusal(shape: Architecture = SHAPE, **sections: dict) -> str:
         {"reward": {"overlong": {"max_length": 20480, "cache_length": 20480}}},
         {"reward": {"overlong": {"max_length": None, "cache_length": 4096}}},
         {"algorithm": {"eps_dual": 1.01}},
+        {"algorithm": {"advantage": "gae", "gae": {"lam": 1.0}}, "critic": {"path": "hf", "warmup_steps": 3}},
+        {"critic": {"learning_rate": 1e-5}},  # the default, written out
         {"algorithm": {"kl": {"coefficient": 0.1, "estimator": "k2"}}},
         {"algorithm": {"kl": {"coefficient": 0.1, "estimator": "k1", "place": "reward"}}},
         {"algorithm": {"kl": {"estimator": "k1"}}},  # off
@@ -55,6 +57,15 @@ def test_what_is_allowed(sections):
         (
             {"algorithm": {"kl": {"coefficient": 0.1, "estimator": "k1"}}},
             ["algorithm.kl.estimator=k1", "algorithm.kl.place=loss", "gradient 0", "use estimator=k3", "place=reward"],
+        ),
+        (
+            {"critic": {"epochs": 2}, "algorithm": {"advantage": "group-mean"}},
+            ["critic.epochs=2", "group-mean has no critic", "use advantage=gae"],
+        ),
+        ({"algorithm": {"gae": {"lam": 0.5}}}, ["algorithm.gae.lam=0.5", "remove it", "use advantage=gae"]),
+        (
+            {"algorithm": {"advantage": "gae"}, "critic": {"warmup_steps": 7}, "run": {"directory": "out", "steps": 7}},
+            ["critic.warmup_steps=7", "run.steps=7", "use 6 or less"],
         ),
         ({"algorithm": {"eps_dual": 1.0}}, ["algorithm.eps_dual=1.0", "more than 1", "or null"]),
         ({"algorithm": {"eps_dual": -3.0}}, ["algorithm.eps_dual=-3.0"]),

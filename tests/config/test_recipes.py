@@ -38,6 +38,9 @@ METHODS = {
     "high-entropy": {"policy_loss": "clip"},
     "clip-cov": {"policy_loss": "clip", "eps_low": 1.0, "eps_high": 1.0},
     "kl-cov": {"policy_loss": "kl-cov", "eps_dual": None},
+    "ppo": {"advantage": "gae", "policy_loss": "clip", "eps_high": 0.2, "whiten": False},
+    "ppo-tricks/whitening": {"advantage": "gae", "whiten": True, "mini_batch_prompts": 32},
+    "ppo-tricks/large-batch": {"advantage": "gae", "whiten": True, "mini_batch_prompts": 64},
     "dpo": {"policy_loss": "dpo", "mini_batch_prompts": 16},
     "iterative-dpo": {"policy_loss": "dpo", "statistics": "current"},
 }
@@ -45,7 +48,9 @@ ELSEWHERE = {"judge", "judge-distil"}  # tests/test_judge_pipeline.py
 
 
 def test_every_method_has_its_recipe():
-    assert {path.stem for path in (RECIPES / "methods").glob("*.yaml")} == {*METHODS, *ELSEWHERE, "base"}
+    folder = RECIPES / "methods"
+    names = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")}
+    assert names == {*METHODS, *ELSEWHERE, "base"}
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from dapo_megatron.data.records import repeated
 from tests.learner.batches import normal, random_batch, save_batch
-from tests.learner.update_cases import CLIP
+from tests.learner.update_cases import CLIP, VALUE_CLIP
 from tests.ranks import run_ranks
-from tests.tiny_models import load_model, write_model
+from tests.tiny_models import load_critic, load_model, write_critic, write_model
 
 pytestmark = pytest.mark.distributed
 
@@ -20,12 +20,14 @@ LAYOUTS = {
     2: ["tp2pp1", "tp2pp1sp", "tp1pp2", "tp1pp2vpp2", "tp1pp1"],
     4: ["tp2pp2", "tp2pp2vpp2sp", "tp2pp1sp", "tp1pp2", "tp4pp1"],
 }
+SHAPES = [(5, 12), (9, 30), (3, 21), (11, 7), (6, 40), (4, 18), (8, 25), (7, 33), (5, 2), (10, 28)]
 BUDGETS = [1000, 150, 82]  # tokens a micro-batch: 1, 2 and 4 micro-batches on one data-parallel rank
 KL_TERMS = {
     "qwen2 untied": {},
     "qwen2 tied": {"kl_coefficient": 0.5, "kl_estimator": "k2"},
     "qwen3 untied": {"kl_coefficient": 0.3, "kl_estimator": "k3"},
 }
+CRITIC_OF = "qwen2 tied"
 MODELS = {"qwen2 untied": ("qwen2", False), "qwen2 tied": ("qwen2", True), "qwen3 untied": ("qwen3", False)}
 
 
@@ -89,13 +91,12 @@ def _kl_term(record, batch, kl_coefficient=0.0, kl_estimator="k3"):
 def batches(models, tmp_path_factory):
     """One batch a model, its old log-probs moved away from the present ones so that every clip region occurs."""
     root = tmp_path_factory.mktemp("batches")
-    shapes = [(5, 12), (9, 30), (3, 21), (11, 7), (6, 40), (4, 18), (8, 25), (7, 33), (5, 2), (10, 28)]
     references = {}
     for name, folder in models.items():
-        batch = random_batch(shapes, seed=3)
+        batch = random_batch(SHAPES, seed=3)
         generator = np.random.default_rng(4)
-        batch.loss_weights = [generator.random(r, dtype=np.float32) + np.float32(0.5) for _, r in shapes]
-        batch.loss_weights[3] = repeated(0.0, shapes[3][1])  # a filtered response
+        batch.loss_weights = [generator.random(r, dtype=np.float32) + np.float32(0.5) for _, r in SHAPES]
+        batch.loss_weights[3] = repeated(0.0, SHAPES[3][1])  # a filtered response
         model = load_model(folder)
         record, _ = _reference(model, batch, {})
         if KL_TERMS[name]:
@@ -111,15 +112,50 @@ def batches(models, tmp_path_factory):
     return references
 
 
+@pytest.fixture(scope="module")
+def critic(models, tmp_path_factory):
+    """A critic of the tied model, a batch for it in which every region of the clip occurs, and what transformers and
+    torch make of both: (folder, batch's file, batch, values, (loss, clipped, tokens), gradient)."""
+    root = tmp_path_factory.mktemp("critic")
+    folder = str(write_critic(root / "model", models["qwen2 tied"]))
+    batch = random_batch(SHAPES, seed=5)
+    generator = np.random.default_rng(6)
+    batch.loss_weights[3] = repeated(0.0, SHAPES[3][1])  # a filtered response
+    model = load_critic(folder)
+    tokens = [
+        torch.from_numpy(np.concatenate(pair)).long() for pair in zip(batch.prompts, batch.responses, strict=True)
+    ]
+    values_T = torch.cat([model(t[None]).logits[0, :, 0] for t in tokens])
+    batch.old_values = [v + normal(generator, v) for v in _of_responses(batch, values_T)]
+    batch.returns = [v + normal(generator, v) for v in _of_responses(batch, values_T)]
+    weights_T, old_T, returns_T = (
+        _on_rows(batch, column) for column in (batch.loss_weights, batch.old_values, batch.returns)
+    )
+    near_T = old_T + (values_T - old_T).clamp(-VALUE_CLIP, VALUE_CLIP)
+    errors_T = torch.maximum((values_T - returns_T) ** 2, (near_T - returns_T) ** 2) / 2
+    loss = (weights_T * errors_T).sum() / weights_T.sum()
+    loss.backward()
+    beyond = (values_T - old_T).abs() > VALUE_CLIP
+    clipped = (weights_T > 0) & beyond & ((near_T - returns_T) ** 2 > (values_T - returns_T) ** 2)
+    assert 0 < int(clipped.sum()) < int((beyond & (weights_T > 0)).sum())
+    gradient = {name: p.grad for name, p in model.named_parameters()}
+    sums = {"loss": float(loss.detach()), "clipped": float(clipped.sum()), "tokens": float((weights_T > 0).sum())}
+    path = save_batch(batch, root / "batch.safetensors")
+    return folder, path, batch, _of_responses(batch, values_T), sums, gradient
+
+
 @pytest.mark.parametrize("world", LAYOUTS)
-def test_one_update_agrees_with_transformers_for_every_split(models, batches, world, tmp_path):
+def test_one_update_agrees_with_transformers_for_every_split(models, batches, critic, world, tmp_path):
+    critic_case = {"critic": critic[0], "critic_batch": critic[1], "copied": models[CRITIC_OF]}
     for name, folder in models.items():
         path, record, gradient, terms, kl_term = batches[name]
         payload = {
             "models": {name: folder}, "layouts": LAYOUTS[world], "budgets": BUDGETS, "batch": path,
-            "kl": KL_TERMS[name],
+            "kl": KL_TERMS[name], **(critic_case if name == CRITIC_OF else {}),
         }  # fmt: skip
         sums = run_ranks(world, "tests.learner.update_cases:gradients", {**payload, "out": str(tmp_path)})
+        if name == CRITIC_OF:
+            _check_critic(critic, sums.pop("critic"), tmp_path)
         assert len(sums) == len(LAYOUTS[world]) * len(BUDGETS)
         if world == 1:
             assert {int(values[-2]) for values in sums.values()} == {1, 2, 4}, "1, 2 and 4 micro-batches"
@@ -138,6 +174,23 @@ def test_one_update_agrees_with_transformers_for_every_split(models, batches, wo
             for tensor, expected in gradient.items():
                 gap = float((found[tensor] - expected).abs().max())
                 assert gap <= 1e-5 * float(expected.abs().max()), (case, tensor, gap, float(expected.abs().max()))
+
+
+def _check_critic(critic, found, folder):
+    """Values, loss and gradients of a critic under every split are transformers' and torch's."""
+    _, _, batch, values, expected, gradient = critic
+    norm = float(torch.stack([g.square().sum() for g in gradient.values()]).sum().sqrt())
+    for case, report in found.items():
+        assert report["kept by copying"], case
+        for seen, value, weights in zip(report["values"], values, batch.loss_weights, strict=True):
+            np.testing.assert_allclose(seen, np.where(weights > 0, value, 0.0), rtol=1e-5, atol=1e-5, err_msg=case)
+        assert report["sums"] == pytest.approx(expected, rel=1e-5), case
+        assert report["norm"] == pytest.approx(norm, rel=1e-5), case
+        gradients = load_file(folder / f"{case}.safetensors")
+        assert set(gradients) == set(gradient) and "score.bias" in gradients
+        for tensor, wanted in gradient.items():
+            gap = float((gradients[tensor] - wanted).abs().max())
+            assert gap <= 1e-5 * float(wanted.abs().max()), (case, tensor, gap, float(wanted.abs().max()))
 
 
 @pytest.mark.slow
