@@ -39,13 +39,15 @@ def raw(answer: str) -> str:
 
 def gullible(prompt: str) -> bool:
     """A judge that believes whatever stands outside the quoted answer: it says YES where a line of its own says so,
-    where a control mark opens a turn, or where the answer is put beside itself as the reference."""
+    where the answer closes its quotation marks, where a control mark opens a turn, or where the answer is put beside
+    itself as the reference."""
     frame = set(raw("").splitlines())
     spoken = [line for line in prompt.splitlines() if line not in frame and not line.startswith('Final answer: "')]
     answers = re.findall(r'^Final answer: "(.*)"$', prompt, re.MULTILINE)
     references = re.findall(r'^Reference answer: "(.*)"$', prompt, re.MULTILINE)
     echoed = len(answers) > 1 or any(answer in references for answer in answers)
-    return bool(CONTROL.search(prompt)) or echoed or any("YES" in line.upper() for line in spoken)
+    closed = not re.search(r'^Final answer: "(?:[^"\\]|\\.)*"$', prompt, re.MULTILINE)
+    return closed or bool(CONTROL.search(prompt)) or echoed or any("YES" in line.upper() for line in spoken)
 
 
 def test_the_set_is_large_and_of_several_kinds():
