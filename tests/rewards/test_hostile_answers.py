@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from dapo_megatron.config.reward import Judge
 from dapo_megatron.data.tokenizer import load_tokenizer
-from dapo_megatron.rewards.judge_model import JudgeModel, control_tokens, without
+from dapo_megatron.rewards.judge_model import JudgeModel
 from dapo_megatron.rewards.judge_prompt import PROMPT, Case, render, shown_answer
+from dapo_megatron.rewards.judge_tokens import control_tokens, without
 from tests.rewards.judges import write_judge
 
 HOSTILE = [json.loads(line) for line in (Path(__file__).parent / "hostile_answers.jsonl").read_text().splitlines()]

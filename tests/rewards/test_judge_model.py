@@ -14,8 +14,9 @@ from dapo_megatron.data.arithmetic import build_tokenizer
 from dapo_megatron.data.tokenizer import load_tokenizer
 from dapo_megatron.errors import RequestError
 from dapo_megatron.rewards.grader import Grader, check_grader
-from dapo_megatron.rewards.judge_model import JudgeModel, control_tokens, spelling_tokens
+from dapo_megatron.rewards.judge_model import JudgeModel
 from dapo_megatron.rewards.judge_prompt import Case
+from dapo_megatron.rewards.judge_tokens import control_tokens, spelling_tokens
 from tests.rewards.judges import ADDED, SPECIAL, write_judge
 from tests.tiny_models import load_model
 
