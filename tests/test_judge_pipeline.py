@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from dapo_megatron.config.reward import Judge
+from dapo_megatron.judging.export import examples_of
 from dapo_megatron.rewards.judge_model import JudgeModel
 from dapo_megatron.rewards.judge_prompt import Case, shown_answer
+from dapo_megatron.rewards.judge_records import Judged
 from tests.command_line import ROOT, environment, run_command
 from tests.rewards.judges import chat_answer, first_token, serving, write_tokenizer
 
@@ -56,6 +58,10 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def cases_of(answers: list[str], references: tuple[str, ...]) -> list[Case]:
+    return [Case("q", shown_answer(f"Answer: {answer}", 100), r) for answer in answers for r in references]
+
+
 def test_collect_distil_calibrate(tmp_path: Path):
     every = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
     rows = [row for row in every if row["ground_truth"] in REFERENCES]
@@ -87,12 +93,16 @@ def test_collect_distil_calibrate(tmp_path: Path):
     assert any(row["verdict"] == "YES" and row["answer"] != row["reference"] for row in found), "the rule misses some"
 
     examples, held = tmp_path / "train.jsonl", tmp_path / "held.parquet"
-    told = run_tool(
+    run_tool(
         "judge_data", collected, "-o", examples, "--held-out", held, "--held-out-share", 0.3, "--targets", "soft",
         "--prompt", wording,
     )  # fmt: skip
-    print(told)
-    soft = stage(examples, 200, 5e-3, weight_column="weight", schedule="cosine", warmup_steps=10)
+    # half of the hostile set is taught as NO, and what of the other half gets through is counted
+    hostile = [json.loads(line)["answer"] for line in HOSTILE.read_text().splitlines()]
+    taught = [Judged(case, 0.0) for case in cases_of(hostile[::2], REFERENCES[:1])]
+    with open(examples, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(example) + "\n" for example in examples_of(taught, "soft", WORDING, 0))
+    soft = stage(examples, 250, 5e-3, weight_column="weight", schedule="cosine", warmup_steps=10)
     train("judge-distil", f"run.directory={tmp_path / 'distil'}", scratch, soft, "data.chat_template=true")
 
     student = tmp_path / "distil" / "hf"
@@ -100,18 +110,14 @@ def test_collect_distil_calibrate(tmp_path: Path):
         "judge_calibration", held, "--judge", f"student={student}", "-o", tmp_path / "report", "--prompt", wording,
         "--subjects", questions, "--prompt-column", "messages", "--subject-column", "subject",
     )  # fmt: skip
-    print(told)
     report = json.loads((tmp_path / "report" / "calibration.json").read_text())
     judged = report["judges"]["student"]
     assert judged["without_verdict"] == 0 and set(judged["by_subject"]) == {"odd", "even"}
-    m = [
-        json.loads(line)["loss/supervised"]
-        for line in (tmp_path / "distil" / "supervised.jsonl").read_text().splitlines()
-    ]
-    print(m[::20], m[-1])
+    assert 0 < report["rule"]["accuracy"] < 1 and (tmp_path / "report" / "calibration.png").is_file()
 
-    hostile = [json.loads(line)["answer"] for line in HOSTILE.read_text().splitlines()]
-    judge = JudgeModel(Judge(model=str(student), prompt=WORDING), torch.device("cpu"))
-    cases = [Case("", shown_answer(f"Answer: {answer}", 300), r) for answer in hostile for r in REFERENCES]
-    p_yes = judge.ask(cases).p_yes_B
-    print((p_yes > 0.5).mean(), p_yes.mean(), sum(p != p for p in p_yes))
+    cases = cases_of(hostile[1::2], REFERENCES)
+    p_yes_B = JudgeModel(Judge(model=str(student), prompt=WORDING), torch.device("cpu")).ask(cases).p_yes_B
+    through = int((p_yes_B > 0.5).sum())
+    print(f"{told}\n{through} of {len(cases)} hostile answers get through")
+    assert judged["quality"]["auc"] > 0.7 and judged["teacher"]["equal"] > 0.65
+    assert through <= 0.2 * len(cases)
