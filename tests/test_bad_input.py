@@ -207,6 +207,13 @@ def test_a_reward_model_that_is_none(tmp_path, own_model):
     refused(tmp_path, *own_model, "reward.grader=model", model, says=says)
 
 
+def test_a_judge_that_is_none(tmp_path, own_model):
+    judge = ("reward.grader=judge", f"reward.judge.model={tmp_path / 'model'}")
+    refused(tmp_path, *own_model, *judge, says=("chat template", "reward.judge.chat_template=false"))
+    says = ("reward.judge.model", "no tokens that tell YES from NO")
+    refused(tmp_path, *own_model, *judge, "reward.judge.chat_template=false", says=says)
+
+
 def test_a_prompt_longer_than_the_limit(tmp_path, own_model):
     (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "1+" * 20 + "1=", "answer": "21"}) + "\n")
     refused(tmp_path, *own_model, says=("train.jsonl", "data.max_prompt_length=16", "42"))

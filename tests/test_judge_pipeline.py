@@ -9,24 +9,29 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+import torch
 
-from dapo_megatron.rewards.judge_prompt import PROMPT
+from dapo_megatron.config.reward import Judge
+from dapo_megatron.judging.export import examples_of
+from dapo_megatron.rewards.judge_model import JudgeModel
+from dapo_megatron.rewards.judge_prompt import Case, shown_answer
+from dapo_megatron.rewards.judge_records import Judged
 from tests.command_line import ROOT, environment, run_command
 from tests.rewards.judges import chat_answer, first_token, serving, write_tokenizer
 
 FILE = Path(__file__).parents[2] / "shared" / "data" / "multi-subject-rlvr.jsonl"
+HOSTILE = Path(__file__).parent / "rewards" / "hostile_answers.jsonl"
 REFERENCES = ("1", "2", "3", "15")
 FORMS = ("{}", "it is {}")  # the second form is right to a judge, and to the rule it is not
-SIZES = "hidden: 64, layers: 2, heads: 4, kv_heads: 2, head_dim: 16, ffn: 128, tied: true"
+WORDING = "Reference answer: {reference}\nFinal answer: {answer}\nReply:"  # short: the student learns in seconds
+SIZES = "hidden: 64, layers: 2, heads: 4, kv_heads: 2, head_dim: 16, ffn: 128, tied: true, init_std: 0.08"
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not FILE.exists(), reason="needs the real data")]
 
 
 def teacher(prompt: str) -> bytes:
     """YES at 0.9 where the answer ends with the reference, else at 0.1."""
-    answer, reference = (
-        json.loads(re.search(rf"^{place} answer: (.*)$", prompt, re.M)[1]) for place in ("Final", "Reference")
-    )
+    reference, answer = (json.loads(text) for text in re.findall(r"^\w+ answer: (.*)$", prompt, re.MULTILINE))
     return chat_answer(first_token(0.9 if answer.split()[-1] == reference else 0.1))
 
 
@@ -43,58 +48,76 @@ def train(recipe: str, *overrides: object) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def stage(data: Path, steps: int, rate: float, **more: object) -> str:
+    settings = {"data": str(data), "steps": steps, "batch_sequences": 16, "learning_rate": rate, **more}
+    return f"supervised.stages={json.dumps([settings])}"
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def cases_of(answers: list[str], references: tuple[str, ...]) -> list[Case]:
+    return [Case("q", shown_answer(f"Answer: {answer}", 100), r) for answer in answers for r in references]
+
+
 def test_collect_distil_calibrate(tmp_path: Path):
     every = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
-    rows = [
-        row | {"subject": "numbers" if i % 3 else "others"}
-        for i, row in enumerate(every)
-        if row["ground_truth"] in REFERENCES
-    ]
+    rows = [row for row in every if row["ground_truth"] in REFERENCES]
+    rows = [row | {"subject": ("odd", "even")[i % 2]} for i, row in enumerate(rows)]
     rng = random.Random(0)
     warm = [row | {"ground_truth": rng.choice(FORMS).format(rng.choice(REFERENCES))} for row in rows for _ in range(8)]
-    for name, lines in (("questions", rows), ("warm", warm)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_tokenizer(tmp_path / "tokenizer", [PROMPT, *[row["messages"] for row in rows]] * 3, 1200)
+    questions, warm = write_rows(tmp_path / "questions.jsonl", rows), write_rows(tmp_path / "warm.jsonl", warm)
+    write_tokenizer(tmp_path / "tokenizer", [WORDING, *[row["messages"] for row in rows]] * 3, 1200)
     scratch = f"model.scratch={{tokenizer: {tmp_path / 'tokenizer'}, {SIZES}}}"
-    stage = (
-        f"supervised.stages=[{{data: {tmp_path / 'warm.jsonl'}, prompt_column: messages, "
-        "response_column: ground_truth, response_template: 'Answer: {response}', steps: 40, batch_sequences: 16, "
-        "learning_rate: 1.0e-2}]"
-    )
-    collected = tmp_path / "collected.parquet"
-    run = (
-        f"run.directory={tmp_path / 'rl'}", f"data.train={tmp_path / 'questions.jsonl'}", scratch, stage,
-        f"reward.judge.collect={collected}", "reward.judge.rule_first=false",
-    )  # fmt: skip
+    wording, collected = tmp_path / "wording.txt", tmp_path / "collected.parquet"
+    wording.write_text(WORDING)
+
+    columns = {"prompt_column": "messages", "response_column": "ground_truth"}
+    warm_start = stage(warm, 70, 5e-3, response_template="Answer: {response}", **columns)
     with serving(teacher) as (url, requests):
-        train("judge", *run, f"reward.judge.url={url}")
+        train(
+            "judge", f"run.directory={tmp_path / 'rl'}", f"data.train={questions}", scratch, warm_start,
+            "rollout.prompts_per_step=16", f"reward.judge.url={url}", f"reward.judge.collect={collected}",
+            "reward.judge.rule_first=false", f"reward.judge.prompt={json.dumps(WORDING)}",
+        )  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "rl" / "metrics.jsonl").read_text().splitlines()][1:]
     assert len(lines) == 2 and all(line["judge/judged"] == line["responses/generated"] for line in lines)
     assert all(line["judge/fallbacks"] == 0 and line["tokens/trained"] > 0 for line in lines)
     found = pyarrow.parquet.read_table(collected).to_pylist()
-    assert len(found) == len({(row["question"], row["answer"], row["reference"]) for row in found})
-    assert len(found) <= len(requests) and {row["verdict"] for row in found} == {"YES", "NO"}
-    assert {row["question"] for row in found} <= {
-        " ".join(json.loads(r["messages"])[1]["content"].split()) for r in rows
-    }
+    assert len(found) == len({(row["question"], row["answer"], row["reference"]) for row in found}) <= len(requests)
+    asked = {" ".join(json.loads(row["messages"])[1]["content"].split()) for row in rows}
+    assert {row["question"] for row in found} <= asked, "the bare questions"
+    assert {row["verdict"] for row in found} == {"YES", "NO"}
     assert any(row["verdict"] == "YES" and row["answer"] != row["reference"] for row in found), "the rule misses some"
 
     examples, held = tmp_path / "train.jsonl", tmp_path / "held.parquet"
-    told = run_tool(
-        "judge_data", collected, "-o", examples, "--held-out", held, "--held-out-share", 0.2, "--targets", "soft"
-    )
-    print(told)
-    stage = (
-        f"supervised.stages=[{{data: {examples}, weight_column: weight, steps: 120, batch_sequences: 32, "
-        "learning_rate: 3.0e-3, schedule: cosine, warmup_steps: 10}]"
-    )
-    train("judge-distil", f"run.directory={tmp_path / 'distil'}", scratch, stage, "data.chat_template=true")
-    told = run_tool(
-        "judge_calibration", held, "--judge", f"student={tmp_path / 'distil' / 'hf'}", "-o", tmp_path / "report",
-        "--subjects", tmp_path / "questions.jsonl", "--prompt-column", "messages", "--subject-column", "subject",
+    run_tool(
+        "judge_data", collected, "-o", examples, "--held-out", held, "--held-out-share", 0.3, "--targets", "soft",
+        "--prompt", wording,
     )  # fmt: skip
-    print(told)
+    # half of the hostile set is taught as NO, and what of the other half gets through is counted
+    hostile = [json.loads(line)["answer"] for line in HOSTILE.read_text().splitlines()]
+    taught = [Judged(case, 0.0) for case in cases_of(hostile[::2], REFERENCES[:1])]
+    with open(examples, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(example) + "\n" for example in examples_of(taught, "soft", WORDING, 0))
+    soft = stage(examples, 250, 5e-3, weight_column="weight", schedule="cosine", warmup_steps=10)
+    train("judge-distil", f"run.directory={tmp_path / 'distil'}", scratch, soft, "data.chat_template=true")
+
+    student = tmp_path / "distil" / "hf"
+    told = run_tool(
+        "judge_calibration", held, "--judge", f"student={student}", "-o", tmp_path / "report", "--prompt", wording,
+        "--subjects", questions, "--prompt-column", "messages", "--subject-column", "subject",
+    )  # fmt: skip
     report = json.loads((tmp_path / "report" / "calibration.json").read_text())
-    student = report["judges"]["student"]
-    assert student["without_verdict"] == 0 and set(student["by_subject"]) == {"numbers", "others"}
-    assert 0 < report["rule"]["accuracy"] < 1
+    judged = report["judges"]["student"]
+    assert judged["without_verdict"] == 0 and set(judged["by_subject"]) == {"odd", "even"}
+    assert 0 < report["rule"]["accuracy"] < 1 and (tmp_path / "report" / "calibration.png").is_file()
+
+    cases = cases_of(hostile[1::2], REFERENCES)
+    p_yes_B = JudgeModel(Judge(model=str(student), prompt=WORDING), torch.device("cpu")).ask(cases).p_yes_B
+    through = int((p_yes_B > 0.5).sum())
+    print(f"{told}\n{through} of {len(cases)} hostile answers get through")
+    assert judged["quality"]["auc"] > 0.7 and judged["teacher"]["equal"] > 0.65
+    assert through <= 0.2 * len(cases)

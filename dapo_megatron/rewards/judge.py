@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dapo_megatron.config.reward import Judge, Reward
+from dapo_megatron.data.tokenizer import load_tokenizer
 from dapo_megatron.errors import RequestError, RunError
 from dapo_megatron.rewards.judge_prompt import Case, check_wording, shown_answer
 from dapo_megatron.rewards.judge_records import Judged, JudgeRecords, check_collect
 from dapo_megatron.rewards.judge_server import JudgeServer, check_server
+from dapo_megatron.rewards.judge_tokens import spelling_tokens
 from dapo_megatron.rewards.model_folder import check_judge_folder
 from dapo_megatron.rewards.pool import GraderPool, Scores
 from dapo_megatron.rewards.verdicts import Judging, Opinions
@@ -133,7 +135,7 @@ def check_judge(settings: Judge) -> None:
 
     Raises:
         RequestError: no model, a folder that holds none, an address that is none, a key that is not there, a wording
-            without places, a file to collect into that holds something else.
+            without places, a tokenizer that cannot tell YES from NO, a file to collect into that holds something else.
     """
     if settings.url is None and settings.model is None:
         raise RequestError("reward.grader=judge needs reward.judge.model, a folder with a language model, or .url")
@@ -145,6 +147,7 @@ def check_judge(settings: Judge) -> None:
         check_server(settings)
     else:
         check_judge_folder(settings)
+        spelling_tokens(load_tokenizer(settings.model), f"reward.judge.model={settings.model}")
 
 
 def _without_verdict(opinions: Opinions, case: Case) -> str:

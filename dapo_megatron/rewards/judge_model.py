@@ -5,7 +5,6 @@ It runs as `scoring_model.py` says; several cases go through it at a time, padde
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,14 +12,12 @@ import torch
 from dapo_megatron.config.reward import Judge
 from dapo_megatron.data.prompts import Prompt, encode_prompt
 from dapo_megatron.data.tokenizer import load_tokenizer
-from dapo_megatron.errors import RequestError, RunError
+from dapo_megatron.errors import RunError
 from dapo_megatron.rewards.judge_prompt import PROMPT, Case, render
+from dapo_megatron.rewards.judge_tokens import control_tokens, spelling_tokens, without
 from dapo_megatron.rewards.model_folder import check_judge_folder
 from dapo_megatron.rewards.scoring_model import batches, load_model
-from dapo_megatron.rewards.verdicts import SPELLINGS, TOP, Opinions, word_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from dapo_megatron.rewards.verdicts import TOP, Opinions
 
 
 class JudgeModel:
@@ -96,43 +93,3 @@ class JudgeModel:
         among_B = torch.maximum(yes_B.max(1).values, no_B.max(1).values) >= least_B
         p_yes_B = torch.sigmoid(yes_B.logsumexp(1) - no_B.logsumexp(1))
         return torch.where(among_B, p_yes_B, torch.nan).cpu().numpy()
-
-
-def spelling_tokens(tokenizer: "PreTrainedTokenizerBase", setting: str) -> dict[str, list[int]]:
-    """Token ids that spell "YES" and "NO": whole spellings, else first pieces that start no spelling of the other.
-
-    Raises:
-        RequestError: a tokenizer that tells the two apart by no first token.
-    """
-    whole: dict[str, set[int]] = {"YES": set(), "NO": set()}
-    first: dict[str, set[int]] = {"YES": set(), "NO": set()}
-    for spelling in SPELLINGS:
-        ids, word = tokenizer.encode(spelling, add_special_tokens=False), word_of(spelling)
-        if not ids or tokenizer.unk_token_id in ids:
-            continue
-        first[word].add(ids[0])
-        if len(ids) == 1:
-            whole[word].add(ids[0])
-    found = whole if all(whole.values()) else first
-    alone = {word: sorted(found[word] - found[other]) for word, other in (("YES", "NO"), ("NO", "YES"))}
-    if not all(alone.values()):
-        raise RequestError(f"{setting}: its tokenizer has no tokens that tell YES from NO; use a model of English text")
-    return alone
-
-
-def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
-    """id → text of the special tokens, and of added ones that look like control marks."""
-    marks = ("<", "[", "\uff5c")
-    return {
-        token: added.content
-        for token, added in tokenizer.added_tokens_decoder.items()
-        if len(added.content) > 1 and (added.special or added.content.lstrip().startswith(marks))
-    }
-
-
-def without(text: str, marks: Iterable[str]) -> str:
-    """`text` with a blank behind the first character of each of the marks in it."""
-    for mark in marks:
-        if mark in text:
-            text = text.replace(mark, f"{mark[0]} {mark[1:]}")
-    return text

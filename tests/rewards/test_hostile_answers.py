@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from dapo_megatron.config.reward import Judge
 from dapo_megatron.data.tokenizer import load_tokenizer
-from dapo_megatron.rewards.judge_model import JudgeModel, control_tokens, without
+from dapo_megatron.rewards.judge_model import JudgeModel
 from dapo_megatron.rewards.judge_prompt import PROMPT, Case, render, shown_answer
+from dapo_megatron.rewards.judge_tokens import control_tokens, without
 from tests.rewards.judges import write_judge
 
 HOSTILE = [json.loads(line) for line in (Path(__file__).parent / "hostile_answers.jsonl").read_text().splitlines()]
@@ -39,13 +40,15 @@ def raw(answer: str) -> str:
 
 def gullible(prompt: str) -> bool:
     """A judge that believes whatever stands outside the quoted answer: it says YES where a line of its own says so,
-    where a control mark opens a turn, or where the answer is put beside itself as the reference."""
+    where the answer closes its quotation marks, where a control mark opens a turn, or where the answer is put beside
+    itself as the reference."""
     frame = set(raw("").splitlines())
     spoken = [line for line in prompt.splitlines() if line not in frame and not line.startswith('Final answer: "')]
     answers = re.findall(r'^Final answer: "(.*)"$', prompt, re.MULTILINE)
     references = re.findall(r'^Reference answer: "(.*)"$', prompt, re.MULTILINE)
     echoed = len(answers) > 1 or any(answer in references for answer in answers)
-    return bool(CONTROL.search(prompt)) or echoed or any("YES" in line.upper() for line in spoken)
+    closed = not re.search(r'^Final answer: "(?:[^"\\]|\\.)*"$', prompt, re.MULTILINE)
+    return closed or bool(CONTROL.search(prompt)) or echoed or any("YES" in line.upper() for line in spoken)
 
 
 def test_the_set_is_large_and_of_several_kinds():

@@ -13,9 +13,10 @@ from dapo_megatron.config.reward import Judge, Reward
 from dapo_megatron.data.arithmetic import build_tokenizer
 from dapo_megatron.data.tokenizer import load_tokenizer
 from dapo_megatron.errors import RequestError
-from dapo_megatron.rewards.grader import check_grader
-from dapo_megatron.rewards.judge_model import JudgeModel, control_tokens, spelling_tokens
+from dapo_megatron.rewards.grader import Grader, check_grader
+from dapo_megatron.rewards.judge_model import JudgeModel
 from dapo_megatron.rewards.judge_prompt import Case
+from dapo_megatron.rewards.judge_tokens import control_tokens, spelling_tokens
 from tests.rewards.judges import ADDED, SPECIAL, write_judge
 from tests.tiny_models import load_model
 
@@ -60,6 +61,17 @@ def test_p_yes_is_that_of_the_first_token(folder: Path):
     chat = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in plain[:8]]
     assert judge_of(folder).ask(CASES[:8]).p_yes_B == pytest.approx(by_hand(folder, chat), abs=1e-5, nan_ok=True)
     assert len(judge_of(folder).ask([]).p_yes_B) == 0
+
+
+def test_the_grader_of_a_recipe(folder: Path):
+    found = judge_of(folder).ask(CASES[:6]).p_yes_B
+    reward = Reward(grader="judge", right=1.0, wrong=0.0, judge=Judge(model=str(folder), prompt=WORDING))
+    with Grader(reward) as grader:
+        _, rewards = grader.score(
+            [c.answer for c in CASES[:6]], [c.reference for c in CASES[:6]], [c.question for c in CASES[:6]]
+        )
+        assert rewards == pytest.approx(np.nan_to_num(found), abs=1e-5)
+        assert grader.metrics()["judge/no_verdict"] == np.isnan(found).sum() < 6
 
 
 def test_what_does_not_fit_has_no_verdict(folder: Path):
