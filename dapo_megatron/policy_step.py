@@ -91,7 +91,7 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
 
     A mini-batch without a trained token is skipped and counted.
     """
-    algorithm, samples = recipe.algorithm, len(groups[0].completions)
+    algorithm = recipe.algorithm
     kl = algorithm.kl
     penalties = reward_penalties(groups, kl)
     batch = batch_of_groups(
@@ -109,7 +109,7 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
     norms: list[float] = []
     efficiencies: list[float] = []
     skipped = 0
-    for sequences in mini_batches(len(batch) // samples, samples, algorithm.mini_batch_prompts):
+    for sequences in mini_batches([len(g.completions) for g in groups], algorithm.mini_batch_prompts):
         denominator = aggregate(
             batch,
             sequences,

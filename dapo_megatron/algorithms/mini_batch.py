@@ -1,6 +1,7 @@
 """Scored groups → a batch to learn from: advantages, loss weights, and the mini-batches of one rollout step."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -22,21 +23,17 @@ def batch_of_groups(
 ) -> SequenceBatch:
     """All completions of the groups, group after group: A_i on every response token, weight 1, or 0 for a truncated
     response. `advantage`: "group", or "group-mean" for A = R − mean R. `penalties`: [G] of each group, taken from its
-    rewards here and nowhere else.
+    rewards here and nowhere else. Groups that carry advantages and weights of their own (all or none do) keep them.
 
     Old log-probs are the groups' own where they carry them (all or none do), else 0; those of the reference are there
     if all groups carry them.
     A truncated response that is filtered leaves the loss and its denominator, yet counts in its group's mean and std.
     """
     batch = scoring_batch(groups, overlong_filtering=overlong_filtering)
-    divide = advantage == "group"
-    rewards = [g.rewards for g in groups]
-    if penalties:
-        rewards = [r.astype(np.float64) - p for r, p in zip(rewards, penalties, strict=True)]
-    advantages = np.concatenate(
-        [group_advantages(r[None], epsilon=advantage_epsilon, divide=divide)[0] for r in rewards]
-    )
-    batch.advantages = [repeated(a, len(r)) for a, r in zip(advantages.tolist(), batch.responses, strict=True)]
+    if groups[0].advantages:
+        batch.advantages = [values for g in groups for values in g.advantages]
+    else:
+        batch.advantages = _response_advantages(batch, groups, advantage_epsilon, advantage, penalties)
     if groups[0].old_logprobs:
         batch.old_logprobs = [values for g in groups for values in g.old_logprobs]
     if all(g.reference_logprobs for g in groups):
@@ -44,10 +41,29 @@ def batch_of_groups(
     return batch
 
 
+def _response_advantages(
+    batch: SequenceBatch,
+    groups: Sequence[PromptGroup],
+    advantage_epsilon: float,
+    advantage: str,
+    penalties: Sequence[np.ndarray],
+) -> list[np.ndarray]:
+    divide = advantage == "group"
+    rewards = [g.rewards for g in groups]
+    if penalties:
+        rewards = [r.astype(np.float64) - p for r, p in zip(rewards, penalties, strict=True)]
+    advantages = np.concatenate(
+        [group_advantages(r[None], epsilon=advantage_epsilon, divide=divide)[0] for r in rewards]
+    )
+    return [repeated(a, len(r)) for a, r in zip(advantages.tolist(), batch.responses, strict=True)]
+
+
 def scoring_batch(groups: Sequence[PromptGroup], *, overlong_filtering: bool) -> SequenceBatch:
     """All completions of the groups, group after group, weight 1 on what is trained: what log-probs are taken of."""
     completions = [c for g in groups for c in g.completions]
     batch = sequence_batch([g.prompt_tokens for g in groups for _ in g.completions], [c.tokens for c in completions])
+    if groups[0].weights:
+        batch.loss_weights = [values for g in groups for values in g.weights]
     if overlong_filtering:
         for i, completion in enumerate(completions):
             if completion.finish_reason == "length":
@@ -55,11 +71,13 @@ def scoring_batch(groups: Sequence[PromptGroup], *, overlong_filtering: bool) ->
     return batch
 
 
-def mini_batches(groups: int, samples: int, prompts_per_update: int) -> list[range]:
-    """Sequence numbers of each gradient update: whole groups, `prompts_per_update` at a time; the last may hold
-    fewer."""
+def mini_batches(samples: Sequence[int], prompts_per_update: int) -> list[range]:
+    """Sequence numbers of each gradient update: whole groups of `samples` responses each, `prompts_per_update` groups
+    at a time; the last may hold fewer."""
+    starts = [0, *accumulate(samples)]
+    groups = len(samples)
     return [
-        range(first * samples, min(first + prompts_per_update, groups) * samples)
+        range(starts[first], starts[min(first + prompts_per_update, groups)])
         for first in range(0, groups, prompts_per_update)
     ]
 

@@ -10,9 +10,13 @@ from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.prompts import Prompt
 from dapo_megatron.rewards.grader import Grader
 from dapo_megatron.rewards.overlong import overlong_penalties
+from dapo_megatron.rollout.chain import value_chains
 from dapo_megatron.rollout.dispatcher import Dispatcher
+from dapo_megatron.rollout.dynamic_sampling import is_mixed
 from dapo_megatron.rollout.engine import RolloutRequest, sample_seed
 from dapo_megatron.rollout.server_dispatcher import ServerDispatcher
+
+CONTINUATIONS = 5  # streams of random numbers of a run seed: 1 samples, 2 shuffling, 3 and 4 evaluation
 
 
 class GroupSampler:
@@ -64,9 +68,10 @@ class GroupSampler:
             for j in range(samples)
         ]
         completions = self.dispatcher.generate(requests, group=samples)
-        responses = self.tokenizer.batch_decode([c.tokens.tolist() for c in completions], skip_special_tokens=True)
         drawn = [self.prompts[row] for row in rows for _ in range(samples)]
-        right, rewards = self._grade(responses, [p.answer for p in drawn], [str(p.text) for p in drawn])
+        responses, right, rewards = self._grade(
+            [c.tokens for c in completions], [p.answer for p in drawn], [str(p.text) for p in drawn]
+        )
         groups = []
         for i, row in enumerate(rows):
             part = slice(i * samples, (i + 1) * samples)
@@ -85,7 +90,8 @@ class GroupSampler:
         return groups
 
     def draw_for_training(self, rows: Sequence[int], step: int, wave: int) -> list[PromptGroup]:
-        """Groups of a rollout step: overlong shaping added; rewards permuted over all responses if `reward.shuffle`."""
+        """Groups of a rollout step: overlong shaping added; rewards permuted over all responses if `reward.shuffle`;
+        segments valued where `rollout.shape` has them."""
         recipe = self.recipe
         groups = self.draw(
             rows,
@@ -96,19 +102,46 @@ class GroupSampler:
         )
         for group in groups:
             group.step = step
-        overlong = recipe.reward.overlong
-        for group in groups if overlong.max_length is not None else ():
-            lengths = [len(c.tokens) for c in group.completions]
-            group.rewards = group.rewards + overlong_penalties(
-                lengths, overlong.max_length, overlong.cache_length
-            ).astype(np.float32)
+            group.rewards = self._shaped(group.rewards, [c.tokens for c in group.completions])
         if recipe.reward.shuffle:
             _shuffle_scores(groups, np.random.default_rng([recipe.run.seed, 2, step, wave]))
+        if recipe.rollout.shape == "chain":
+            self._value_chains(groups, (recipe.run.seed, CONTINUATIONS, step, wave))
         return groups
 
-    def _grade(self, responses: list[str], answers: list[str], prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _value_chains(self, groups: list[PromptGroup], seed_key: tuple[int, ...]) -> None:
+        """Of the groups that dynamic sampling will keep: values of others would be drawn in vain."""
+        algorithm = self.recipe.algorithm
+        sampling = algorithm.dynamic_sampling
+        value_chains(
+            {i: g for i, g in enumerate(groups) if not sampling.enabled or is_mixed(g, sampling.metric)},
+            self.recipe.rollout,
+            generate=lambda requests, together: self.dispatcher.generate(requests, group=together),
+            reward=self._rewards,
+            seed_key=seed_key,
+            overlong_filtering=algorithm.overlong_filtering,
+        )
+
+    def _rewards(self, groups: Sequence[PromptGroup], tokens: Sequence[np.ndarray]) -> np.ndarray:
+        """Rewards of whole responses to the groups' prompts, as those of a rollout step."""
+        _, _, rewards = self._grade(tokens, [g.answer for g in groups], [g.text for g in groups])
+        return self._shaped(rewards, tokens)
+
+    def _grade(
+        self, tokens: Sequence[np.ndarray], answers: list[str], prompts: list[str]
+    ) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """(texts, right or wrong, rewards) of responses."""
+        responses = self.tokenizer.batch_decode([t.tolist() for t in tokens], skip_special_tokens=True)
         scores = None if self.grader is None else self.grader.score(responses, answers, prompts)
-        return from_rank_zero(scores, self.dispatcher.world)
+        return responses, *from_rank_zero(scores, self.dispatcher.world)
+
+    def _shaped(self, rewards: np.ndarray, tokens: Sequence[np.ndarray]) -> np.ndarray:
+        """With the punishment of long responses, where the recipe has one."""
+        overlong = self.recipe.reward.overlong
+        if overlong.max_length is None:
+            return rewards
+        penalties = overlong_penalties([len(t) for t in tokens], overlong.max_length, overlong.cache_length)
+        return rewards + penalties.astype(np.float32)
 
 
 def _shuffle_scores(groups: list[PromptGroup], rng: np.random.Generator) -> None:
