@@ -108,9 +108,10 @@ class TreeRow:
     owned: list[bool]
 
 
-def tree_rows(parents_N: np.ndarray) -> list[TreeRow]:
-    """One row a leaf, from the first child down before the next: every node is owned by exactly one row, that of the
-    first leaf below it."""
+def tree_rows(parents_N: np.ndarray, *, untrained: np.ndarray | None = None) -> list[TreeRow]:
+    """One row a leaf, from the first child down before the next. Every node is owned by one row, that of the first leaf
+    below it; rows of leaves that are `untrained` (bool [N]) own none, and a node above such leaves alone has no owner.
+    """
     children: dict[int, list[int]] = {}
     for node, parent in enumerate(parents_N.tolist()):
         children.setdefault(parent, []).append(node)
@@ -121,8 +122,9 @@ def tree_rows(parents_N: np.ndarray) -> list[TreeRow]:
         path = paths.pop()
         below = children.get(path[-1], [])
         if not below:
-            rows.append(TreeRow(path, [node not in seen for node in path]))
-            seen.update(path)
+            mine = untrained is None or not untrained[path[-1]]
+            rows.append(TreeRow(path, [mine and node not in seen for node in path]))
+            seen.update(path if mine else [])
         paths.extend([*path, node] for node in reversed(below))
     return rows
 

@@ -1,12 +1,13 @@
 """Prompts → scored groups: draw G completions a prompt, decode, grade, shape."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 
 from dapo_megatron.agreement import from_rank_zero
 from dapo_megatron.config import Recipe
-from dapo_megatron.data.completions import PromptGroup
+from dapo_megatron.data.completions import Completion, PromptGroup
 from dapo_megatron.data.prompts import Prompt
 from dapo_megatron.rewards.grader import Grader
 from dapo_megatron.rewards.overlong import overlong_penalties
@@ -15,8 +16,9 @@ from dapo_megatron.rollout.dispatcher import Dispatcher
 from dapo_megatron.rollout.dynamic_sampling import is_mixed
 from dapo_megatron.rollout.engine import RolloutRequest, sample_seed
 from dapo_megatron.rollout.server_dispatcher import ServerDispatcher
+from dapo_megatron.rollout.tree import draw_trees, responses_of, value_tree
 
-CONTINUATIONS = 5  # streams of random numbers of a run seed: 1 samples, 2 shuffling, 3 and 4 evaluation
+CONTINUATIONS, TREES = 5, 6  # streams of random numbers of a run seed: 1 samples, 2 shuffling, 3 and 4 evaluation
 
 
 class GroupSampler:
@@ -68,13 +70,17 @@ class GroupSampler:
             for j in range(samples)
         ]
         completions = self.dispatcher.generate(requests, group=samples)
-        drawn = [self.prompts[row] for row in rows for _ in range(samples)]
+        return self._graded(rows, [samples] * len(rows), completions)
+
+    def _graded(self, rows: Sequence[int], sizes: Sequence[int], completions: list[Completion]) -> list[PromptGroup]:
+        """Groups of so many completions, end to end, with their verdicts."""
+        drawn = [self.prompts[row] for row, size in zip(rows, sizes, strict=True) for _ in range(size)]
         responses, right, rewards = self._grade(
             [c.tokens for c in completions], [p.answer for p in drawn], [str(p.text) for p in drawn]
         )
         groups = []
-        for i, row in enumerate(rows):
-            part = slice(i * samples, (i + 1) * samples)
+        for row, size, end in zip(rows, sizes, accumulate(sizes), strict=True):
+            part = slice(end - size, end)
             groups.append(
                 PromptGroup(
                     prompt_id=self.prompts[row].id,
@@ -93,6 +99,8 @@ class GroupSampler:
         """Groups of a rollout step: overlong shaping added; rewards permuted over all responses if `reward.shuffle`;
         segments valued where `rollout.shape` has them."""
         recipe = self.recipe
+        if recipe.rollout.shape == "tree":
+            return self._draw_trees(rows, step, wave)
         groups = self.draw(
             rows,
             samples=recipe.rollout.samples_per_prompt,
@@ -109,6 +117,26 @@ class GroupSampler:
             self._value_chains(groups, (recipe.run.seed, CONTINUATIONS, step, wave))
         return groups
 
+    def _draw_trees(self, rows: Sequence[int], step: int, wave: int) -> list[PromptGroup]:
+        recipe = self.recipe
+        trees = draw_trees(
+            [self.token_ids[row] for row in rows],
+            recipe.rollout,
+            generate=self._generate,
+            seed_key=(recipe.run.seed, TREES, step, wave),
+        )
+        found = [responses_of(tree, overlong_filtering=recipe.algorithm.overlong_filtering) for tree in trees]
+        completions = [c for _, completions in found for c in completions]
+        groups = self._graded(rows, [len(tree_rows) for tree_rows, _ in found], completions)
+        for group, tree, (tree_rows, _) in zip(groups, trees, found, strict=True):
+            group.step = step
+            group.rewards = self._shaped(group.rewards, [c.tokens for c in group.completions])
+            value_tree(group, tree, tree_rows, recipe.rollout, epsilon=recipe.algorithm.advantage_epsilon)
+        return groups
+
+    def _generate(self, requests: list[RolloutRequest], together: int) -> list[Completion]:
+        return self.dispatcher.generate(requests, group=together)
+
     def _value_chains(self, groups: list[PromptGroup], seed_key: tuple[int, ...]) -> None:
         """Of the groups that dynamic sampling will keep: values of others would be drawn in vain."""
         algorithm = self.recipe.algorithm
@@ -116,7 +144,7 @@ class GroupSampler:
         value_chains(
             {i: g for i, g in enumerate(groups) if not sampling.enabled or is_mixed(g, sampling.metric)},
             self.recipe.rollout,
-            generate=lambda requests, together: self.dispatcher.generate(requests, group=together),
+            generate=self._generate,
             reward=self._rewards,
             seed_key=seed_key,
             overlong_filtering=algorithm.overlong_filtering,
