@@ -19,7 +19,6 @@ from dapo_megatron.config import Recipe
 from dapo_megatron.config.algorithm import Algorithm
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.packing import packing_efficiency
-from dapo_megatron.data.records import SequenceBatch
 from dapo_megatron.divergence import Divergence, charges_rewards, divergence, reward_penalties
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.losses import POLICY_SUMS, policy_loss
@@ -108,7 +107,7 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
     sums = torch.zeros(len(POLICY_SUMS), dtype=torch.float64)
     norms: list[float] = []
     efficiencies: list[float] = []
-    skipped = 0
+    lengths, skipped = batch.lengths, 0
     for sequences in mini_batches([len(g.completions) for g in groups], algorithm.mini_batch_prompts):
         denominator = aggregate(
             batch,
@@ -131,7 +130,7 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
         )
         sums += learner.gradients(batch, sequences, loss)
         norms.append(learner.step(learning_rate, recipe.optimizer.weight_decay))
-        efficiencies.append(_efficiency(learner, batch, sequences))
+        efficiencies.append(packing_efficiency(lengths, learner.packing(batch, sequences)))
     named = dict(zip(POLICY_SUMS, sums.tolist(), strict=True))
     tokens = max(1.0, named["tokens"])
     apart = None
@@ -155,7 +154,3 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
         tokens=statistics,
         divergence=apart,
     )
-
-
-def _efficiency(learner: Learner, batch: SequenceBatch, sequences: Sequence[int]) -> float:
-    return packing_efficiency(batch.lengths, learner.packing(batch, sequences))

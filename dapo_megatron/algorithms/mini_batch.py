@@ -116,7 +116,7 @@ def aggregate(batch: SequenceBatch, sequences: Sequence[int], aggregation: str, 
     """
     denominator = 0.0
     for sequence in sequences:
-        tokens = float(np.count_nonzero(batch.loss_weights[sequence]))
+        tokens = float(np.count_nonzero(batch.loss_weights[sequence] > 0))
         if aggregation == "sequence-mean" and tokens:
             batch.loss_weights[sequence] = batch.loss_weights[sequence] / np.float32(tokens)
             denominator += 1.0
