@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
+from dapo_megatron.algorithms.extensions import load_extensions
 from dapo_megatron.config import Architecture, Layout, Recipe, derive_layout, read_architecture
+from dapo_megatron.config.shape import SEGMENTED
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.sampler import PromptSampler
 from dapo_megatron.data.tokenizer import load_tokenizer, stop_tokens
@@ -20,11 +22,12 @@ from dapo_megatron.learner.distributed import choose_device, form_groups
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.model import DTYPES, choose_layer_spec
 from dapo_megatron.learner.reference import ReferenceWeights
-from dapo_megatron.prepare import RunPaths, encode_prompts, run_paths
+from dapo_megatron.prepare import RunPaths, encode_preferences, encode_prompts, run_paths
 from dapo_megatron.prompt_files import Side
 from dapo_megatron.rewards.grader import Grader
 from dapo_megatron.rollout.dispatcher import Dispatcher
 from dapo_megatron.rollout.groups import GroupSampler
+from dapo_megatron.rollout.preference_pairs import PreferencePairs
 from dapo_megatron.rollout.server_dispatcher import ServerDispatcher
 from dapo_megatron.rollout.vllm_engines import VLLMEngines
 from dapo_megatron.weight_sync import WeightSync
@@ -48,7 +51,7 @@ class Run:
     engines: VLLMEngines | None
     sync: WeightSync | EngineSync | None
     grader: Grader | None
-    training: GroupSampler | None
+    training: GroupSampler | PreferencePairs | None
     validation: GroupSampler | None
     prompt_order: PromptSampler | None
     data_lines: list[str]
@@ -107,7 +110,7 @@ def group_settings(recipe: Recipe) -> dict:
         "rollout.samples_per_prompt": rollout.samples_per_prompt,
         "rollout.temperature": rollout.temperature,
     }
-    if rollout.shape != "independent":
+    if rollout.shape in SEGMENTED:
         settings |= {
             "rollout.shape": rollout.shape,
             "rollout.partition": rollout.partition.model_dump(),
@@ -143,6 +146,7 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     torch.set_num_threads(recipe.learner.threads)
+    load_extensions(recipe.algorithm.extensions)
     paths = run_paths(recipe)
     architecture = read_architecture(paths.model)
     layout = derive_layout(recipe, architecture, world.size)
@@ -165,7 +169,10 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
         data_lines.extend(lines)
         return GroupSampler(recipe, tokenizer, prompts, token_ids, dispatcher, grader)
 
-    training = sampler(paths.train, "train")
+    if recipe.rollout.shape == "preferences" and paths.train is not None:
+        training = PreferencePairs(*encode_preferences(tokenizer, recipe, paths.train))
+    else:
+        training = sampler(paths.train, "train")
     return Run(
         recipe=recipe,
         paths=paths,

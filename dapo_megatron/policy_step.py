@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from dapo_megatron.algorithms.mini_batch import (
-    aggregate,
     batch_of_groups,
     correct_engine_mismatch,
     mini_batches,
     scoring_batch,
 )
+from dapo_megatron.algorithms.registry import policy_losses
 from dapo_megatron.algorithms.statistics import TokenStatistics, token_statistics
 from dapo_megatron.config import Recipe
 from dapo_megatron.config.algorithm import Algorithm
@@ -21,8 +21,20 @@ from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.packing import packing_efficiency
 from dapo_megatron.divergence import Divergence, charges_rewards, divergence, reward_penalties
 from dapo_megatron.learner.learner import Learner
-from dapo_megatron.learner.losses import POLICY_SUMS, policy_loss
+from dapo_megatron.learner.losses import POLICY_SUMS, Head, RowLoss, policy_loss, token_policy_loss
 from dapo_megatron.learner.reference import ReferenceWeights
+from dapo_megatron.pair_choice import PairSums, total, weigh_pairs
+from dapo_megatron.token_choice import TokenChoice, choose_tokens, chooses_tokens, weigh
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Shares of the tokens that could be trained on: those that kept their gradient, those that KL-Cov penalised; and
+    the seconds that choosing them took on this rank."""
+
+    kept: float
+    penalised: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,9 @@ class PolicyStep:
     engine_weight: float  # mean of the truncated importance weights, 1 without them
     engine_weight_bounded: float  # share of tokens at their bound
     tokens: TokenStatistics | None  # None when nothing was trained
-    divergence: Divergence | None = None  # with a KL term
+    divergence: Divergence | None = None  # with a reference policy
+    selection: Selection | None = None  # where the recipe looks at tokens before their gradient
+    pairs: PairSums | None = None  # with policy_loss dpo
 
 
 def score_old_policy(
@@ -85,10 +99,12 @@ def _score(
     ]
 
 
-def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, *, learning_rate: float) -> PolicyStep:
+def learn_step(
+    learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, *, learning_rate: float, step: int = 0
+) -> PolicyStep:
     """One optimizer step for each mini-batch of `algorithm.mini_batch_prompts` prompts, after `score_old_policy`.
 
-    A mini-batch without a trained token is skipped and counted.
+    A mini-batch without a trained token is skipped and counted. `step`: the rollout step, for random draws.
     """
     algorithm = recipe.algorithm
     kl = algorithm.kl
@@ -108,34 +124,36 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
     norms: list[float] = []
     efficiencies: list[float] = []
     lengths, skipped = batch.lengths, 0
-    for sequences in mini_batches([len(g.completions) for g in groups], algorithm.mini_batch_prompts):
-        denominator = aggregate(
-            batch,
-            sequences,
-            algorithm.loss_aggregation,
-            constant_length=recipe.rollout.max_response_length,
-        )
+    trained = list(batch.loss_weights)  # before aggregation and selection
+    entropies = [values for group in groups for values in group.entropies]
+    samples = [len(group.completions) for group in groups]
+    responses = [g.prompt_id * max(samples) + i for g, count in zip(groups, samples, strict=True) for i in range(count)]
+    choices: list[TokenChoice] = []
+    compared: list[PairSums] = []
+    prompts = algorithm.mini_batch_prompts
+    for update, sequences in enumerate(mini_batches(samples, prompts)):
+        choice = None
+        if algorithm.policy_loss == "dpo":
+            of_update = groups[update * prompts : (update + 1) * prompts]
+            compared.append(weigh_pairs(learner, batch, sequences, of_update, algorithm))
+            denominator = float(compared[-1].pairs)
+        else:
+            if chooses_tokens(algorithm):
+                key = (recipe.run.seed, step, update)
+                choice = choose_tokens(learner, batch, sequences, responses, entropies, algorithm, key)
+                choices.append(choice)
+            denominator = weigh(batch, sequences, choice, algorithm, constant_length=recipe.rollout.max_response_length)
         if denominator == 0:
             skipped += 1
             continue
-        loss = policy_loss(
-            learner.head,
-            denominator=denominator,
-            eps_low=algorithm.eps_low,
-            eps_high=algorithm.eps_high,
-            eps_dual=algorithm.eps_dual,
-            entropy_coefficient=algorithm.entropy_coefficient,
-            kl_coefficient=kl.coefficient if kl.place == "loss" else 0.0,
-            kl_estimator=kl.estimator,
-        )
-        sums += learner.gradients(batch, sequences, loss)
+        sums += learner.gradients(batch, sequences, recipe_loss(learner.head, algorithm, denominator))
         norms.append(learner.step(learning_rate, recipe.optimizer.weight_decay))
         efficiencies.append(packing_efficiency(lengths, learner.packing(batch, sequences)))
     named = dict(zip(POLICY_SUMS, sums.tolist(), strict=True))
     tokens = max(1.0, named["tokens"])
     apart = None
-    if kl.coefficient > 0 and statistics is not None:
-        columns = (batch.loss_weights, batch.old_logprobs, batch.reference_logprobs)
+    if batch.reference_logprobs is not None and statistics is not None:
+        columns = (trained, batch.old_logprobs, batch.reference_logprobs)
         log_ratios = ((old - reference)[weights > 0] for weights, old, reference in zip(*columns, strict=True))
         apart = divergence(log_ratios, kl, loss=named["kl_loss"] / max(1, len(norms)), penalties=penalties)
     return PolicyStep(
@@ -153,4 +171,34 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
         engine_weight_bounded=engine_weight[1],
         tokens=statistics,
         divergence=apart,
+        selection=_selection(choices),
+        pairs=total(compared) if compared else None,
     )
+
+
+def _selection(choices: Sequence[TokenChoice]) -> Selection | None:
+    trained = max(1, sum(choice.trained for choice in choices))
+    if not choices:
+        return None
+    return Selection(
+        kept=sum(choice.kept_tokens for choice in choices) / trained,
+        penalised=sum(choice.penalised_tokens for choice in choices) / trained,
+        seconds=sum(choice.seconds for choice in choices),
+    )
+
+
+def recipe_loss(head: Head, algorithm: Algorithm, denominator: float) -> RowLoss:
+    """The policy loss that a recipe chose; the clipped one in its own kernel."""
+    kl, name = algorithm.kl, algorithm.policy_loss
+    settings = {
+        "denominator": denominator,
+        "eps_low": algorithm.eps_low,
+        "eps_high": algorithm.eps_high,
+        "eps_dual": algorithm.eps_dual,
+        "entropy_coefficient": algorithm.entropy_coefficient,
+        "kl_coefficient": kl.coefficient if kl.place == "loss" else 0.0,
+        "kl_estimator": kl.estimator,
+    }
+    if name == "clip":
+        return policy_loss(head, **settings)
+    return token_policy_loss(head, policy_losses()[name], clips_low=algorithm.cispo.lower_clip, **settings)

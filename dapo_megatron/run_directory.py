@@ -2,7 +2,7 @@
 
 RUN/config.yaml     the resolved recipe          RUN/model/    a model made from scratch, if the recipe asks for one
 RUN/data/           a generated task, likewise   RUN/checkpoints/, metrics.jsonl, samples.jsonl, report.{html,png}, hf/
-RUN/reference/      the policy after supervised stages, where `algorithm.kl` needs it
+RUN/reference/      the policy after supervised stages, where `algorithm.kl` or `policy_loss: dpo` needs it
 """
 
 import shutil
@@ -126,11 +126,19 @@ def _check_same_start(recipe: Recipe, run: Path) -> None:
             f"coefficient={kl_before.coefficient} in place={kl_before.place} in {run / 'config.yaml'}; only a new run "
             "may turn the KL term on or move it; use those, or coefficient=0"
         )
-    if kl_now.coefficient > 0 and now and not before:
+    if recipe.algorithm.policy_loss == "dpo" and not begun.algorithm.needs_reference:
+        problems.append(
+            f"algorithm.policy_loss=dpo measures from the policy before the first rollout step, which this run did not "
+            f"keep: by {run / 'config.yaml'} it had policy_loss={begun.algorithm.policy_loss}; only a new run may turn "
+            "to dpo"
+        )
+    if recipe.algorithm.needs_reference and now and not before:
+        asks = f"algorithm.kl.coefficient={kl_now.coefficient}" if kl_now.coefficient else "algorithm.policy_loss=dpo"
         problems.append(
             f"supervised.stages={[stage.data for stage in now]} cannot be added to this run: "
-            f"algorithm.kl.coefficient={kl_now.coefficient} measures from the policy before the first rollout step, "
-            f"and by {run / 'config.yaml'} that had no supervised stages; use supervised.stages=[], or coefficient=0"
+            f"{asks} measures from the policy before the first rollout step, "
+            f"and by {run / 'config.yaml'} that had no supervised stages; use supervised.stages=[]"
+            f"{', or coefficient=0' if kl_now.coefficient else ''}"
         )
     if problems:
         raise RequestError("\n".join(problems))

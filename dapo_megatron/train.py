@@ -130,7 +130,7 @@ def learn(run: Run, groups: Sequence[PromptGroup], kept: Sequence[PromptGroup] =
     score_old_policy(run.learner, groups, run.recipe.algorithm, kept=kept, reference=run.reference)
     if not groups:
         return None
-    result = learn_step(run.learner, groups, run.recipe, learning_rate=learning_rate(run))
+    result = learn_step(run.learner, groups, run.recipe, learning_rate=learning_rate(run), step=run.step)
     run.updates += result.updates
     return result
 

@@ -6,7 +6,8 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from dapo_megatron.algorithms.advantages import group_advantages
+from dapo_megatron.algorithms.advantage_rules import advantages_of
+from dapo_megatron.algorithms.registry import GroupRewards
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.records import SequenceBatch, repeated, sequence_batch
 
@@ -22,7 +23,7 @@ def batch_of_groups(
     penalties: Sequence[np.ndarray] = (),
 ) -> SequenceBatch:
     """All completions of the groups, group after group: A_i on every response token, weight 1, or 0 for a truncated
-    response. `advantage`: "group", or "group-mean" for A = R − mean R. `penalties`: [G] of each group, taken from its
+    response. `advantage`: the name of a registered rule. `penalties`: [G] of each group, taken from its
     rewards here and nowhere else. Groups that carry advantages and weights of their own (all or none do) keep them.
 
     Old log-probs are the groups' own where they carry them (all or none do), else 0; those of the reference are there
@@ -48,13 +49,12 @@ def _response_advantages(
     advantage: str,
     penalties: Sequence[np.ndarray],
 ) -> list[np.ndarray]:
-    divide = advantage == "group"
-    rewards = [g.rewards for g in groups]
+    rewards = [g.rewards.astype(np.float64) for g in groups]
     if penalties:
-        rewards = [r.astype(np.float64) - p for r, p in zip(rewards, penalties, strict=True)]
-    advantages = np.concatenate(
-        [group_advantages(r[None], epsilon=advantage_epsilon, divide=divide)[0] for r in rewards]
-    )
+        rewards = [r - p for r, p in zip(rewards, penalties, strict=True)]
+    lengths = [np.array([len(c.tokens) for c in g.completions]) for g in groups]
+    seen = [GroupRewards(r, n, advantage_epsilon) for r, n in zip(rewards, lengths, strict=True)]
+    advantages = np.concatenate([advantages_of(advantage, group) for group in seen])
     return [repeated(a, len(r)) for a, r in zip(advantages.tolist(), batch.responses, strict=True)]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dapo_megatron.data.completions import PromptGroup
+from dapo_megatron.data.completions import NOT_DRAWN, PromptGroup
 from dapo_megatron.data.records import SequenceBatch
 
 TOP_SHARE = 0.002
@@ -40,7 +40,11 @@ def token_statistics(batch: SequenceBatch, groups: Sequence[PromptGroup]) -> Tok
     sums = np.zeros(4)
     largest = 0.0
     parts: list[Part] = []
-    engines = [c.logprobs for g in groups for c in g.completions]
+    # a response of a file has no engine to differ from
+    engines = [
+        old if len(c.tokens) and c.policy_versions[0] == NOT_DRAWN else c.logprobs
+        for c, old in zip((c for g in groups for c in g.completions), batch.old_logprobs, strict=True)
+    ]
     entropies_of = [values for g in groups for values in g.entropies]
     columns = (batch.loss_weights, batch.advantages, batch.old_logprobs, engines, entropies_of)
     for weights, *values in zip(*columns, strict=True):

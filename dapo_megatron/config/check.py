@@ -125,14 +125,9 @@ def _overlong(recipe: Recipe) -> Iterator[str]:
 
 
 def _algorithm(recipe: Recipe) -> Iterator[str]:
-    algorithm, samples = recipe.algorithm, recipe.rollout.samples_per_prompt
+    algorithm = recipe.algorithm
     if algorithm.eps_dual is not None and algorithm.eps_dual <= 1:
         yield f"algorithm.eps_dual={algorithm.eps_dual} must be more than 1; use 3.0, 10.0 or null"
-    if samples < 2:
-        yield (
-            f"rollout.samples_per_prompt={samples} leaves every advantage 0: algorithm.advantage="
-            f"{algorithm.advantage} subtracts the group's mean; use 2 or more"
-        )
     if algorithm.kl.coefficient > 0 and algorithm.kl.place == "loss" and algorithm.kl.estimator == "k1":
         yield (
             "algorithm.kl.estimator=k1 in algorithm.kl.place=loss has expected gradient 0 and would hold nothing back; "

@@ -43,7 +43,7 @@ class Recipe(Section):
     """What a response is worth."""
 
     algorithm: Algorithm = Algorithm()
-    """The policy loss."""
+    """Advantages, policy loss, token selection."""
 
     optimizer: Optimizer = Optimizer()
     """AdamW and its schedule."""

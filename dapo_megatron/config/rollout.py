@@ -76,10 +76,11 @@ class Rollout(Section):
     samples_per_prompt: int = Field(16, ge=1)
     """Responses a prompt: the group over which advantages are computed; of a tree its leaves, where none ends early."""
 
-    shape: Literal["independent", "chain", "tree"] = "independent"
-    """How the responses to a prompt are drawn and valued. independent: each by itself, algorithm.advantage looks at the
-    rewards; chain: each cut into segments, valued by continuing its prefixes; tree: they branch, valued from the leaves
-    up."""
+    shape: Literal["independent", "chain", "tree", "preferences"] = "independent"
+    """How the responses to a prompt come about. independent: each is drawn by itself, algorithm.advantage looks at the
+    rewards; chain: likewise, cut into segments that are valued by continuing prefixes; tree: they branch, segments are
+    valued from the leaves up; preferences: nothing is drawn for training, the two responses to each prompt are those of
+    data.train's chosen and rejected columns (DPO from a file)."""
 
     partition: Partition = Partition()
     """Segments of shape chain or tree."""

@@ -7,13 +7,21 @@ from dapo_megatron.config.algorithm import Algorithm
 from dapo_megatron.config.recipe import Recipe
 from dapo_megatron.config.rollout import Rollout
 
-READ_BY = {"partition": ("chain", "tree"), "chain": ("chain",), "tree": ("tree",)}
+SHAPES = {
+    "independent": "responses drawn each by itself; algorithm.advantage looks at their rewards",
+    "chain": "each is cut into segments, valued by continuing its prefixes (SPO-chain)",
+    "tree": "they branch, segments are valued from the leaves up (SPO-tree)",
+    "preferences": "pairs of a file, nothing is drawn for training (DPO)",
+}
+SEGMENTED = ("chain", "tree")  # of these, whose responses are cut into segments
+WHOLE = ("gspo", "dpo")  # policy losses with one ratio, or one margin, a response
+READ_BY = {"partition": SEGMENTED, "chain": ("chain",), "tree": ("tree",)}
 
 
 def shape_problems(recipe: Recipe) -> Iterator[str]:
     """What does not suit `rollout.shape`, a line each."""
     yield from _unread(recipe.rollout)
-    if recipe.rollout.shape == "independent":
+    if recipe.rollout.shape not in SEGMENTED:
         return
     yield from _tree(recipe.rollout) if recipe.rollout.shape == "tree" else _chain(recipe.rollout)
     yield from _advantages(recipe)
@@ -70,6 +78,11 @@ def _advantages(recipe: Recipe) -> Iterator[str]:
         yield (
             f"algorithm.kl.place=reward would not act: rollout.shape={shape} values segments before there are "
             "log-probs of the reference; use place=loss"
+        )
+    if algorithm.policy_loss in WHOLE:
+        yield (
+            f"algorithm.policy_loss={algorithm.policy_loss} takes a response as a whole, and rollout.shape={shape} "
+            "values its segments apart; use clip, or rollout.shape=independent"
         )
     if recipe.reward.shuffle:
         yield f"reward.shuffle=true mixes rewards after rollout.shape={shape} has used them; use false"

@@ -26,7 +26,7 @@ class PackedBatch:
 
     tokens_T, targets_T, positions_T: int64.
     cu_seqlens: int32 [sequences + 1]; padding is cut into sequences of its own at the end.
-    loss_weights_T, advantages_T, old_logprobs_T: fp32; reference_logprobs_T too, or None.
+    loss_weights_T, advantages_T, old_logprobs_T: fp32; reference_logprobs_T and penalties_T too, or None.
     trained: int64 [n] rows with a loss weight, in order: known here without asking the device.
     responses: (number in the batch, rows that predict its response) of each sequence, in order.
     longest: tokens of the longest sequence.
@@ -43,6 +43,7 @@ class PackedBatch:
     responses: tuple[tuple[int, slice], ...]
     longest: int
     reference_logprobs_T: Tensor | None = None
+    penalties_T: Tensor | None = None
 
 
 def assign_micro_batches(
@@ -148,6 +149,8 @@ def pack(
     }
     if batch.reference_logprobs is not None:
         host["reference_logprobs_T"] = on_rows(batch.reference_logprobs)
+    if batch.penalties is not None:
+        host["penalties_T"] = on_rows(batch.penalties)
     host["trained"] = np.flatnonzero(host["loss_weights_T"] > 0)
     return PackedBatch(
         responses=tuple(responses),

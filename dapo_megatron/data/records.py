@@ -19,6 +19,7 @@ class SequenceBatch:
     advantages: fp32 [L_b].
     old_logprobs: fp32 [L_b], the learner's before the step's first update.
     reference_logprobs: fp32 [L_b], the reference policy's; None without one.
+    penalties: fp32 [L_b] ≥ 0, what KL-Cov charges per nat; None without any.
 
     Arrays are shared, and one number may stand for all tokens of a response (`repeated`): never write into one, put
     another in its place.
@@ -30,6 +31,7 @@ class SequenceBatch:
     advantages: list[np.ndarray]
     old_logprobs: list[np.ndarray]
     reference_logprobs: list[np.ndarray] | None = None
+    penalties: list[np.ndarray] | None = None
 
     @property
     def lengths(self) -> list[int]:

@@ -96,26 +96,62 @@ def learner_metrics(result: PolicyStep | None) -> dict[str, float]:
     if result is None or result.tokens is None:
         return {"tokens/trained": 0.0}
     tokens = result.tokens
-    return _divergence_metrics(result) | {
-        "entropy/mean": tokens.entropy,
-        "probability/mean": tokens.probability,
-        "clip_fraction/low": result.clip_low,
-        "clip_fraction/high": result.clip_high,
-        "clip_fraction/dual": result.clip_dual,
-        "ratio/mean": result.ratio,
-        "loss/policy": result.loss,
-        "grad_norm": result.grad_norm,
-        "covariance/mean": tokens.covariance,
-        "covariance/top": tokens.covariance_top,
-        "mismatch/log_ratio_mean": tokens.log_ratio,
-        "mismatch/logprob_abs_mean": tokens.log_ratio_abs,
-        "mismatch/logprob_abs_max": tokens.log_ratio_abs_max,
-        "mismatch/weight_mean": result.engine_weight,
-        "mismatch/weight_bounded": result.engine_weight_bounded,
-        "tokens/trained": float(result.trained_tokens),
-        "updates": float(result.updates),
-        "updates/skipped": float(result.skipped_updates),
-        "packing/efficiency": result.packing_efficiency,
+    return (
+        _divergence_metrics(result)
+        | _selection_metrics(result)
+        | _pair_metrics(result)
+        | {
+            "entropy/mean": tokens.entropy,
+            "probability/mean": tokens.probability,
+            "clip_fraction/low": result.clip_low,
+            "clip_fraction/high": result.clip_high,
+            "clip_fraction/dual": result.clip_dual,
+            "ratio/mean": result.ratio,
+            "loss/policy": result.loss,  # with dpo the sum whose gradient is taken; its value is loss/pairs
+            "grad_norm": result.grad_norm,
+            "covariance/mean": tokens.covariance,
+            "covariance/top": tokens.covariance_top,
+            "mismatch/log_ratio_mean": tokens.log_ratio,
+            "mismatch/logprob_abs_mean": tokens.log_ratio_abs,
+            "mismatch/logprob_abs_max": tokens.log_ratio_abs_max,
+            "mismatch/weight_mean": result.engine_weight,
+            "mismatch/weight_bounded": result.engine_weight_bounded,
+            "tokens/trained": float(result.trained_tokens),
+            "updates": float(result.updates),
+            "updates/skipped": float(result.skipped_updates),
+            "packing/efficiency": result.packing_efficiency,
+        }
+    )
+
+
+def _selection_metrics(result: PolicyStep) -> dict[str, float]:
+    """Nothing where every trained token keeps its gradient and none is penalised."""
+    chosen = result.selection
+    if chosen is None:
+        return {}
+    return {
+        "selection/kept": chosen.kept,
+        "selection/penalised": chosen.penalised,
+        "selection/seconds": chosen.seconds,
+    }
+
+
+def _pair_metrics(result: PolicyStep) -> dict[str, float]:
+    """Means over the step's pairs, margins and log-probs in nats a response; nothing without pairs of DPO."""
+    sums = result.pairs
+    if sums is None:
+        return {}
+    pairs = max(1, sums.pairs)
+    return {
+        "pairs/trained": float(sums.pairs),
+        "pairs/groups_left_out": float(sums.left_out),
+        "loss/pairs": sums.loss / pairs,
+        "pairs/margin": (sums.better_gap - sums.worse_gap) / pairs,
+        "pairs/right": sums.right / pairs,
+        "pairs/chosen_logprob": sums.better / pairs,
+        "pairs/rejected_logprob": sums.worse / pairs,
+        "pairs/chosen_gap": sums.better_gap / pairs,
+        "pairs/rejected_gap": sums.worse_gap / pairs,
     }
 
 

@@ -59,6 +59,10 @@ def test_what_is_allowed(overrides):
         ),
         ((CHAIN, "algorithm.advantage=group-mean"), ["algorithm.advantage=group-mean", CHAIN, "use group"]),
         ((CHAIN, "algorithm.kl={coefficient: 0.1, place: reward}"), ["algorithm.kl.place=reward", "use place=loss"]),
+        (
+            (CHAIN, "algorithm.policy_loss=gspo", "algorithm.loss_aggregation=sequence-mean"),
+            ["algorithm.policy_loss=gspo", CHAIN, "use clip"],
+        ),
         ((CHAIN, "reward.shuffle=true"), ["reward.shuffle=true", "use false"]),
         (
             (TREE, LEAVES, BRANCHING, SHORT, "algorithm.loss_aggregation=sequence-mean"),
