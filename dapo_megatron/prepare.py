@@ -28,7 +28,7 @@ from dapo_megatron.config.supervised import Stage
 from dapo_megatron.data.arithmetic import build_tokenizer, check_task, longest_example
 from dapo_megatron.data.preferences import Preference, read_preferences
 from dapo_megatron.data.prompt_template import apply_template
-from dapo_megatron.data.prompts import Prompt, check_prompt_lengths, encode_prompt, read_supervised
+from dapo_megatron.data.prompts import Example, Prompt, check_prompt_lengths, encode_prompt, read_supervised
 from dapo_megatron.data.tokenizer import load_tokenizer, vocabulary_size
 from dapo_megatron.errors import RequestError
 from dapo_megatron.methods import check_methods
@@ -191,24 +191,23 @@ def check_answers(recipe: Recipe, prompts: list[Prompt], path: Path | str) -> No
         check_cases(((prompt.id, prompt.answer) for prompt in prompts), path)
 
 
-def encode_examples(tokenizer, recipe: Recipe, stage: Stage) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(prompt, response) token ids int32 of a supervised stage; prompts as rollouts see them, the end of sequence
-    behind each response.
+def encode_examples(tokenizer, recipe: Recipe, stage: Stage) -> list[Example]:
+    """The examples of a supervised stage; prompts as rollouts see them, the end of sequence behind each response.
 
     Raises:
         RequestError: a tokenizer without an end of sequence, a prompt without tokens.
     """
     path, data = run_paths(recipe).supervised(stage.data), recipe.data
     examples = []
-    columns = {"prompt_column": stage.prompt_column, "response_column": stage.response_column}
-    for prompt, response in read_supervised(path, **columns):
+    columns = {name: getattr(stage, name) for name in ("prompt_column", "response_column", "weight_column")}
+    for prompt, response, weight in read_supervised(path, **columns):
         if data.prompt_template is not None:
             prompt = apply_template(prompt, data.prompt_template)
         prompt_ids = encode_prompt(tokenizer, prompt, data.chat_template)
         if len(prompt_ids) == 0:
             raise RequestError(f"{path} row {prompt.id} (from 0): the prompt has no tokens")
         whole = stage.response_template.replace("{response}", response)
-        examples.append((prompt_ids, _encode_response(tokenizer, whole, path)))
+        examples.append(Example(prompt_ids, _encode_response(tokenizer, whole, path), weight))
     return examples
 
 
@@ -259,7 +258,7 @@ def _check_generated(recipe: Recipe, architecture: Architecture) -> None:
 
 def _check_stage(tokenizer, recipe: Recipe, stage: Stage, architecture: Architecture) -> None:
     examples = encode_examples(tokenizer, recipe, stage)
-    _check_example_length(max(len(p) + len(r) for p, r in examples), stage.data, recipe, architecture)
+    _check_example_length(max(len(e.prompt) + len(e.response) for e in examples), stage.data, recipe, architecture)
 
 
 def _check_example_length(longest: int, data: str, recipe: Recipe, architecture: Architecture) -> None:

@@ -7,13 +7,12 @@ import numpy as np
 
 from dapo_megatron.config.supervised import Stage
 from dapo_megatron.data.packing import packing_efficiency
-from dapo_megatron.data.records import SequenceBatch, sequence_batch
+from dapo_megatron.data.prompts import Example
+from dapo_megatron.data.records import SequenceBatch, repeated, sequence_batch
 from dapo_megatron.data.sampler import PromptSampler
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.losses import SUPERVISED_SUMS, supervised_loss
 from dapo_megatron.learner.optimizer import scheduled_rate
-
-Example = tuple[np.ndarray, np.ndarray]  # prompt and response token ids, int32
 
 
 def run_stage(
@@ -34,7 +33,7 @@ def run_stage(
     for step in range(done, stage.steps):
         started = time.perf_counter()
         chosen = [examples[i] for i in sampler.take(stage.batch_sequences)]
-        batch = sequence_batch([prompt for prompt, _ in chosen], [response for _, response in chosen])
+        batch = weighted_batch(chosen)
         rate = scheduled_rate(
             step,
             stage.steps,
@@ -57,6 +56,13 @@ def run_stage(
         if stop:
             return step + 1
     return stage.steps
+
+
+def weighted_batch(examples: Sequence[Example]) -> SequenceBatch:
+    """Their sequences; the loss weight of a response token is the weight of its example."""
+    batch = sequence_batch([example.prompt for example in examples], [example.response for example in examples])
+    batch.loss_weights = [repeated(example.weight, len(example.response)) for example in examples]
+    return batch
 
 
 def supervised_update(

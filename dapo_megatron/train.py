@@ -39,6 +39,8 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
             save(run)  # the warm start is not to be lost
     while run.step < steps and not stop.requested():
         run.saver.check()
+        if run.grader is not None:
+            run.grader.begin_step()
         clock = Clock()
         with clock.phase("rollout"), checkpoint_on_failure(run):
             sampled = roll_out(run)
@@ -195,4 +197,6 @@ def improved(run: Run, metrics: Mapping[str, float]) -> bool:
 
 def save(run: Run) -> None:
     """Begin a checkpoint of where the run stands; collective."""
+    if run.grader is not None:
+        run.grader.write_records()
     run.saver.save(run.state(), run.surplus)

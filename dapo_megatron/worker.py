@@ -26,6 +26,7 @@ from dapo_megatron.weight_sync import export_hugging_face
 
 RESHARDING_SLACK_S = 300.0  # rank 0 settles with the engines after a transfer
 SAVING_SLACK_S = 300.0  # ranks come to the end of a save one after the other
+JUDGING_SLACK_S = 300.0  # the rule's pool comes before the judge
 SHOWN_CHARACTERS = 300  # of a sample completion on the console
 
 
@@ -53,6 +54,7 @@ def run_rank(recipe: Recipe, world: World, mode: Mode) -> int:
         recipe.rollout.time_limit_s + recipe.rollout.start_limit_s,
         2 * recipe.resharding.time_limit_s + RESHARDING_SLACK_S,
         recipe.checkpoint.time_limit_s + SAVING_SLACK_S,
+        recipe.reward.judge.limit_s + JUDGING_SLACK_S if recipe.reward.method == "judge" else 0.0,
     )
     join_world(world, device=device, time_limit_s=limit)
     try:

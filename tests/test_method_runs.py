@@ -51,6 +51,7 @@ def test_two_steps(name, overrides, tmp_path):
 
 def test_pairs_of_a_file_and_a_resumed_run_agree_to_the_bit(tmp_path):
     changes = ["optimizer.schedule=constant", "evaluation.every=0", "checkpoint.every=1", "monitoring.report=false"]
+    changes.append("supervised.stages=[{data: worked, steps: 8, batch_sequences: 16, learning_rate: 1.0e-3}]")
 
     def train(run, *more):
         recipe = str(ROOT / "recipes" / "methods" / "dpo.yaml")

@@ -58,6 +58,65 @@ class RewardModel(Section):
     """A response counts as right, for accuracy and dynamic sampling, where the model's own score is more than this."""
 
 
+class Judge(Section):
+    """A generative verifier: a language model answers YES or NO on question, final answer and reference.
+
+    P = P(YES) / (P(YES) + P(NO)) of its first token. Accuracy = right by the rule, or P > 0.5. Rewards lie between
+    `reward.wrong` and `reward.right`; z-scores of B rewards between -sqrt(B - 1) and sqrt(B - 1).
+    """
+
+    model: str | None = Field(None, min_length=1)
+    """Folder of a language model in Hugging Face form, run on rank 0's device; with `url` the model's name there."""
+
+    url: str | None = Field(None, min_length=1)
+    """OpenAI-compatible server that sends log-probs, for example http://host:8000/v1; null = `model` is a folder."""
+
+    key_variable: str | None = Field(None, min_length=1)
+    """Environment variable with the server's key; null = no key is sent."""
+
+    prompt: str | None = Field(None, min_length=1)
+    """What the judge is asked: text with {answer} and {reference}, and {question} where it is to see it; null = the
+    built-in wording."""
+
+    chat_template: bool = True
+    """true = the prompt is a user turn of the folder's chat template; false = plain text."""
+
+    mode: Literal["soft", "binary"] = "soft"
+    """soft = reward by P, from `reward.wrong` at 0 to `reward.right` at 1; binary = by P > 0.5."""
+
+    normalise: Literal["none", "z-score"] = "none"
+    """z-score = (R - mean) / std over the responses graded together, before the overlong punishment."""
+
+    rule_first: bool = True
+    """true = what the rule finds right is right, and the judge sees the rest; false = it sees all."""
+
+    answer_characters: int = Field(300, ge=1)
+    """Most of a final answer that the judge is shown, and of a response's end where there is none (characters)."""
+
+    tokens_per_batch: int = Field(16384, ge=1)
+    """Most tokens at a time of a folder's model, padding included (tokens)."""
+
+    concurrency: int = Field(16, ge=1)
+    """Requests under way at once."""
+
+    timeout_s: float = Field(30.0, gt=0)
+    """Longest wait for one reply of the server (seconds)."""
+
+    retries: int = Field(3, ge=0)
+    """Further tries after a lost connection, a time-out or an overloaded server, after 1, 2, 4 … seconds."""
+
+    limit_s: float = Field(300.0, gt=0)
+    """Longest time for all responses graded together (seconds); the server's later replies do not count."""
+
+    fallback: Literal["rule", "stop"] = "rule"
+    """Where the judge says neither YES nor NO, or nothing: rule = the rule decides, which is counted; stop = the run
+    ends."""
+
+    collect: str | None = Field(None, min_length=1)
+    """FILE.parquet for what the judge is asked in training and what it says, written with every checkpoint; null =
+    off."""
+
+
 class Reward(Section):
     """Reward = right or wrong by the grader, plus the overlong punishment."""
 
@@ -67,15 +126,18 @@ class Reward(Section):
     wrong: float = -1.0
     """Reward of a wrong answer or of none."""
 
-    grader: Literal["rule", "code", "model"] = "rule"
+    grader: Literal["rule", "code", "model", "judge"] = "rule"
     """rule = the final answer is compared with the reference as an integer, as normalised text, else as mathematics;
-    code = test cases; model = a reward model's score."""
+    code = test cases; model = a reward model's score; judge = a language model's YES or NO beside the rule."""
 
     code: Code = Code()
     """How programs are graded (`grader: code`)."""
 
     model: RewardModel = RewardModel()
     """How a reward model scores (`grader: model`)."""
+
+    judge: Judge = Judge()
+    """How a language model judges (`grader: judge`)."""
 
     custom: str | None = Field(None, min_length=1)
     """FILE.py:FUNCTION, a function (responses, answers, prompts) -> one number each, instead of grader; null = off."""
@@ -90,7 +152,7 @@ class Reward(Section):
     """Grader processes."""
 
     time_limit_s: float = Field(2.0, gt=0)
-    """Longest time to grade one response (seconds); after it the response counts as wrong. Rule and custom only."""
+    """Longest time to grade one response (seconds); after it the response counts as wrong. Not for code and model."""
 
     memory_limit_mib: int = Field(1024, ge=64)
     """Most memory to grade one response (MiB of address space); beyond it the response counts as wrong. A program's own
@@ -103,11 +165,11 @@ class Reward(Section):
     """Soft punishment of long responses."""
 
     @property
-    def method(self) -> Literal["rule", "custom", "code", "model"]:
+    def method(self) -> Literal["rule", "custom", "code", "model", "judge"]:
         """Who grades: `custom` where it is set, else `grader`."""
         return self.grader if self.custom is None else "custom"
 
     @property
     def answers_are_counted(self) -> bool:
         """Whether responses end in a final answer on which a majority can vote; programs do not."""
-        return self.method in ("rule", "custom")
+        return self.method in ("rule", "custom", "judge")

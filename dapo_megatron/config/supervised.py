@@ -22,6 +22,9 @@ class Stage(Section):
     response_template: str = Field("{response}", pattern=r"\{response\}")
     """Text with {response} that makes a response of the column, for example `Answer: {response}`."""
 
+    weight_column: str | None = Field(None, min_length=1)
+    """Column with the weight of the row's tokens in the loss, a number more than 0; null = all weigh 1."""
+
     steps: int = Field(ge=1)
     """Updates in this stage."""
 

@@ -1,5 +1,6 @@
 """Prompts with their reference answers, and supervised pairs, read from jsonl, parquet and json files."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,21 @@ class Prompt:
     answer: str
     messages: tuple[Message, ...] | None = None
 
+    @property
+    def question(self) -> str:
+        """The last user turn; `text` where there is none."""
+        turns = [turn.content for turn in self.messages or () if turn.role == "user"]
+        return turns[-1] if turns else self.text
+
+
+@dataclass(frozen=True)
+class Example:
+    """A worked example: prompt and response token ids int32, and the weight of the response's tokens in the loss."""
+
+    prompt: np.ndarray
+    response: np.ndarray
+    weight: float = 1.0
+
 
 def read_prompts(
     path: str | Path,
@@ -48,8 +64,9 @@ def read_prompts(
 ) -> list[Prompt]:
     """All prompts of a .jsonl, .parquet or .json file or of a hub name (`data/hub.py`), in file order.
 
-    A prompt is a string or a list of {role, content}. An answer is a string or a number (142.0 reads as "142"). A
-    column inside another is named with dots: "reward_model.ground_truth". Blank lines of a jsonl file are skipped.
+    A prompt is a string or a list of {role, content}, also one written as JSON text. An answer is a string or a number
+    (142.0 reads as "142"). A column inside another is named with dots: "reward_model.ground_truth". Blank lines of a
+    jsonl file are skipped.
 
     Args:
         answer_after: the answer is what follows this text's last occurrence, "####" for GSM8K; None = all of it.
@@ -78,22 +95,33 @@ def read_prompts(
 
 
 def read_supervised(
-    path: str | Path, *, prompt_column: str = "prompt", response_column: str = "response"
-) -> list[tuple[Prompt, str]]:
-    """(prompt, response) of every row of a file that `read_prompts` could read; the response is a text.
+    path: str | Path,
+    *,
+    prompt_column: str = "prompt",
+    response_column: str = "response",
+    weight_column: str | None = None,
+) -> list[tuple[Prompt, str, float]]:
+    """(prompt, response, weight) of every row of a file that `read_prompts` could read; the response is a text.
+
+    Args:
+        weight_column: numbers more than 0; None = all weights are 1.
 
     Raises:
-        RequestError: as `read_prompts`.
+        RequestError: as `read_prompts`; a weight that is none.
     """
-    pairs: list[tuple[Prompt, str]] = []
-    for where, row in read_rows(path, (prompt_column, response_column)):
+    pairs: list[tuple[Prompt, str, float]] = []
+    columns = (prompt_column, response_column, *([weight_column] if weight_column else []))
+    for where, row in read_rows(path, columns):
         prompt, response = (pick_column(row, name, None, where) for name in (prompt_column, response_column))
         text, messages = read_prompt(prompt, f"{where}, column {prompt_column}")
         if not isinstance(response, str) or not response:
             raise RequestError(
                 f"{where}, column {response_column}: must be a text that is not empty, not {shown(response)}"
             )
-        pairs.append((Prompt(len(pairs), text, "", messages), response))
+        weight = 1.0
+        if weight_column is not None:
+            weight = _read_weight(pick_column(row, weight_column, None, where), f"{where}, column {weight_column}")
+        pairs.append((Prompt(len(pairs), text, "", messages), response, weight))
     if not pairs:
         raise RequestError(f"{path}: the data set is empty; it needs at least 1 pair of prompt and response")
     return pairs
@@ -161,6 +189,8 @@ def read_prompt(value: Any, where: str) -> tuple[str, tuple[Message, ...] | None
         RequestError: it is neither, or empty; `where` names it.
     """
     if isinstance(value, str):
+        value = _turns(value) or value
+    if isinstance(value, str):
         messages, text = None, value
     elif isinstance(value, list):
         messages = tuple(_read_message(turn, where) for turn in value)
@@ -172,10 +202,30 @@ def read_prompt(value: Any, where: str) -> tuple[str, tuple[Message, ...] | None
     return text, messages
 
 
+def _turns(text: str) -> list[Any] | None:
+    """The conversation that a text is the JSON of, None for any other text."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        turns = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    ours = isinstance(turns, list) and all(
+        isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in turns
+    )
+    return turns if ours else None
+
+
 def _read_message(turn: Any, where: str) -> Message:
     if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
         raise RequestError(f"{where}: each message must be {{role: text, content: text}}, not {shown(turn)}")
     return Message(turn["role"], turn["content"])
+
+
+def _read_weight(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+        raise RequestError(f"{where}: a weight must be a finite number more than 0, not {shown(value)}")
+    return float(value)
 
 
 def _read_answer(value: Any, after: str | None, where: str) -> str:

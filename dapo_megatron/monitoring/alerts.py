@@ -10,6 +10,7 @@ ENTROPY_SHARE, ENTROPY_FLOOR = 0.05, 0.05  # entropy in nats a token
 LENGTH_SHARE = 0.3
 DIVERGENCE_POINTS, TRAIN_RISE, VALIDATION_FALL = 10, 0.1, 0.05
 GRADER_SHARE = 0.01  # of the responses of a step
+JUDGE_SHARE = 0.05  # of what a judge is asked
 VITAL = ("loss/policy", "grad_norm", "entropy/mean", "reward/mean")
 
 
@@ -24,6 +25,7 @@ def alerts_for(history: Sequence[Mapping[str, Any]], *, mismatch_bound: float | 
     - nothing trained: tokens/trained is 0
     - not a number: loss, gradient norm, entropy or reward of the last entry is NaN or infinite
     - grader failures: more than 1 % of the last entry's responses got no verdict
+    - judge fallbacks: more than 5 % of what the last entry's judge was asked got no verdict
     - shortfall: the last entry trained on fewer groups than asked for
     """
     return list(_holding(history, mismatch_bound).values())
@@ -58,6 +60,7 @@ def _holding(history: Sequence[Mapping[str, Any]], mismatch_bound: float | None)
         "nothing trained": _nothing_trained(history),
         "not a number": _not_a_number(history),
         "grader": _grader_failures(history),
+        "judge": _judge_fallbacks(history),
         "shortfall": _shortfall(history),
     }
     return {kind: text for kind, text in rules.items() if text is not None}
@@ -148,6 +151,19 @@ def _grader_failures(history: Sequence[Mapping[str, Any]]) -> str | None:
     return (
         f"grader failures: {failed:.0f} of {responses:.0f} responses got no verdict and count as wrong; "
         "likely cause: reward.time_limit_s too short for this machine, or a grader that crashes"
+    )
+
+
+def _judge_fallbacks(history: Sequence[Mapping[str, Any]]) -> str | None:
+    last = history[-1] if history else {}
+    fallbacks, judged = (finite_number(last, f"judge/{name}") or 0.0 for name in ("fallbacks", "judged"))
+    if not fallbacks > JUDGE_SHARE * (fallbacks + judged):
+        return None
+    unreachable = finite_number(last, "judge/unreachable") or 0.0
+    return (
+        f"judge fallbacks: {fallbacks:.0f} of {fallbacks + judged:.0f} responses got no verdict and the rule's counts; "
+        "likely cause: "
+        + ("reward.judge.url is down or slow" if unreachable else "a judge or reward.judge.prompt without YES or NO")
     )
 
 

@@ -1,18 +1,13 @@
 """Who answers requests in text: an OpenAI-compatible server, or a Hugging Face folder in this process."""
 
-import asyncio
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from dapo_megatron.errors import RequestError, RunError
-
-MOST_BYTES = 1 << 20  # of one answer
-CONNECT_S = 10.0
-FATAL = (400, 401, 403, 404, 405, 422)  # asking again would not help
+from dapo_megatron.chat_server import ChatServer, Mishap, NoReply
+from dapo_megatron.errors import RunError
 
 
 class Completer(Protocol):
@@ -47,8 +42,7 @@ class ChatCompletions:
     max_tokens: int = 2048
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", self.url):
-            raise RequestError(f"{self.url!r} is not an address like http://host:8000/v1")
+        self._server = ChatServer(self.url, self.key, self.concurrency, self.time_limit_s, self.tries, self.backoff_s)
 
     @property
     def name(self) -> str:
@@ -61,53 +55,19 @@ class ChatCompletions:
             RequestError: the server refuses the request itself.
             RunError: not one request was answered.
         """
-        return asyncio.run(self._all(requests))
-
-    async def _all(self, requests: Sequence[str]) -> list[str | None]:
-        import aiohttp
-
-        failures: list[str] = []
-        slots = asyncio.Semaphore(self.concurrency)
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        limit = aiohttp.ClientTimeout(total=self.time_limit_s, sock_connect=CONNECT_S)
-
-        async def ask(http: aiohttp.ClientSession, request: str) -> str | None:
-            async with slots:
-                for attempt in range(self.tries):
-                    if attempt:
-                        await asyncio.sleep(self.backoff_s * 2 ** (attempt - 1))
-                    try:
-                        return await self._once(http, request)
-                    except (aiohttp.ClientError, OSError, TimeoutError, _Failed) as error:
-                        failures.append(str(error) or type(error).__name__)
-                return None
-
-        async with aiohttp.ClientSession(headers=headers, timeout=limit) as http:
-            tasks = [asyncio.create_task(ask(http, request)) for request in requests]
-            try:
-                replies = await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-        if requests and all(reply is None for reply in replies):
+        replies = self._server.ask([self._body(request) for request in requests], _text_of, raise_refusals=True)
+        failures = [reply.reason for reply in replies if isinstance(reply, NoReply)]
+        if requests and len(failures) == len(requests):
             raise RunError(f"{self.url} answered none of {len(requests)} requests: {failures[-1]}")
-        return replies
+        return [None if isinstance(reply, NoReply) else reply for reply in replies]
 
-    async def _once(self, http: Any, request: str) -> str:
-        body = {
+    def _body(self, request: str) -> dict[str, object]:
+        return {
             "model": self.model,
             "messages": [{"role": "user", "content": request}],
             "temperature": 0,
             "max_tokens": self.max_tokens,
         }
-        async with http.post(f"{self.url.rstrip('/')}/chat/completions", json=body, allow_redirects=False) as response:
-            answer = await _limited(response)
-            if response.status in FATAL:
-                said = " ".join(answer[:200].decode("utf-8", "replace").split())
-                raise RequestError(f"{self.url} refuses the request with status {response.status}: {said}")
-            if response.status != 200:
-                raise _Failed(f"status {response.status}")
-        return _text_of(answer)
 
 
 class HuggingFaceModel:
@@ -151,24 +111,10 @@ class HuggingFaceModel:
         return replies
 
 
-class _Failed(Exception):
-    """A try that another one may mend."""
-
-
-async def _limited(response: Any) -> bytes:
-    parts, size = [], 0
-    async for part in response.content.iter_chunked(1 << 16):
-        size += len(part)
-        if size > MOST_BYTES:
-            raise _Failed(f"an answer of more than {MOST_BYTES} bytes")
-        parts.append(part)
-    return b"".join(parts)
-
-
 def _text_of(answer: bytes) -> str:
     """The content of the first choice; an empty text, which no check accepts, where it holds something else."""
     try:
         content = json.loads(answer)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise _Failed(f"not a chat completion: {type(error).__name__}") from None
+        raise Mishap(f"not a chat completion: {type(error).__name__}") from None
     return content if isinstance(content, str) else ""

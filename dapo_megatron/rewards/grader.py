@@ -11,6 +11,7 @@ from dapo_megatron.errors import RequestError
 from dapo_megatron.rewards.code_tests import CodeTests, check_code
 from dapo_megatron.rewards.custom import CustomReward, check_custom
 from dapo_megatron.rewards.grading import grade
+from dapo_megatron.rewards.judge import JudgeReward, check_judge, open_judge
 from dapo_megatron.rewards.model_folder import check_reward_model
 from dapo_megatron.rewards.pool import GraderPool, Scores
 
@@ -21,26 +22,29 @@ SPARE_S = 10.0  # of a program's tests, beyond the limits of each
 
 
 class Grader:
-    """Scores responses in worker processes, or with a reward model here; a context manager that leaves none behind.
+    """Scores responses in worker processes, with a reward model or a judge; a context manager that leaves none behind.
 
     Args:
-        device: where a reward model runs; None = the CPU.
+        device: where a reward model or a judge runs; None = the CPU.
 
     Raises:
-        RequestError, RunError: as `GraderPool`, or as `ModelReward`.
+        RequestError, RunError: as `GraderPool`, as `ModelReward`, or as `open_judge`.
     """
 
     def __init__(self, reward: Reward, device: "torch.device | None" = None) -> None:
         self._reward = reward
-        self._pool = self._model = None
+        self._pool = self._model = self._judge = None
         if reward.method == "model":
             import torch
 
             from dapo_megatron.rewards.reward_model import ModelReward
 
             self._model = ModelReward(reward.model, device or torch.device("cpu"))
-        else:
-            self._pool = _pool(reward)
+            return
+        judge = open_judge(reward.judge, device) if reward.method == "judge" else None
+        self._pool = _pool(reward)
+        if judge is not None:
+            self._judge = JudgeReward(reward, judge, self._pool)
 
     @property
     def failures(self) -> int:
@@ -48,29 +52,45 @@ class Grader:
         return 0 if self._pool is None else self._pool.failures
 
     def metrics(self) -> dict[str, float]:
-        """`grader/…`: items without a verdict since the start, by cause, and all of them."""
+        """`grader/…`: items without a verdict since the start, by cause, and all of them; `judge/…` of this step."""
         causes = ("timed_out", "crashed", "out_of_memory", "failures")
-        return {f"grader/{cause}": float(getattr(self._pool, cause, 0)) for cause in causes}
+        counts = {f"grader/{cause}": float(getattr(self._pool, cause, 0)) for cause in causes}
+        return counts if self._judge is None else counts | self._judge.metrics()
+
+    def begin_step(self) -> None:
+        """What is counted by the step, and not since the start, is counted anew."""
+        if self._judge is not None:
+            self._judge.begin_step()
+
+    def write_records(self) -> None:
+        """Write what a judge was asked and said, where `reward.judge.collect` names a file."""
+        if self._judge is not None:
+            self._judge.write_records()
 
     def score(
-        self, responses: Sequence[str], answers: Sequence[str], prompts: Sequence[str]
+        self, responses: Sequence[str], answers: Sequence[str], prompts: Sequence[str], *, collect: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
         """(right bool [B], rewards fp32 [B]) of B responses.
 
         A grader of plain verdicts gives `reward.right` or `reward.wrong`; one of scores gives its own. An item without
-        a verdict is wrong and has `reward.wrong`.
+        a verdict is wrong and has `reward.wrong`. `prompts`: what was asked; for a judge the bare questions. `collect`:
+        a judge's verdicts are kept for `write_records`.
 
         Raises:
-            RunError: as `GraderPool.score`, or as `ModelReward.score`.
+            RunError: as `GraderPool.score`, as `ModelReward.score`, or as `JudgeReward.score`.
         """
-        scores = self._scores(responses, answers, prompts)
+        scores = self._scores(responses, answers, prompts, collect)
         verdicts_B = np.where(scores.right_B, self._reward.right, self._reward.wrong)
         rewards_B = np.where(np.isnan(scores.rewards_B), verdicts_B, scores.rewards_B)
         return scores.right_B, rewards_B.astype(np.float32)
 
-    def _scores(self, responses: Sequence[str], answers: Sequence[str], prompts: Sequence[str]) -> Scores:
+    def _scores(
+        self, responses: Sequence[str], answers: Sequence[str], prompts: Sequence[str], collect: bool
+    ) -> Scores:
         if self._model is not None:
             return self._model.score(responses, prompts)
+        if self._judge is not None:
+            return self._judge.score(responses, answers, prompts, collect=collect)
         return self._pool.score(responses, answers, *([prompts] if self._reward.method == "custom" else []))
 
     def close(self) -> None:
@@ -88,7 +108,7 @@ class Grader:
 
 
 def _pool(reward: Reward) -> GraderPool:
-    """The worker processes of a grader that is no model."""
+    """The worker processes of a grader that is no model; a judge's apply the rule."""
     if reward.method == "code":
         code = reward.code
         tests = CodeTests(
@@ -113,12 +133,14 @@ def check_grader(reward: Reward) -> None:
     """What can be refused of a grader before anything starts; no torch.
 
     Raises:
-        RequestError: as `check_custom` and `check_reward_model`; a machine that cannot confine programs.
+        RequestError: as `check_custom`, `check_reward_model` and `check_judge`; a machine that cannot confine programs.
     """
     if reward.method == "custom":
         check_custom(reward.custom)
     elif reward.method == "model":
         check_reward_model(reward.model)
+    elif reward.method == "judge":
+        check_judge(reward.judge)
     elif reward.method == "code":
         try:
             check_code()

@@ -7,7 +7,7 @@ elsewhere. Code in the folder is not run.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from dapo_megatron.data.tokenizer import load_tokenizer
 from dapo_megatron.errors import RunError
 from dapo_megatron.rewards.model_folder import check_reward_model
 from dapo_megatron.rewards.pool import Scores
+from dapo_megatron.rewards.scoring_model import batches, first_line, load_model
 
 
 class ModelReward:
@@ -28,33 +29,11 @@ class ModelReward:
     """
 
     def __init__(self, settings: RewardModel, device: torch.device) -> None:
-        from transformers import AutoModelForSequenceClassification
-        from transformers.utils.logging import disable_progress_bar
-
         check_reward_model(settings)
         self.settings, self.device = settings, device
         self._tokenizer = load_tokenizer(settings.path)
-        disable_progress_bar()
-        try:
-            self._model, loaded = AutoModelForSequenceClassification.from_pretrained(
-                settings.path,
-                dtype=torch.float32 if device.type == "cpu" else "auto",
-                use_safetensors=True,
-                output_loading_info=True,
-                local_files_only=True,
-                trust_remote_code=False,
-            )
-            self._model.to(device).eval()
-        except torch.OutOfMemoryError as error:
-            raise RunError(
-                f"reward.model.path={settings.path}: {device} has no memory for this model beside what it holds "
-                "already; use a smaller one, or where a vllm engine shares it a smaller rollout.gpu_memory_share"
-            ) from error
-        except Exception as error:  # transformers and safetensors raise bare ones, too
-            raise RunError(f"reward.model.path={settings.path} cannot be loaded: {_first_line(error)}") from error
-        # transformers would fill what is missing with random numbers, the score's own layer too
-        if missing := sorted(loaded["missing_keys"]):
-            raise RunError(f"reward.model.path={settings.path} has no weights for {', '.join(missing[:4])}")
+        setting = f"reward.model.path={settings.path}"
+        self._model = load_model("AutoModelForSequenceClassification", settings.path, device, setting)
         config = self._model.config
         # the model finds the last token of each sequence by what is padding; without that, one sequence at a time
         self._pad = config.pad_token_id if config.pad_token_id is not None else self._tokenizer.pad_token_id
@@ -93,7 +72,7 @@ class ModelReward:
         except Exception as error:  # templates are programs and raise what they like
             raise RunError(
                 f"reward.model.path={self.settings.path}: its chat template refuses a prompt and a response: "
-                f"{_first_line(error)}; use reward.model.chat_template=false"
+                f"{first_line(error)}; use reward.model.chat_template=false"
             ) from error
 
     @torch.inference_mode()
@@ -110,19 +89,3 @@ class ModelReward:
                 f"reward.model.tokens_per_batch less than {self.settings.tokens_per_batch}"
             ) from error
         return scores_B1[:, 0].double().cpu().numpy()
-
-
-def batches(lengths: Sequence[int], tokens: int, alone: bool = False) -> Iterator[list[int]]:
-    """Every index once, those of like lengths together: longest × number ≤ `tokens` in each batch, or one sequence."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batch and (alone or lengths[i] * (len(batch) + 1) > tokens):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -18,8 +18,8 @@ from dapo_megatron.rollout.engine import RolloutRequest, sample_seed
 
 Generate = Callable[[list[RolloutRequest], int], list[Completion]]
 """All requests at once → completions in their order; as many consecutive ones stay on one engine."""
-Reward = Callable[[Sequence[PromptGroup], Sequence[np.ndarray]], np.ndarray]
-"""(the group, the response's tokens) of each → rewards [n], shaping included."""
+Reward = Callable[[Sequence[int], Sequence[np.ndarray]], np.ndarray]
+"""(the group's number, the response's tokens) of each → rewards [n], shaping included."""
 
 
 Cut = tuple[int, int, int]  # group, response, tokens of the response before it
@@ -98,7 +98,7 @@ def _continue(
     ]
     drawn = generate(requests, count)
     whole = [np.concatenate([prefixes[n // count], completion.tokens]) for n, completion in enumerate(drawn)]
-    rewards = reward([groups[cuts[n // count][0]] for n in range(len(drawn))], whole).reshape(-1, count)
+    rewards = reward([cuts[n // count][0] for n in range(len(drawn))], whole).reshape(-1, count)
     lengths = np.array([len(completion.tokens) for completion in drawn]).reshape(-1, count)
     return [_Valued(float(r.mean(dtype=np.float64)), int(n.sum())) for r, n in zip(rewards, lengths, strict=True)]
 

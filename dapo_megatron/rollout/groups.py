@@ -8,6 +8,7 @@ import numpy as np
 from dapo_megatron.agreement import from_rank_zero
 from dapo_megatron.config import Recipe
 from dapo_megatron.data.completions import Completion, PromptGroup
+from dapo_megatron.data.prompt_template import bare_question
 from dapo_megatron.data.prompts import Prompt
 from dapo_megatron.rewards.grader import Grader
 from dapo_megatron.rewards.overlong import overlong_penalties
@@ -51,11 +52,12 @@ class GroupSampler:
         temperature: float,
         top_p: float,
         seed_key: tuple[int, ...],
+        collect: bool = False,
     ) -> list[PromptGroup]:
         """One group of `samples` completions a prompt row, graded; rewards without overlong shaping.
 
         Sample j of the i-th row has the seed (seed_key, i, j): it depends neither on the other rows nor on the number
-        of engines.
+        of engines. `collect`: see `Grader.score`.
         """
         requests = [
             RolloutRequest(
@@ -70,14 +72,14 @@ class GroupSampler:
             for j in range(samples)
         ]
         completions = self.dispatcher.generate(requests, group=samples)
-        return self._graded(rows, [samples] * len(rows), completions)
+        return self._graded(rows, [samples] * len(rows), completions, collect)
 
-    def _graded(self, rows: Sequence[int], sizes: Sequence[int], completions: list[Completion]) -> list[PromptGroup]:
+    def _graded(
+        self, rows: Sequence[int], sizes: Sequence[int], completions: list[Completion], collect: bool
+    ) -> list[PromptGroup]:
         """Groups of so many completions, end to end, with their verdicts."""
         drawn = [self.prompts[row] for row, size in zip(rows, sizes, strict=True) for _ in range(size)]
-        responses, right, rewards = self._grade(
-            [c.tokens for c in completions], [p.answer for p in drawn], [str(p.text) for p in drawn]
-        )
+        responses, right, rewards = self._grade(drawn, [c.tokens for c in completions], collect)
         groups = []
         for row, size, end in zip(rows, sizes, accumulate(sizes), strict=True):
             part = slice(end - size, end)
@@ -107,6 +109,7 @@ class GroupSampler:
             temperature=recipe.rollout.temperature,
             top_p=recipe.rollout.top_p,
             seed_key=(recipe.run.seed, 1, step, wave),
+            collect=True,
         )
         for group in groups:
             group.step = step
@@ -114,7 +117,7 @@ class GroupSampler:
         if recipe.reward.shuffle:
             _shuffle_scores(groups, np.random.default_rng([recipe.run.seed, 2, step, wave]))
         if recipe.rollout.shape == "chain":
-            self._value_chains(groups, (recipe.run.seed, CONTINUATIONS, step, wave))
+            self._value_chains(rows, groups, (recipe.run.seed, CONTINUATIONS, step, wave))
         return groups
 
     def _draw_trees(self, rows: Sequence[int], step: int, wave: int) -> list[PromptGroup]:
@@ -127,7 +130,7 @@ class GroupSampler:
         )
         found = [responses_of(tree, overlong_filtering=recipe.algorithm.overlong_filtering) for tree in trees]
         completions = [c for _, completions in found for c in completions]
-        groups = self._graded(rows, [len(tree_rows) for tree_rows, _ in found], completions)
+        groups = self._graded(rows, [len(tree_rows) for tree_rows, _ in found], completions, collect=True)
         for group, tree, (tree_rows, _) in zip(groups, trees, found, strict=True):
             group.step = step
             group.rewards = self._shaped(group.rewards, [c.tokens for c in group.completions])
@@ -137,30 +140,39 @@ class GroupSampler:
     def _generate(self, requests: list[RolloutRequest], together: int) -> list[Completion]:
         return self.dispatcher.generate(requests, group=together)
 
-    def _value_chains(self, groups: list[PromptGroup], seed_key: tuple[int, ...]) -> None:
+    def _value_chains(self, rows: Sequence[int], groups: list[PromptGroup], seed_key: tuple[int, ...]) -> None:
         """Of the groups that dynamic sampling will keep: values of others would be drawn in vain."""
+
+        def reward(numbers: Sequence[int], tokens: Sequence[np.ndarray]) -> np.ndarray:
+            _, _, rewards = self._grade([self.prompts[rows[i]] for i in numbers], tokens, collect=False)
+            return self._shaped(rewards, tokens)
+
         algorithm = self.recipe.algorithm
         sampling = algorithm.dynamic_sampling
         value_chains(
             {i: g for i, g in enumerate(groups) if not sampling.enabled or is_mixed(g, sampling.metric)},
             self.recipe.rollout,
             generate=self._generate,
-            reward=self._rewards,
+            reward=reward,
             seed_key=seed_key,
             overlong_filtering=algorithm.overlong_filtering,
         )
 
-    def _rewards(self, groups: Sequence[PromptGroup], tokens: Sequence[np.ndarray]) -> np.ndarray:
-        """Rewards of whole responses to the groups' prompts, as those of a rollout step."""
-        _, _, rewards = self._grade(tokens, [g.answer for g in groups], [g.text for g in groups])
-        return self._shaped(rewards, tokens)
+    def _asked(self, prompt: Prompt) -> str:
+        """What the grader is told of a prompt: a judge the question alone, others all of it."""
+        if self.recipe.reward.method == "judge":
+            return bare_question(prompt.question, self.recipe.data.prompt_template)
+        return str(prompt.text)
 
     def _grade(
-        self, tokens: Sequence[np.ndarray], answers: list[str], prompts: list[str]
+        self, prompts: Sequence[Prompt], tokens: Sequence[np.ndarray], collect: bool
     ) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """(texts, right or wrong, rewards) of responses."""
+        """(texts, right or wrong, rewards) of responses, one a prompt."""
         responses = self.tokenizer.batch_decode([t.tolist() for t in tokens], skip_special_tokens=True)
-        scores = None if self.grader is None else self.grader.score(responses, answers, prompts)
+        scores = None
+        if self.grader is not None:
+            asked, answers = [self._asked(p) for p in prompts], [p.answer for p in prompts]
+            scores = self.grader.score(responses, answers, asked, collect=collect)
         return responses, *from_rank_zero(scores, self.dispatcher.world)
 
     def _shaped(self, rewards: np.ndarray, tokens: Sequence[np.ndarray]) -> np.ndarray:

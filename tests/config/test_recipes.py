@@ -38,11 +38,18 @@ METHODS = {
     "high-entropy": {"policy_loss": "clip"},
     "clip-cov": {"policy_loss": "clip", "eps_low": 1.0, "eps_high": 1.0},
     "kl-cov": {"policy_loss": "kl-cov", "eps_dual": None},
+    "dpo": {"policy_loss": "dpo", "mini_batch_prompts": 16},
+    "iterative-dpo": {"policy_loss": "dpo", "statistics": "current"},
+    "spo-chain": {"policy_loss": "clip", "eps_high": 0.2},
+    "spo-chain-2": {"policy_loss": "clip", "eps_high": 0.2},
+    "spo-chain-8": {"policy_loss": "clip", "eps_high": 0.2},
+    "spo-tree": {"policy_loss": "clip", "eps_high": 0.2},
 }
+ELSEWHERE = {"judge", "judge-distil"}  # tests/test_judge_pipeline.py
 
 
 def test_every_method_has_its_recipe():
-    assert {path.stem for path in (RECIPES / "methods").glob("*.yaml")} == {*METHODS, "base"}
+    assert {path.stem for path in (RECIPES / "methods").glob("*.yaml")} == {*METHODS, *ELSEWHERE, "base"}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -52,5 +59,6 @@ def test_a_methods_recipe_would_be_accepted_and_is_what_it_says(name):
     assert layout.world == 1
     for key, value in METHODS[name].items():
         assert getattr(recipe.algorithm, key) == value, key
-    kind = name if name in ("high-entropy", "clip-cov") else "none"
-    assert recipe.algorithm.token_selection.kind == kind and recipe.algorithm.statistics == "old"
+    kind = "low-probability" if name.startswith("spo") else name if name in ("high-entropy", "clip-cov") else "none"
+    assert recipe.algorithm.token_selection.kind == kind
+    assert recipe.algorithm.statistics == METHODS[name].get("statistics", "old")

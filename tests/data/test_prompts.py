@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -147,16 +148,26 @@ def test_unreadable_files_are_refused(tmp_path: Path):
 def test_supervised_pairs(file: Path):
     write(file, [{"prompt": "1+1=", "response": "Answer: 2"}, {"prompt": "2+1=", "response": "Answer: 3"}])
     pairs = read_supervised(file)
-    assert [(prompt.id, prompt.text, response) for prompt, response in pairs] == [
-        (0, "1+1=", "Answer: 2"),
-        (1, "2+1=", "Answer: 3"),
+    assert [(prompt.id, prompt.text, response, weight) for prompt, response, weight in pairs] == [
+        (0, "1+1=", "Answer: 2", 1.0),
+        (1, "2+1=", "Answer: 3", 1.0),
     ]
+
+
+def test_supervised_weights(file: Path):
+    rows = [{"prompt": "1+1=", "response": "2", "w": weight} for weight in (0.25, 2)]
+    write(file, rows)
+    assert [weight for _, _, weight in read_supervised(file, weight_column="w")] == [0.25, 2.0]
+    for bad in (0, -0.5, True, "1", None, math.nan):
+        other = write(file.with_name("bad.jsonl"), [*rows, {**rows[0], "w": bad}])
+        with pytest.raises(RequestError, match=r"line 3, column w: a weight must be a finite number more than 0, not "):
+            read_supervised(other, weight_column="w")
 
 
 def test_supervised_pairs_of_other_columns(file: Path):
     turns = [{"role": "user", "content": "1+1="}]
     write(file, [{"question": turns, "reward": {"truth": "2"}}])
-    ((prompt, response),) = read_supervised(file, prompt_column="question", response_column="reward.truth")
+    ((prompt, response, _),) = read_supervised(file, prompt_column="question", response_column="reward.truth")
     assert (prompt.text, prompt.messages, response) == ("1+1=", (Message("user", "1+1="),), "2")
 
 
@@ -312,3 +323,14 @@ def test_published_forms(name: str, rows: int, columns: dict):
 def test_an_answer_of_math500_that_is_no_integer_is_refused_where_integers_are_demanded():
     with pytest.raises(RequestError, match=r"math500.jsonl, line 1, column answer: .*is not an integer"):
         read_prompts(DATA / "math500.jsonl", prompt_column="problem", answer_column="answer", integer_answers=True)
+
+
+def test_a_conversation_written_as_text(tmp_path: Path):
+    turns = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1+1?"}]
+    texts = [json.dumps(turns), '["1", "2"] is a list?', "[1, 2]", "[not JSON", json.dumps([{"role": "user"}])]
+    file = write(tmp_path / "data.jsonl", [{"prompt": text, "answer": "2"} for text in texts])
+    prompts = read_prompts(file, prompt_column="prompt", answer_column="answer")
+    assert prompts[0].messages == (Message("system", "Think."), Message("user", "1+1?"))
+    assert (prompts[0].text, prompts[0].question) == ("Think.\n\n1+1?", "1+1?")
+    assert [prompt.text for prompt in prompts[1:]] == texts[1:]
+    assert all(prompt.messages is None and prompt.question == prompt.text for prompt in prompts[1:])

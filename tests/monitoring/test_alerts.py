@@ -163,6 +163,15 @@ def test_grader_failures_are_a_share_of_the_step(counts, responses, expected):
     assert fired([HEALTHY, *rows]) == expected
 
 
+def test_judge_fallbacks():
+    step = {"judge/judged": 95.0, "judge/fallbacks": 5.0, "judge/no_verdict": 5.0, "judge/unreachable": 0.0}
+    assert fired([{**HEALTHY, **step}]) == []
+    (text,) = alerts_for([{**HEALTHY, **step, "judge/fallbacks": 6.0}])
+    assert text.startswith("judge fallbacks: 6 of 101 responses") and "without YES or NO" in text
+    (text,) = alerts_for([{**HEALTHY, **step, "judge/fallbacks": 6.0, "judge/unreachable": 1.0}])
+    assert text.endswith("reward.judge.url is down or slow")
+
+
 def test_shortfall():
     assert fired([{**HEALTHY, "groups/shortfall": 0.0}]) == []
     (text,) = alerts_for([{**HEALTHY, "groups/shortfall": 3.0}])

@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import pytest
 
+from dapo_megatron.chat_server import MOST_BYTES
 from dapo_megatron.data.arithmetic import build_tokenizer
 from dapo_megatron.errors import RequestError, RunError
-from dapo_megatron.preparation.completers import MOST_BYTES, ChatCompletions, HuggingFaceModel
+from dapo_megatron.preparation.completers import ChatCompletions, HuggingFaceModel
 from tests.tiny_models import load_model, write_model
 
 

@@ -15,7 +15,8 @@ from dapo_megatron.data.arithmetic import build_tokenizer
 from dapo_megatron.data.tokenizer import load_tokenizer
 from dapo_megatron.errors import RequestError, RunError
 from dapo_megatron.rewards.grader import Grader, check_grader
-from dapo_megatron.rewards.reward_model import ModelReward, batches
+from dapo_megatron.rewards.reward_model import ModelReward
+from dapo_megatron.rewards.scoring_model import batches
 
 TEMPLATE = (
     "{% for turn in messages %}{% if turn.role == 'user' %}1:{% else %}2:{% endif %}{{ turn.content }};{% endfor %}"
