@@ -10,6 +10,7 @@ import torch
 
 from dapo_megatron.algorithms.extensions import load_extensions
 from dapo_megatron.config import Architecture, Layout, Recipe, derive_layout, read_architecture
+from dapo_megatron.config.shape import SEGMENTED
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.sampler import PromptSampler
 from dapo_megatron.data.tokenizer import load_tokenizer, stop_tokens
@@ -107,12 +108,20 @@ class Run:
 
 
 def group_settings(recipe: Recipe) -> dict:
-    """What groups kept for the next step depend on: their size, and what their old log-probs are of."""
-    return {
+    """What groups kept for the next step depend on: their size and shape, and what their old log-probs are of."""
+    rollout = recipe.rollout
+    settings = {
         "algorithm.overlong_filtering": recipe.algorithm.overlong_filtering,
-        "rollout.samples_per_prompt": recipe.rollout.samples_per_prompt,
-        "rollout.temperature": recipe.rollout.temperature,
+        "rollout.samples_per_prompt": rollout.samples_per_prompt,
+        "rollout.temperature": rollout.temperature,
     }
+    if rollout.shape in SEGMENTED:
+        settings |= {
+            "rollout.shape": rollout.shape,
+            "rollout.partition": rollout.partition.model_dump(),
+            f"rollout.{rollout.shape}": getattr(rollout, rollout.shape).model_dump(),
+        }
+    return settings
 
 
 def build_learner(

@@ -20,11 +20,11 @@ from dapo_megatron.learner.losses import VALUE_SUMS, value_loss
 
 @dataclass(frozen=True)
 class Estimates:
-    """What the critic says of a step's completions, `samples` to a group, group after group. batch: with its values and
+    """What the critic says of a step's completions, `samples` of each group, group after group. batch: with its values and
     returns. advantages: fp32 [L] each; those of a response without a loss weight mean nothing. seconds: spent on it."""
 
     batch: SequenceBatch
-    samples: int
+    samples: list[int]
     advantages: list[np.ndarray]
     seconds: float
 
@@ -61,17 +61,16 @@ def estimate(critic: Learner, groups: Sequence[PromptGroup], recipe: Recipe) -> 
         found = generalized_advantages(rewards_L, values_L, gamma=algorithm.gae.gamma, lam=algorithm.gae.lam)
         advantages.append(found[0])
         batch.returns.append(found[1])
-    return Estimates(batch, len(groups[0].completions), advantages, time.perf_counter() - started)
+    return Estimates(batch, [len(group.completions) for group in groups], advantages, time.perf_counter() - started)
 
 
 def critic_step(critic: Learner, estimates: Estimates, recipe: Recipe) -> CriticStep:
     """`critic.epochs` passes over the step, an update for each mini-batch on the mean over its trained tokens."""
     started = time.perf_counter()
     settings, algorithm, batch = recipe.critic, recipe.algorithm, estimates.batch
-    samples = estimates.samples
     sums, norms = torch.zeros(len(VALUE_SUMS), dtype=torch.float64), []
     for _ in range(settings.epochs):
-        for sequences in mini_batches(len(batch) // samples, samples, algorithm.mini_batch_prompts):
+        for sequences in mini_batches(estimates.samples, algorithm.mini_batch_prompts):
             tokens = sum(np.count_nonzero(batch.loss_weights[s]) for s in sequences)
             if tokens:
                 loss = value_loss(denominator=float(tokens), clip=settings.value_clip)

@@ -118,7 +118,7 @@ def learn_step(
     A mini-batch without a trained token is skipped and counted. `step`: the rollout step, for random draws.
     `estimates`: a critic's advantages, fp32 [L] a completion. `waits`: no step at all, while a critic warms up.
     """
-    algorithm, samples = recipe.algorithm, len(groups[0].completions)
+    algorithm = recipe.algorithm
     kl = algorithm.kl
     penalties = reward_penalties(groups, kl)
     batch = batch_of_groups(
@@ -141,14 +141,16 @@ def learn_step(
     lengths, skipped = batch.lengths, 0
     trained = list(batch.loss_weights)  # before aggregation and selection
     entropies = [values for group in groups for values in group.entropies]
-    responses = [group.prompt_id * samples + i for group in groups for i in range(samples)]
+    samples = [len(group.completions) for group in groups]
+    responses = [g.prompt_id * max(samples) + i for g, count in zip(groups, samples, strict=True) for i in range(count)]
     choices: list[TokenChoice] = []
     compared: list[PairSums] = []
-    updates = mini_batches(0 if waits else len(groups), samples, algorithm.mini_batch_prompts)
+    prompts = algorithm.mini_batch_prompts
+    updates = [] if waits else mini_batches(samples, prompts)
     for update, sequences in enumerate(updates):
         choice = None
         if algorithm.policy_loss == "dpo":
-            of_update = groups[sequences[0] // samples : sequences[-1] // samples + 1]
+            of_update = groups[update * prompts : (update + 1) * prompts]
             compared.append(weigh_pairs(learner, batch, sequences, of_update, algorithm))
             denominator = float(compared[-1].pairs)
         else:

@@ -17,7 +17,7 @@ from dapo_megatron.learner.critic import copy_decoder
 from dapo_megatron.learner.optimizer import scheduled_rate
 from dapo_megatron.mismatch import check_gap
 from dapo_megatron.monitoring.journal import Journal
-from dapo_megatron.monitoring.step_metrics import Clock, learner_metrics, rollout_metrics
+from dapo_megatron.monitoring.step_metrics import Clock, generated_per_trained, learner_metrics, rollout_metrics
 from dapo_megatron.policy_step import PolicyStep, learn_step, score_old_policy
 from dapo_megatron.prepare import encode_examples
 from dapo_megatron.reference_policy import keep_reference
@@ -57,6 +57,7 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
             metrics |= held_on_card(run.learner.device, "learn")
             with clock.phase("learn"):
                 metrics |= learner_metrics(learn(run, sampled.trained, sampled.kept))
+            metrics |= generated_per_trained(metrics)
             run.surplus, run.acceptance = sampled.kept, sampled.acceptance
         run.step += 1
         if not rollout_only:

@@ -131,10 +131,10 @@ def _resume(run: Run) -> list[str]:
 def still_fitting(groups: Sequence[PromptGroup], state: dict, recipe: Recipe) -> tuple[list[PromptGroup], list[str]]:
     """The kept groups of a checkpoint with this state.json, none if they were made under other settings than the
     recipe's; and a line that says which."""
-    noted = state.get("groups", {})
+    noted, wanted = state.get("groups", {}), group_settings(recipe)
     changed = [
         f"{name}={now} ({noted.get(name, 'unknown')} before)"
-        for name, now in group_settings(recipe).items()
+        for name, now in (dict.fromkeys(noted, "not set") | wanted).items()
         if noted.get(name) != now
     ]
     if not groups or not changed:

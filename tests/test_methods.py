@@ -174,6 +174,8 @@ def test_names_are_checked_without_torch():
         "high-entropy",
         "clip-cov",
         "micro_batch",
+        "chain",
+        "tree",
     ):
         assert f"  {name} " in told.stdout
 

@@ -1,6 +1,7 @@
 """Scored groups → a batch to learn from: advantages, loss weights, and the mini-batches of one rollout step."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ def batch_of_groups(
 ) -> SequenceBatch:
     """All completions of the groups, group after group: A_i on every response token, weight 1, or 0 for a truncated
     response. `advantage`: the name of a registered rule. `penalties`: [G] of each group, taken from its
-    rewards here and nowhere else. `estimates`: advantages fp32 [L] of each completion instead, from a critic.
+    rewards here and nowhere else. `estimates`: advantages fp32 [L] of each completion instead, from a critic. Groups
+    that carry advantages and weights of their own (all or none do) keep them.
 
     Old log-probs are the groups' own where they carry them (all or none do), else 0; those of the reference are there
     if all groups carry them.
@@ -33,6 +35,8 @@ def batch_of_groups(
     batch = scoring_batch(groups, overlong_filtering=overlong_filtering)
     if estimates is not None:
         batch.advantages = list(estimates)
+    elif groups[0].advantages:
+        batch.advantages = [values for g in groups for values in g.advantages]
     else:
         advantages = _group_advantages(groups, advantage, advantage_epsilon, penalties)
         batch.advantages = [repeated(a, len(r)) for a, r in zip(advantages, batch.responses, strict=True)]
@@ -59,6 +63,8 @@ def scoring_batch(groups: Sequence[PromptGroup], *, overlong_filtering: bool) ->
     """All completions of the groups, group after group, weight 1 on what is trained: what log-probs are taken of."""
     completions = [c for g in groups for c in g.completions]
     batch = sequence_batch([g.prompt_tokens for g in groups for _ in g.completions], [c.tokens for c in completions])
+    if groups[0].weights:
+        batch.loss_weights = [values for g in groups for values in g.weights]
     if overlong_filtering:
         for i, completion in enumerate(completions):
             if completion.finish_reason == "length":
@@ -66,11 +72,13 @@ def scoring_batch(groups: Sequence[PromptGroup], *, overlong_filtering: bool) ->
     return batch
 
 
-def mini_batches(groups: int, samples: int, prompts_per_update: int) -> list[range]:
-    """Sequence numbers of each gradient update: whole groups, `prompts_per_update` at a time; the last may hold
-    fewer."""
+def mini_batches(samples: Sequence[int], prompts_per_update: int) -> list[range]:
+    """Sequence numbers of each gradient update: whole groups of `samples` responses each, `prompts_per_update` groups
+    at a time; the last may hold fewer."""
+    starts = [0, *accumulate(samples)]
+    groups = len(samples)
     return [
-        range(first * samples, min(first + prompts_per_update, groups) * samples)
+        range(starts[first], starts[min(first + prompts_per_update, groups)])
         for first in range(0, groups, prompts_per_update)
     ]
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from dapo_megatron.config.architecture import Architecture
 from dapo_megatron.config.recipe import Recipe
+from dapo_megatron.config.shape import shape_problems
 from dapo_megatron.errors import RequestError
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # of vLLM 0.32's CPU attention
@@ -22,6 +23,7 @@ def check_recipe(recipe: Recipe, architecture: Architecture) -> None:
         *_overlong(recipe),
         *_algorithm(recipe),
         *_critic(recipe),
+        *shape_problems(recipe),
         *_data(recipe),
     ]
     if problems:

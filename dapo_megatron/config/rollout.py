@@ -1,10 +1,45 @@
 """Section `rollout`: the engine that samples responses, and how many and how long they are."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from dapo_megatron.config.section import Section
+
+
+class Partition(Section):
+    """Where segments end (SPO, arXiv 2505.23564)."""
+
+    kind: Literal["cutpoint", "fixed"] = "cutpoint"
+    """cutpoint: behind every `cutpoints`-th token drawn with a probability below `threshold`; fixed: behind every
+    `tokens` tokens."""
+
+    threshold: float = Field(0.9, gt=0, le=1)
+    """A token drawn with less than this probability is a cutpoint."""
+
+    cutpoints: int = Field(5, ge=1)
+    """Cutpoints a segment."""
+
+    tokens: int = Field(100, ge=1)
+    """Length of a fixed segment; in a tree the longest segment of any level but the last, of either kind (tokens)."""
+
+
+class Chain(Section):
+    """Settings of rollout.shape: chain."""
+
+    continuations: int = Field(9, ge=1)
+    """Continuations drawn at each boundary; their mean reward is its value."""
+
+
+class Tree(Section):
+    """Settings of rollout.shape: tree."""
+
+    branching: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [6, 6, 6], min_length=1)
+    """Children of the prompt, then of each node of the next level, and so on; the last level runs to its end."""
+
+    normalise: Literal["none", "std"] = "none"
+    """none: A = V(node) - V(parent); std: divided by (std + algorithm.advantage_epsilon) of V over the node and its
+    siblings."""
 
 
 class Rollout(Section):
@@ -38,12 +73,23 @@ class Rollout(Section):
     cpu_kv_cache_gib: int = Field(1, ge=1)
     """KV cache of a vllm engine on a CPU (GiB)."""
 
-    shape: Literal["independent", "preferences"] = "independent"
-    """independent: samples_per_prompt responses drawn for each prompt; preferences: nothing is drawn for training, the
-    two responses to each prompt are those of data.train's chosen and rejected columns (DPO from a file)."""
-
     samples_per_prompt: int = Field(16, ge=1)
-    """Responses a prompt: the group over which advantages are computed."""
+    """Responses a prompt: the group over which advantages are computed; of a tree its leaves, where none ends early."""
+
+    shape: Literal["independent", "chain", "tree", "preferences"] = "independent"
+    """How the responses to a prompt come about. independent: each is drawn by itself, algorithm.advantage looks at the
+    rewards; chain: likewise, cut into segments that are valued by continuing prefixes; tree: they branch, segments are
+    valued from the leaves up; preferences: nothing is drawn for training, the two responses to each prompt are those of
+    data.train's chosen and rejected columns (DPO from a file)."""
+
+    partition: Partition = Partition()
+    """Segments of shape chain or tree."""
+
+    chain: Chain = Chain()
+    """Value estimate of shape chain."""
+
+    tree: Tree = Tree()
+    """Value estimate of shape tree."""
 
     prompts_per_step: int = Field(512, ge=1)
     """Prompts (groups) trained on in a rollout step."""

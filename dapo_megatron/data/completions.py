@@ -27,6 +27,22 @@ class Completion:
     policy_versions: np.ndarray
 
 
+@dataclass(frozen=True)
+class SegmentCounts:
+    """What a rollout shape with segments did for one group.
+
+    segments: of all its responses, a shared one once; dropped: those of them whose advantage is 0.
+    continuations: drawn to estimate values. generated: tokens drawn, for values too. repeated: tokens of its rows that
+    are another row's, and go through the learner again.
+    """
+
+    segments: int
+    dropped: int
+    continuations: int
+    generated: int
+    repeated: int
+
+
 @dataclass
 class PromptGroup:
     """A prompt's G completions with their scores: accuracies bool [G], rewards fp32 [G] (shaping included).
@@ -34,6 +50,9 @@ class PromptGroup:
     step: the rollout step that drew them. old_logprobs, entropies: fp32 [L] each, of the policy that drew the group,
     taken by the learner before that policy's first update; a group kept for a later step carries them along, in others
     they are empty. reference_logprobs: fp32 [L] each, of the reference policy; empty without one.
+
+    advantages, weights: fp32 [L] each, of a rollout shape that values segments; weight 0 or 1, in one row of the group
+    for a token that rows share. Empty where advantages follow from rewards; `counts` is None then.
     """
 
     prompt_id: int
@@ -48,3 +67,11 @@ class PromptGroup:
     old_logprobs: list[np.ndarray] = field(default_factory=list)
     entropies: list[np.ndarray] = field(default_factory=list)
     reference_logprobs: list[np.ndarray] = field(default_factory=list)
+    advantages: list[np.ndarray] = field(default_factory=list)
+    weights: list[np.ndarray] = field(default_factory=list)
+    counts: SegmentCounts | None = None
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens drawn for the group."""
+        return sum(len(c.tokens) for c in self.completions) if self.counts is None else self.counts.generated

@@ -2,20 +2,22 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
 
-from dapo_megatron.data.completions import Completion, PromptGroup
+from dapo_megatron.data.completions import Completion, PromptGroup, SegmentCounts
 from dapo_megatron.errors import RequestError
 from dapo_megatron.files import atomic_path
 
 COMPLETION_ARRAYS = ("tokens", "logprobs", "policy_versions")
-GROUP_ARRAYS = ("old_logprobs", "entropies", "reference_logprobs")  # of each completion, or of none in the file
+# of each completion, or of none in the file
+GROUP_ARRAYS = ("old_logprobs", "entropies", "reference_logprobs", "advantages", "weights")
 
 
 def save_groups(path: Path, groups: Sequence[PromptGroup]) -> None:
-    """Write at least one group as safetensors; all have as many completions. The file appears whole."""
+    """Write at least one group as safetensors. The file appears whole."""
     from safetensors.numpy import save_file
 
     completions = [c for g in groups for c in g.completions]
@@ -24,8 +26,11 @@ def save_groups(path: Path, groups: Sequence[PromptGroup]) -> None:
         if all(getattr(g, name) for g in groups):
             arrays[name] = np.concatenate([values for g in groups for values in getattr(g, name)])
     arrays["lengths"] = np.array([len(c.tokens) for c in completions], np.int64)
-    arrays["accuracies"] = np.stack([g.accuracies for g in groups])
-    arrays["rewards"] = np.stack([g.rewards for g in groups]).astype(np.float32)
+    arrays["samples"] = np.array([len(g.completions) for g in groups], np.int64)
+    arrays["accuracies"] = np.concatenate([g.accuracies for g in groups])
+    arrays["rewards"] = np.concatenate([g.rewards for g in groups]).astype(np.float32)
+    if all(g.counts is not None for g in groups):
+        arrays["counts"] = np.array([astuple(g.counts) for g in groups], np.int64)
     arrays["steps"] = np.array([g.step for g in groups], np.int64)
     arrays["prompt_tokens"] = np.concatenate([g.prompt_tokens for g in groups])
     arrays["prompt_lengths"] = np.array([len(g.prompt_tokens) for g in groups], np.int64)
@@ -56,7 +61,11 @@ def load_groups(path: Path) -> list[PromptGroup]:
 
 
 def _groups(text: dict, arrays: dict[str, np.ndarray]) -> list[PromptGroup]:
-    samples = arrays["rewards"].shape[1]
+    if "samples" not in arrays:  # an older file: rewards [B, G]
+        arrays["samples"] = np.full(*arrays["rewards"].shape)
+    ends = np.cumsum(arrays["samples"]).tolist()
+    parts = [slice(end - count, end) for end, count in zip(ends, arrays["samples"].tolist(), strict=True)]
+    accuracies, rewards, counts = arrays["accuracies"].reshape(-1), arrays["rewards"].reshape(-1), arrays.get("counts")
     stops = np.cumsum(arrays["lengths"])[:-1]
     cut = {name: np.split(arrays[name], stops) for name in (*COMPLETION_ARRAYS, *GROUP_ARRAYS) if name in arrays}
     completions = [
@@ -71,12 +80,13 @@ def _groups(text: dict, arrays: dict[str, np.ndarray]) -> list[PromptGroup]:
             text=prompt,
             answer=answer,
             prompt_tokens=prompts[i],
-            completions=completions[i * samples : (i + 1) * samples],
+            completions=completions[part],
             responses=text["responses"][i],
-            accuracies=arrays["accuracies"][i],
-            rewards=arrays["rewards"][i],
+            accuracies=accuracies[part],
+            rewards=rewards[part],
             step=steps[i],
-            **{name: cut[name][i * samples : (i + 1) * samples] for name in GROUP_ARRAYS if name in cut},
+            counts=None if counts is None else SegmentCounts(*counts[i].tolist()),
+            **{name: cut[name][part] for name in GROUP_ARRAYS if name in cut},
         )
-        for i, (prompt_id, prompt, answer) in enumerate(text["prompts"])
+        for i, (part, (prompt_id, prompt, answer)) in enumerate(zip(parts, text["prompts"], strict=True))
     ]

@@ -39,8 +39,8 @@ def load_checkpoint(folder: Path, learner: Learner, part: str = POLICY) -> None:
             model.load_state_dict(loaded[f"model{v}"], strict=False)
         if optimizer is not None:
             updates = int(read_state(folder)[UPDATES[part]])
-            for part in parts(optimizer):
-                _tolerate_step(part, loaded["optimizer"], updates)
+            for own in parts(optimizer):
+                _tolerate_step(own, loaded["optimizer"], updates)
             optimizer.load_state_dict(loaded["optimizer"])
             set_steps(optimizer, updates)
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,6 +47,7 @@ def rollout_metrics(sampled: SampledStep) -> dict[str, Any]:
         "groups/generated": float(len(groups)),
         "groups/acceptance": sampled.acceptance,
         "groups/waves": float(sampled.waves),
+        **_segment_metrics(sampled),
     }
     if not groups:  # surplus of earlier steps was enough
         return counts | {"tokens/generated": 0.0}
@@ -67,8 +68,28 @@ def rollout_metrics(sampled: SampledStep) -> dict[str, Any]:
         "responses/generated": float(len(completions)),
         "reward/std": float(rewards.std()),
         "truncated_fraction": float(np.mean([c.finish_reason == "length" for c in completions])),
-        "tokens/generated": float(lengths.sum()),
+        "tokens/generated": float(sum(g.generated_tokens for g in groups)),
     }
+
+
+def _segment_metrics(sampled: SampledStep) -> dict[str, float]:
+    """Of the groups trained on, and continuations of all that were generated; nothing for independent responses."""
+    trained = [g.counts for g in sampled.trained if g.counts is not None]
+    if not trained:
+        return {}
+    segments = sum(c.segments for c in trained)
+    return {
+        "segments/trained": float(segments),
+        "segments/dropped": sum(c.dropped for c in trained) / max(1, segments),
+        "segments/repeated_tokens": float(sum(c.repeated for c in trained)),
+        "segments/continuations": float(sum(g.counts.continuations for g in sampled.generated if g.counts is not None)),
+    }
+
+
+def generated_per_trained(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Tokens drawn in a step, those of dropped groups and of value estimates included, a token trained on in it."""
+    trained = metrics.get("tokens/trained", 0.0)
+    return {"tokens/generated_per_trained": metrics["tokens/generated"] / trained} if trained else {}
 
 
 def learner_metrics(result: PolicyStep | None) -> dict[str, float]:

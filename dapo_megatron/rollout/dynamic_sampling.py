@@ -63,7 +63,7 @@ def sample_step(
         groups = generate(min(most, needed) if settings.adaptive else most, wave)
         wave += 1
         generated.extend(groups)
-        new = [group for group in groups if _is_mixed(group, settings.metric)]
+        new = [group for group in groups if is_mixed(group, settings.metric)]
         mixed.extend(new)
         found += len(new)
     if generated:
@@ -80,5 +80,6 @@ def sample_step(
     )
 
 
-def _is_mixed(group: PromptGroup, metric: str) -> bool:
+def is_mixed(group: PromptGroup, metric: str) -> bool:
+    """Whether the group carries a signal by `algorithm.dynamic_sampling.metric`."""
     return bool(select_groups(metric, group.accuracies[None], group.rewards[None])[0])

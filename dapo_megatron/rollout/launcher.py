@@ -85,7 +85,8 @@ def engine_command(settings: EngineSettings, host: str, port: int) -> list[str]:
         "--middleware": "dapo_megatron.rollout.vllm_secret.RequireSecret",
         "--uvicorn-log-level": "warning",
     }
-    flags = ["--skip-tokenizer-init", "--enable-scale-out"]
+    # samples of a prompt, continuations of a prefix and branches of a tree share what is computed once
+    flags = ["--skip-tokenizer-init", "--enable-scale-out", "--enable-prefix-caching"]
     if settings.devices is None:
         flags.append("--enforce-eager")
         # vLLM would rewind the random numbers of a prompt cut in two, which a CPU generator cannot

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -162,10 +163,29 @@ def test_the_denominator_is_the_sum_of_the_weights(aggregation):
     assert found == pytest.approx(by_hand[aggregation])
 
 
-@given(st.integers(0, 30), st.integers(1, 8), st.integers(1, 9))
+@given(st.lists(st.integers(1, 8), max_size=30), st.integers(1, 9))
 @settings(deadline=None)
-def test_mini_batches_are_whole_groups_in_order(groups, samples, prompts_per_update):
-    found = mini_batches(groups, samples, prompts_per_update)
-    assert [i for part in found for i in part] == list(range(groups * samples))
-    assert all(len(part) == prompts_per_update * samples for part in found[:-1])
-    assert all(0 < len(part) <= prompts_per_update * samples and part.start % samples == 0 for part in found)
+def test_mini_batches_are_whole_groups_in_order(samples, prompts_per_update):
+    found = mini_batches(samples, prompts_per_update)
+    group_of = [group for group, count in enumerate(samples) for _ in range(count)]
+    groups = [[group_of[i] for i in part] for part in found]
+    assert [group for part in groups for group in part] == group_of
+    assert all(len(set(part)) == prompts_per_update for part in groups[:-1])
+    assert all(0 < len(set(part)) <= prompts_per_update for part in groups)
+    assert all(not set(a) & set(b) for a, b in pairwise(groups)), "a group is cut in two"
+
+
+def test_groups_with_advantages_of_their_own_keep_them():
+    groups = two_groups()
+    for number, g in enumerate(groups):
+        g.advantages = [np.arange(len(c.tokens), dtype=np.float32) - number for c in g.completions]
+        g.weights = [(a != 0).astype(np.float32) for a in g.advantages]
+    groups[1].completions.append(completion(4, [6]))  # as groups of trees do, they differ in size
+    groups[1].advantages.append(np.array([2], np.float32))
+    groups[1].weights.append(np.array([1], np.float32))
+    batch = batch_of_groups(groups, overlong_filtering=True, advantage_epsilon=1e-6)
+    assert numbers(batch.advantages) == [[0, 1], [0], [-1, 0, 1], [-1, 0], [2]]
+    # the second response is truncated, so it is filtered whatever its segments say
+    assert numbers(batch.loss_weights) == [[0, 1], [0], [1, 0, 1], [1, 0], [1]]
+    assert [list(part) for part in mini_batches([len(g.completions) for g in groups], 1)] == [[0, 1], [2, 3, 4]]
+    assert aggregate(batch, range(5), "token-mean") == 5.0, "a token without weight leaves the denominator"

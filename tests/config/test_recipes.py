@@ -43,6 +43,10 @@ METHODS = {
     "ppo-tricks/large-batch": {"advantage": "gae", "whiten": True, "mini_batch_prompts": 64},
     "dpo": {"policy_loss": "dpo", "mini_batch_prompts": 16},
     "iterative-dpo": {"policy_loss": "dpo", "statistics": "current"},
+    "spo-chain": {"policy_loss": "clip", "eps_high": 0.2},
+    "spo-chain-2": {"policy_loss": "clip", "eps_high": 0.2},
+    "spo-chain-8": {"policy_loss": "clip", "eps_high": 0.2},
+    "spo-tree": {"policy_loss": "clip", "eps_high": 0.2},
 }
 ELSEWHERE = {"judge", "judge-distil"}  # tests/test_judge_pipeline.py
 
@@ -60,6 +64,6 @@ def test_a_methods_recipe_would_be_accepted_and_is_what_it_says(name):
     assert layout.world == 1
     for key, value in METHODS[name].items():
         assert getattr(recipe.algorithm, key) == value, key
-    kind = name if name in ("high-entropy", "clip-cov") else "none"
+    kind = "low-probability" if name.startswith("spo") else name if name in ("high-entropy", "clip-cov") else "none"
     assert recipe.algorithm.token_selection.kind == kind
     assert recipe.algorithm.statistics == METHODS[name].get("statistics", "old")

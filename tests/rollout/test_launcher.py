@@ -72,7 +72,7 @@ def test_the_secret_is_in_the_environment_and_not_on_the_command_line():
 )
 def test_the_command_fits_the_device(changes, present, absent):
     command = engine_command(settings(**changes), "127.0.0.1", 8123)
-    assert all(word in command for word in [*present, "8123", "processed_logprobs", "dummy"])
+    assert all(word in command for word in [*present, "8123", "processed_logprobs", "dummy", "--enable-prefix-caching"])
     assert not any(word in command for word in absent)
 
 

@@ -15,7 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dapo_megatron.config.rollout import Chain, Partition, Rollout
+from dapo_megatron.data.completions import Completion, PromptGroup
 from dapo_megatron.errors import RunError
+from dapo_megatron.rollout.chain import value_chains
 from dapo_megatron.rollout.engine import RolloutRequest
 from dapo_megatron.rollout.fleet import Fleet
 from dapo_megatron.rollout.vllm_secret import HEADER
@@ -167,6 +170,42 @@ def test_samples_are_distributed_as_the_model_says(served, filled, references):
     freedom = len(expected) - 1
     statistic = float(((observed - expected) ** 2 / np.maximum(expected, 1e-9)).sum())
     assert statistic < freedom + 3.1 * (2 * freedom) ** 0.5 + 6
+
+
+def test_a_chains_values_compute_no_prefix_twice(served, filled):
+    """Tokens prefilled for continuations, against those that lie in no full block of what was drawn before."""
+    filled.load(served.models[0])
+    filled.push(0)
+    generator = np.random.default_rng(11)
+    starts = [generator.integers(0, VOCAB, n).astype(np.int32) for n in (100, 120, 140)]
+    drawn = draw(served.fleet, [RolloutRequest(i, p, seed=i, max_new_tokens=150) for i, p in enumerate(starts)])
+    groups = {
+        i: PromptGroup(i, "", "", prompt, [completion], rewards=np.ones(1, np.float32))
+        for i, (prompt, completion) in enumerate(zip(starts, drawn, strict=True))
+    }
+    asked: list[RolloutRequest] = []
+
+    def generate(requests: list[RolloutRequest], together: int) -> list[Completion]:
+        asked.extend(requests)
+        return draw(served.fleet, requests)
+
+    names = [f"vllm:prefix_cache_{name}_total" for name in ("queries", "hits")]
+    before = [served.metric(name) for name in names]
+    value_chains(
+        groups,
+        Rollout(
+            shape="chain", partition=Partition(kind="fixed", tokens=32), chain=Chain(continuations=4),
+            max_response_length=150,
+        ),
+        generate=generate, reward=lambda numbers, tokens: np.ones(len(tokens), np.float32), seed_key=(0,),
+        overlong_filtering=False,
+    )  # fmt: skip
+    queries, hits = (served.metric(name) - old for name, old in zip(names, before, strict=True))
+    lengths = np.array([len(r.prompt_tokens) for r in asked])
+    assert len(asked) == 3 * 4 * 4 and queries >= lengths.sum()
+    least = ((lengths - 1) % BLOCK + 1).sum()  # the last token is always computed
+    print(f"prefix tokens {queries:.0f}, computed {queries - hits:.0f}, least {least}")
+    assert queries - hits <= 1.1 * least
 
 
 def test_a_stop_token_ends_a_completion_and_is_part_of_it(served, filled):
