@@ -114,6 +114,7 @@ def _pairs(recipe: Recipe) -> Iterator[str]:
         ("kl.coefficient", algorithm.kl.coefficient, 0.0),
         ("token_selection.kind", algorithm.token_selection.kind, "none"),
         ("importance_bound", algorithm.importance_bound, None),
+        ("whiten", str(algorithm.whiten).lower(), "false"),
     ):
         if value != off:
             yield (

@@ -208,6 +208,7 @@ def test_pairs_that_go_together(settings):
         ({"samples": 1}, "samples_per_prompt=1 makes no pair"),
         ({"kl": {"coefficient": 0.1}}, r"kl.coefficient=0.1 does not go with .*=dpo.* use 0.0"),
         ({"token_selection": {"kind": "high-entropy"}}, "token_selection.kind=high-entropy does not go with"),
+        ({"whiten": True}, "whiten=true does not go with .* use false"),
         ({"importance_bound": 2.0}, "importance_bound=2.0 does not go with .* use null"),
         ({"statistics": "micro_batch"}, "micro_batch means nothing to .*=dpo; use current"),
         ({"prompts": 64}, "in the first of 2 updates alone; use statistics=current, or mini_batch_prompts=64"),

@@ -62,6 +62,10 @@ def test_what_is_allowed(sections):
             {"critic": {"epochs": 2}, "algorithm": {"advantage": "group-mean"}},
             ["critic.epochs=2", "group-mean has no critic", "use advantage=gae"],
         ),
+        (
+            {"algorithm": {"advantage": "gae", "policy_loss": "dpo"}},
+            ["algorithm.advantage=gae", "policy_loss=dpo", "use advantage=group"],
+        ),
         ({"algorithm": {"gae": {"lam": 0.5}}}, ["algorithm.gae.lam=0.5", "remove it", "use advantage=gae"]),
         (
             {"algorithm": {"advantage": "gae"}, "critic": {"warmup_steps": 7}, "run": {"directory": "out", "steps": 7}},
