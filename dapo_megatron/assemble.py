@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from dapo_megatron.algorithms.extensions import load_extensions
 from dapo_megatron.config import Architecture, Layout, Recipe, derive_layout, read_architecture
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.sampler import PromptSampler
@@ -20,11 +21,12 @@ from dapo_megatron.learner.distributed import choose_device, form_groups
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.model import DTYPES, choose_layer_spec
 from dapo_megatron.learner.reference import ReferenceWeights
-from dapo_megatron.prepare import RunPaths, encode_prompts, run_paths
+from dapo_megatron.prepare import RunPaths, encode_preferences, encode_prompts, planned_critic, run_paths
 from dapo_megatron.prompt_files import Side
 from dapo_megatron.rewards.grader import Grader
 from dapo_megatron.rollout.dispatcher import Dispatcher
 from dapo_megatron.rollout.groups import GroupSampler
+from dapo_megatron.rollout.preference_pairs import PreferencePairs
 from dapo_megatron.rollout.server_dispatcher import ServerDispatcher
 from dapo_megatron.rollout.vllm_engines import VLLMEngines
 from dapo_megatron.weight_sync import WeightSync
@@ -33,9 +35,10 @@ from dapo_megatron.weight_sync import WeightSync
 @dataclass
 class Run:
     """One rank's parts. `grader` lives on rank 0; `engines` are servers, None with the embedded engine; `reference` is
-    there with a KL term. `data_lines`: what is to be said about the training prompts. `step`, `updates`,
-    `supervised_done` say where the run stands; `surplus` are mixed groups kept for the next step, `acceptance` is the
-    running share of mixed groups, `best` the step of the best validation and its accuracy."""
+    there with a KL term, `critic` with algorithm.advantage=gae. `data_lines`: what is to be said about the training
+    prompts. `step`, `updates`, `critic_updates`, `supervised_done` say where the run stands; `surplus` are mixed groups
+    kept for the next step, `acceptance` is the running share of mixed groups, `best` the step of the best validation
+    and its accuracy."""
 
     recipe: Recipe
     paths: RunPaths
@@ -48,7 +51,7 @@ class Run:
     engines: VLLMEngines | None
     sync: WeightSync | EngineSync | None
     grader: Grader | None
-    training: GroupSampler | None
+    training: GroupSampler | PreferencePairs | None
     validation: GroupSampler | None
     prompt_order: PromptSampler | None
     data_lines: list[str]
@@ -59,6 +62,8 @@ class Run:
     surplus: list[PromptGroup] = field(default_factory=list)
     acceptance: float = 1.0
     reference: ReferenceWeights | None = None
+    critic: Learner | None = None
+    critic_updates: int = 0
     best: dict | None = None
 
     def close(self) -> None:
@@ -76,6 +81,7 @@ class Run:
         return {
             "step": self.step,
             "updates": self.updates,
+            "critic_updates": self.critic_updates,
             "supervised_done": list(self.supervised_done),
             "acceptance": self.acceptance,
             "best": self.best,
@@ -92,6 +98,7 @@ class Run:
     def load_state(self, state: dict) -> None:
         """Stand where `state` was taken."""
         self.step, self.updates = state["step"], state["updates"]
+        self.critic_updates = state.get("critic_updates", 0)
         self.acceptance, self.best = state.get("acceptance", 1.0), state.get("best")
         done = state["supervised_done"]
         self.supervised_done = [*done, *[0] * (len(self.recipe.supervised.stages) - len(done))]
@@ -128,6 +135,15 @@ def build_learner(
     )
 
 
+def build_critic(recipe: Recipe, policy: Architecture, world: World, device: torch.device) -> Learner | None:
+    """The critic of a recipe, None without one; on the policy's groups, with sizes of its own."""
+    architecture, path = planned_critic(recipe, policy), recipe.critic.path
+    if architecture is None:
+        return None
+    layout = derive_layout(recipe, architecture, world.size)
+    return build_learner(recipe, architecture, layout, device, None if path is None else Path(path))
+
+
 def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
     """Build learner, engine, resharding plan and data of this rank; the default process group must exist.
 
@@ -135,6 +151,7 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     torch.set_num_threads(recipe.learner.threads)
+    load_extensions(recipe.algorithm.extensions)
     paths = run_paths(recipe)
     architecture = read_architecture(paths.model)
     layout = derive_layout(recipe, architecture, world.size)
@@ -142,6 +159,7 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
     form_groups(layout, seed=recipe.run.seed, time_limit_s=recipe.learner.time_limit_s)
     tokenizer = load_tokenizer(paths.model)
     learner = build_learner(recipe, architecture, layout, device, paths.model)
+    critic = build_critic(recipe, architecture, world, device)
     stops = stop_tokens(architecture.eos_token_ids, tokenizer)
     engines = sync = dispatcher = None
     if rollouts:
@@ -157,7 +175,10 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
         data_lines.extend(lines)
         return GroupSampler(recipe, tokenizer, prompts, token_ids, dispatcher, grader)
 
-    training = sampler(paths.train, "train")
+    if recipe.rollout.shape == "preferences" and paths.train is not None:
+        training = PreferencePairs(*encode_preferences(tokenizer, recipe, paths.train))
+    else:
+        training = sampler(paths.train, "train")
     return Run(
         recipe=recipe,
         paths=paths,
@@ -176,7 +197,8 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
         if training is None
         else PromptSampler(len(training.prompts), recipe.run.seed, recipe.data.shuffle),
         data_lines=data_lines,
-        saver=CheckpointSaver(recipe.checkpoint, learner, paths.run, side_files=paths.model),
+        saver=CheckpointSaver(recipe.checkpoint, learner, paths.run, side_files=paths.model, critic=critic),
+        critic=critic,
         supervised_done=[0] * len(recipe.supervised.stages),
     )
 

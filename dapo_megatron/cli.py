@@ -24,7 +24,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change:
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)],
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe file (YAML).", show_default=False)] = None,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest sound checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in run.directory.")] = False,
@@ -34,8 +34,15 @@ def train(
     debug_train_only: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Learn from saved rollouts (a file or a folder of them).")
     ] = None,
+    list_methods: Annotated[
+        bool, typer.Option("--list-methods", help="Print what a recipe's algorithm may be made of, and leave.")
+    ] = False,
 ) -> None:
     """Train by a recipe. Starts its own ranks on this machine unless torchrun or srun already did."""
+    if list_methods:
+        return _print_methods(recipe, overrides or [])
+    if recipe is None:
+        raise RequestError("train needs a recipe: dapo-megatron train RECIPE")
     from dapo_megatron.config import load_recipe
     from dapo_megatron.debug_batches import find_batches
     from dapo_megatron.launch import start_ranks, world_from_environment
@@ -69,6 +76,30 @@ def train(
     run = Path(settings.run.directory)
     limits = {"save_limit_s": settings.checkpoint.time_limit_s, "saving": lambda: checkpoint_under_way(run)}
     _leave(start_ranks(command, layout.world, threads=settings.learner.threads, **limits))
+
+
+def _print_methods(recipe: Path | None, overrides: list[str]) -> None:
+    """Those of the recipe's extensions too, where there is one."""
+    from dapo_megatron.algorithms.extensions import load_extensions
+    from dapo_megatron.config import load_recipe
+    from dapo_megatron.methods import list_methods
+
+    if recipe is not None:
+        load_extensions(load_recipe(recipe, overrides).algorithm.extensions)
+    print(list_methods())
+
+
+@app.command("check-method")
+def check_method(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)],
+    overrides: Overrides = None,
+) -> None:
+    """Run a recipe's advantage, policy loss and token selection through every cut of a tiny step: are they one?"""
+    from dapo_megatron import check_method as command
+    from dapo_megatron.config import load_recipe
+
+    command.check_method(load_recipe(recipe, overrides or []), print)
+    print("the update is the same for every cut")
 
 
 @app.command()

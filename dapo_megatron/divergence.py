@@ -1,12 +1,11 @@
 """What leaving the reference policy costs (`algorithm.kl`), and how far the policy has gone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from dapo_kernels import kl_estimate
-from torch import Tensor
 
 from dapo_megatron.config.algorithm import KL
 from dapo_megatron.data.completions import PromptGroup
@@ -26,14 +25,18 @@ def reward_penalties(groups: Sequence[PromptGroup], kl: KL) -> list[np.ndarray]:
     """
     if not charges_rewards(kl):
         return []
+    return [np.array([float(charge.sum()) for charge in token_penalties([group], kl)]) for group in groups]
+
+
+def token_penalties(groups: Sequence[PromptGroup], kl: KL) -> list[np.ndarray]:
+    """coefficient · k(log π_old − log π_ref) of each token, fp64 [L] a response, group after group, where `kl.place`
+    is "reward"; else nothing."""
+    if not charges_rewards(kl):
+        return []
     return [
-        np.array(
-            [
-                kl.coefficient * float(kl_estimate(torch.from_numpy(old - reference).double(), kl.estimator).sum())
-                for old, reference in zip(group.old_logprobs, group.reference_logprobs, strict=True)
-            ]
-        )
+        kl.coefficient * kl_estimate(torch.from_numpy(old - reference).double(), kl.estimator).numpy()
         for group in groups
+        for old, reference in zip(group.old_logprobs, group.reference_logprobs, strict=True)
     ]
 
 
@@ -50,13 +53,18 @@ class Divergence:
     penalty: float
 
 
-def divergence(log_ratio_T: Tensor, kl: KL, *, loss: float, penalties: Sequence[np.ndarray]) -> Divergence:
-    """From log π_old − log π_ref of the trained tokens (at least one), fp32 [T]."""
-    delta_T = log_ratio_T.double()
+def divergence(log_ratios: Iterable[np.ndarray], kl: KL, *, loss: float, penalties: Sequence[np.ndarray]) -> Divergence:
+    """From log π_old − log π_ref of each sequence's trained tokens (at least one in all), fp32 [n]."""
+    mean, chosen, tokens = 0.0, 0.0, 0
+    for log_ratio in log_ratios:
+        delta = torch.from_numpy(log_ratio).double()
+        mean += float(kl_estimate(delta, "k3").sum())
+        chosen += float(kl_estimate(delta, kl.estimator).sum())
+        tokens += len(delta)
     return Divergence(
-        mean=float(kl_estimate(delta_T, "k3").mean()),
+        mean=mean / tokens,
         estimator=kl.estimator,
-        chosen=float(kl_estimate(delta_T, kl.estimator).mean()),
+        chosen=chosen / tokens,
         loss=loss,
         penalty=float(np.concatenate(penalties).mean()) if penalties else 0.0,
     )

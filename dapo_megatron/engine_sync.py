@@ -206,7 +206,9 @@ class EngineSync:
         uid = f"{version}.{self._updates}"
         if self.learner.device.type == "cuda":
             torch.cuda.synchronize(self.learner.device)
-        dist.barrier()  # from here on no rank's weights change
+            if self._asleep:
+                torch.cuda.empty_cache()  # what learning needed is free; the engine that wakes up cannot know
+        dist.barrier()  # from here on no rank's weights change, and none keeps memory for itself
         pending, problem = None, None
         if self.rank == 0:
             pending = self.engines.fleet.start(self._update_all({"update_info": {"uid": uid, "verify": verify}}))
@@ -230,9 +232,9 @@ class EngineSync:
         limit = self.time_limit_s + SLACK_S
 
         async def update(client: Any) -> None:
-            await client.post("/pause?mode=keep", time_limit_s=STEER_S)
-            if self._asleep:
+            if self._asleep:  # first, for an engine that is awake already, as a new one is, would go on by it
                 await client.post("/wake_up?tags=weights", time_limit_s=STEER_S)
+            await client.post("/pause?mode=keep", time_limit_s=STEER_S)
             await client.post("/start_weight_update", time_limit_s=STEER_S)
             await client.post("/update_weights", body, time_limit_s=limit)
             await client.post("/finish_weight_update", time_limit_s=STEER_S)

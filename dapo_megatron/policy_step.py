@@ -2,29 +2,41 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 
+from dapo_megatron.algorithms.gae import whiten
 from dapo_megatron.algorithms.mini_batch import (
-    aggregate,
     batch_of_groups,
     correct_engine_mismatch,
     mini_batches,
-    response_rows,
     scoring_batch,
 )
+from dapo_megatron.algorithms.registry import policy_losses
 from dapo_megatron.algorithms.statistics import TokenStatistics, token_statistics
 from dapo_megatron.config import Recipe
 from dapo_megatron.config.algorithm import Algorithm
+from dapo_megatron.critic_step import CriticStep
 from dapo_megatron.data.completions import PromptGroup
-from dapo_megatron.data.group_files import GROUP_ARRAYS
 from dapo_megatron.data.packing import packing_efficiency
-from dapo_megatron.data.records import SequenceBatch
 from dapo_megatron.divergence import Divergence, charges_rewards, divergence, reward_penalties
 from dapo_megatron.learner.learner import Learner
-from dapo_megatron.learner.losses import POLICY_SUMS, policy_loss
+from dapo_megatron.learner.losses import POLICY_SUMS, Head, RowLoss, policy_loss, token_policy_loss
 from dapo_megatron.learner.reference import ReferenceWeights
+from dapo_megatron.pair_choice import PairSums, total, weigh_pairs
+from dapo_megatron.token_choice import TokenChoice, choose_tokens, chooses_tokens, weigh
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Shares of the tokens that could be trained on: those that kept their gradient, those that KL-Cov penalised; and
+    the seconds that choosing them took on this rank."""
+
+    kept: float
+    penalised: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,11 @@ class PolicyStep:
     engine_weight: float  # mean of the truncated importance weights, 1 without them
     engine_weight_bounded: float  # share of tokens at their bound
     tokens: TokenStatistics | None  # None when nothing was trained
-    divergence: Divergence | None = None  # with a KL term
+    divergence: Divergence | None = None  # with a reference policy
+    waited: bool = False  # for a critic that warms up
+    critic: CriticStep | None = None  # with algorithm.advantage=gae
+    selection: Selection | None = None  # where the recipe looks at tokens before their gradient
+    pairs: PairSums | None = None  # with policy_loss dpo
 
 
 def score_old_policy(
@@ -58,9 +74,8 @@ def score_old_policy(
     """Leave log-probs and entropies of the present policy in every group that has none yet: before the first update.
 
     A group drawn by an earlier policy keeps that policy's. Responses that overlong filtering takes out are not scored,
-    theirs stay 0, unless their reward is charged for a KL divergence: it counts in their group's mean. Those of
-    `groups` share the memory of the whole step, those `kept` for a later one have memory of their own.
-    `reference`: leave its log-probs too, once a group.
+    theirs stay 0, unless their reward is charged for a KL divergence: it counts in their group's mean. `kept`: groups
+    of a later step, scored with the others. `reference`: leave its log-probs too, once a group.
     """
     overlong_filtering = algorithm.overlong_filtering and not charges_rewards(algorithm.kl)
     groups = [*groups, *kept]
@@ -72,9 +87,6 @@ def score_old_policy(
         with reference.in_place():
             for group, logprobs, _ in _score(learner, new, overlong_filtering):
                 group.reference_logprobs = logprobs
-    for group in kept:
-        for name in GROUP_ARRAYS:
-            setattr(group, name, [values if values.base is None else values.copy() for values in getattr(group, name)])
 
 
 def _score(
@@ -83,20 +95,28 @@ def _score(
     """(group, log-probs, entropies) of the model as it is, fp32 [L] a completion."""
     if not groups:
         return []
-    batch = scoring_batch(groups, overlong_filtering=overlong_filtering)
-    logprobs_T, entropy_T = (values.numpy() for values in learner.score(batch))
-    found: dict[int, tuple[PromptGroup, list[np.ndarray], list[np.ndarray]]] = {}
-    for rows, group, _ in response_rows(batch, groups):
-        _, logprobs, entropies = found.setdefault(id(group), (group, [], []))
-        logprobs.append(logprobs_T[rows])
-        entropies.append(entropy_T[rows])
-    return list(found.values())
+    logprobs, entropies = map(iter, learner.score(scoring_batch(groups, overlong_filtering=overlong_filtering)))
+    samples = [len(group.completions) for group in groups]
+    return [
+        (group, list(islice(logprobs, count)), list(islice(entropies, count)))
+        for group, count in zip(groups, samples, strict=True)
+    ]
 
 
-def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, *, learning_rate: float) -> PolicyStep:
+def learn_step(
+    learner: Learner,
+    groups: Sequence[PromptGroup],
+    recipe: Recipe,
+    *,
+    learning_rate: float,
+    step: int = 0,
+    estimates: Sequence[np.ndarray] | None = None,
+    waits: bool = False,
+) -> PolicyStep:
     """One optimizer step for each mini-batch of `algorithm.mini_batch_prompts` prompts, after `score_old_policy`.
 
-    A mini-batch without a trained token is skipped and counted.
+    A mini-batch without a trained token is skipped and counted. `step`: the rollout step, for random draws.
+    `estimates`: a critic's advantages, fp32 [L] a completion. `waits`: no step at all, while a critic warms up.
     """
     algorithm, samples = recipe.algorithm, len(groups[0].completions)
     kl = algorithm.kl
@@ -107,7 +127,10 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
         advantage_epsilon=algorithm.advantage_epsilon,
         advantage=algorithm.advantage,
         penalties=penalties,
+        estimates=estimates,
     )
+    if algorithm.whiten:
+        batch.advantages = whiten(batch.advantages, [weights > 0 for weights in batch.loss_weights])
     statistics = token_statistics(batch, groups)
     engine_weight = (1.0, 0.0)
     if algorithm.importance_bound is not None:
@@ -115,37 +138,38 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
     sums = torch.zeros(len(POLICY_SUMS), dtype=torch.float64)
     norms: list[float] = []
     efficiencies: list[float] = []
-    skipped = 0
-    for sequences in mini_batches(len(batch) // samples, samples, algorithm.mini_batch_prompts):
-        denominator = aggregate(
-            batch,
-            sequences,
-            algorithm.loss_aggregation,
-            constant_length=recipe.rollout.max_response_length,
-        )
+    lengths, skipped = batch.lengths, 0
+    trained = list(batch.loss_weights)  # before aggregation and selection
+    entropies = [values for group in groups for values in group.entropies]
+    responses = [group.prompt_id * samples + i for group in groups for i in range(samples)]
+    choices: list[TokenChoice] = []
+    compared: list[PairSums] = []
+    updates = mini_batches(0 if waits else len(groups), samples, algorithm.mini_batch_prompts)
+    for update, sequences in enumerate(updates):
+        choice = None
+        if algorithm.policy_loss == "dpo":
+            of_update = groups[sequences[0] // samples : sequences[-1] // samples + 1]
+            compared.append(weigh_pairs(learner, batch, sequences, of_update, algorithm))
+            denominator = float(compared[-1].pairs)
+        else:
+            if chooses_tokens(algorithm):
+                key = (recipe.run.seed, step, update)
+                choice = choose_tokens(learner, batch, sequences, responses, entropies, algorithm, key)
+                choices.append(choice)
+            denominator = weigh(batch, sequences, choice, algorithm, constant_length=recipe.rollout.max_response_length)
         if denominator == 0:
             skipped += 1
             continue
-        loss = policy_loss(
-            learner.head,
-            denominator=denominator,
-            eps_low=algorithm.eps_low,
-            eps_high=algorithm.eps_high,
-            eps_dual=algorithm.eps_dual,
-            entropy_coefficient=algorithm.entropy_coefficient,
-            kl_coefficient=kl.coefficient if kl.place == "loss" else 0.0,
-            kl_estimator=kl.estimator,
-        )
-        sums += learner.gradients(batch, sequences, loss)
+        sums += learner.gradients(batch, sequences, recipe_loss(learner.head, algorithm, denominator))
         norms.append(learner.step(learning_rate, recipe.optimizer.weight_decay))
-        efficiencies.append(_efficiency(learner, batch, sequences))
+        efficiencies.append(packing_efficiency(lengths, learner.packing(batch, sequences)))
     named = dict(zip(POLICY_SUMS, sums.tolist(), strict=True))
     tokens = max(1.0, named["tokens"])
     apart = None
-    if kl.coefficient > 0 and statistics is not None:
-        trained = batch.loss_weights_T > 0
-        log_ratio_T = (batch.old_logprobs_T - batch.reference_logprobs_T)[trained]
-        apart = divergence(log_ratio_T, kl, loss=named["kl_loss"] / max(1, len(norms)), penalties=penalties)
+    if batch.reference_logprobs is not None and statistics is not None:
+        columns = (trained, batch.old_logprobs, batch.reference_logprobs)
+        log_ratios = ((old - reference)[weights > 0] for weights, old, reference in zip(*columns, strict=True))
+        apart = divergence(log_ratios, kl, loss=named["kl_loss"] / max(1, len(norms)), penalties=penalties)
     return PolicyStep(
         loss=named["loss"] / max(1, len(norms)),
         grad_norm=sum(norms) / max(1, len(norms)),
@@ -161,8 +185,35 @@ def learn_step(learner: Learner, groups: Sequence[PromptGroup], recipe: Recipe, 
         engine_weight_bounded=engine_weight[1],
         tokens=statistics,
         divergence=apart,
+        waited=waits,
+        selection=_selection(choices),
+        pairs=total(compared) if compared else None,
     )
 
 
-def _efficiency(learner: Learner, batch: SequenceBatch, sequences: Sequence[int]) -> float:
-    return packing_efficiency(batch.lengths.tolist(), learner.packing(batch, sequences))
+def _selection(choices: Sequence[TokenChoice]) -> Selection | None:
+    trained = max(1, sum(choice.trained for choice in choices))
+    if not choices:
+        return None
+    return Selection(
+        kept=sum(choice.kept_tokens for choice in choices) / trained,
+        penalised=sum(choice.penalised_tokens for choice in choices) / trained,
+        seconds=sum(choice.seconds for choice in choices),
+    )
+
+
+def recipe_loss(head: Head, algorithm: Algorithm, denominator: float) -> RowLoss:
+    """The policy loss that a recipe chose; the clipped one in its own kernel."""
+    kl, name = algorithm.kl, algorithm.policy_loss
+    settings = {
+        "denominator": denominator,
+        "eps_low": algorithm.eps_low,
+        "eps_high": algorithm.eps_high,
+        "eps_dual": algorithm.eps_dual,
+        "entropy_coefficient": algorithm.entropy_coefficient,
+        "kl_coefficient": kl.coefficient if kl.place == "loss" else 0.0,
+        "kl_estimator": kl.estimator,
+    }
+    if name == "clip":
+        return policy_loss(head, **settings)
+    return token_policy_loss(head, policy_losses()[name], clips_low=algorithm.cispo.lower_clip, **settings)

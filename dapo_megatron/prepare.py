@@ -6,7 +6,7 @@ RUN/data/           a generated task, likewise   RUN/checkpoints/, metrics.jsonl
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,24 +20,29 @@ from dapo_megatron.config import (
     derive_layout,
     read_architecture,
 )
-from dapo_megatron.config.architecture import architecture_from_dict
+from dapo_megatron.config.architecture import architecture_from_dict, critic_of
 from dapo_megatron.config.check import cpu_engine_problem
+from dapo_megatron.config.data import Data
 from dapo_megatron.config.derive import derive_engines
 from dapo_megatron.config.supervised import Stage
 from dapo_megatron.data.arithmetic import build_tokenizer, check_task, longest_example
+from dapo_megatron.data.preferences import Preference, read_preferences
 from dapo_megatron.data.prompt_template import apply_template
 from dapo_megatron.data.prompts import Example, Prompt, check_prompt_lengths, encode_prompt, read_supervised
 from dapo_megatron.data.tokenizer import load_tokenizer, vocabulary_size
 from dapo_megatron.errors import RequestError
+from dapo_megatron.methods import check_methods
 from dapo_megatron.monitoring import check_trackers
 from dapo_megatron.prompt_files import Side, check_overlap, load_prompts
 from dapo_megatron.resharding.hf_layout import check_checkpoint
 from dapo_megatron.rewards.code_cases import check_cases
 from dapo_megatron.rewards.grader import check_grader
+from dapo_megatron.rollout.preference_pairs import EncodedPreference
 from dapo_megatron.rollout.vllm_plugin import check_vllm_version
 from dapo_megatron.rollout.vllm_secret import VARIABLE as SECRET_VARIABLE
 from dapo_megatron.scratch import ARITHMETIC, scratch_config, vocabulary_of
 
+PREFERENCE_COLUMNS = ("prompt_column", "chosen_column", "rejected_column")
 GENERATED = ("worked", "mixed")  # supervised sets that `data.generate` writes
 
 
@@ -59,7 +64,8 @@ def run_paths(recipe: Recipe) -> RunPaths:
     """Derive all paths of a recipe."""
     run = Path(recipe.run.directory)
     if recipe.data.generate is not None:
-        train, validation = run / "data" / "train.jsonl", run / "data" / "validation.jsonl"
+        name = "preferences" if recipe.rollout.shape == "preferences" else "train"
+        train, validation = run / "data" / f"{name}.jsonl", run / "data" / "validation.jsonl"
     else:
         train = None if recipe.data.train is None else Path(recipe.data.train)
         validation = None if recipe.data.validation is None else Path(recipe.data.validation)
@@ -77,12 +83,14 @@ def check_request(recipe: Recipe, world: int | None = None) -> tuple[Architectur
     problems: list[str] = []
     layout = _collect(problems, lambda: derive_layout(recipe, architecture, world))
     _collect(problems, lambda: check_recipe(recipe, architecture))
+    _collect(problems, lambda: check_methods(recipe))
     monitoring = recipe.monitoring
     _collect(
         problems,
         lambda: check_trackers(tensorboard=monitoring.tensorboard, wandb=monitoring.wandb, mlflow=monitoring.mlflow),
     )
     _collect(problems, lambda: check_grader(recipe.reward))
+    _collect(problems, lambda: _check_critic(recipe, architecture, world))
     _collect(problems, lambda: _check_accelerator(recipe))
     _collect(problems, lambda: _check_engines(recipe, architecture, layout))
     if recipe.model.scratch is None:
@@ -112,6 +120,13 @@ def planned_architecture(recipe: Recipe) -> Architecture:
     return architecture_from_dict(config, "model.scratch")
 
 
+def planned_critic(recipe: Recipe, policy: Architecture) -> Architecture | None:
+    """The architecture of the recipe's critic, None without one: its folder's, or the policy's with a value head."""
+    if recipe.algorithm.advantage != "gae":
+        return None
+    return critic_of(policy if recipe.critic.path is None else read_architecture(Path(recipe.critic.path)))
+
+
 def planned_tokenizer(recipe: Recipe):
     """The model's tokenizer, also of one that is yet to be made."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -139,6 +154,41 @@ def encode_prompts(
     return prompts, token_ids, lines
 
 
+def encode_preferences(tokenizer, recipe: Recipe, path: Path) -> tuple[list[Preference], list[EncodedPreference]]:
+    """(preferences, their token ids) of a file of pairs; prompts as rollouts see them, the end of sequence behind each
+    response.
+
+    Raises:
+        RequestError: as `read_preferences`; a prompt or a response longer than the recipe's; responses of equal tokens.
+    """
+    data, limit = recipe.data, recipe.rollout.max_response_length
+    columns = {name: getattr(Data() if data.generate else data, name) for name in PREFERENCE_COLUMNS}
+    preferences = read_preferences(path, **columns)
+    if data.prompt_template is not None:
+        preferences = [replace(p, prompt=apply_template(p.prompt, data.prompt_template)) for p in preferences]
+    prompts = [encode_prompt(tokenizer, p.prompt, data.chat_template) for p in preferences]
+    check_prompt_lengths([len(ids) for ids in prompts], data.max_prompt_length, path)
+    encoded = []
+    for i, (preference, prompt) in enumerate(zip(preferences, prompts, strict=True)):
+        pair = [_encode_response(tokenizer, text, path) for text in (preference.chosen, preference.rejected)]
+        longest = max(map(len, pair))
+        if longest > limit:
+            raise RequestError(
+                f"{path} row {i} (from 0): a response of {longest} tokens exceeds rollout.max_response_length={limit}; "
+                f"use {longest} or more, or drop the row"
+            )
+        if np.array_equal(*pair):
+            raise RequestError(f"{path} row {i} (from 0): both responses have the same tokens; drop the row")
+        encoded.append((prompt, *pair))
+    return preferences, encoded
+
+
+def _encode_response(tokenizer, text: str, path: Path) -> np.ndarray:
+    if tokenizer.eos_token_id is None:
+        raise RequestError(f"{path}: the tokenizer has no end-of-sequence token; responses of a file need one")
+    return np.asarray([*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id], np.int32)
+
+
 def check_answers(recipe: Recipe, prompts: list[Prompt], path: Path | str) -> None:
     """Refuse answers that the recipe's grader cannot use.
 
@@ -156,8 +206,6 @@ def encode_examples(tokenizer, recipe: Recipe, stage: Stage) -> list[Example]:
         RequestError: a tokenizer without an end of sequence, a prompt without tokens.
     """
     path, data = run_paths(recipe).supervised(stage.data), recipe.data
-    if tokenizer.eos_token_id is None:
-        raise RequestError(f"{path}: the tokenizer has no end-of-sequence token; supervised stages need one")
     examples = []
     columns = {name: getattr(stage, name) for name in ("prompt_column", "response_column", "weight_column")}
     for prompt, response, weight in read_supervised(path, **columns):
@@ -167,8 +215,7 @@ def encode_examples(tokenizer, recipe: Recipe, stage: Stage) -> list[Example]:
         if len(prompt_ids) == 0:
             raise RequestError(f"{path} row {prompt.id} (from 0): the prompt has no tokens")
         whole = stage.response_template.replace("{response}", response)
-        response_ids = [*tokenizer.encode(whole, add_special_tokens=False), tokenizer.eos_token_id]
-        examples.append(Example(prompt_ids, np.asarray(response_ids, np.int32), weight))
+        examples.append(Example(prompt_ids, _encode_response(tokenizer, whole, path), weight))
     return examples
 
 
@@ -179,7 +226,9 @@ def _check_files(recipe: Recipe, paths: RunPaths, architecture: Architecture) ->
         raise RequestError(f"{paths.model}: neither config.json nor the tokenizer names an end-of-sequence token")
     sides: list[list[Prompt]] = []
     for side, path in (("train", paths.train), ("validation", paths.validation)):
-        if path is not None:
+        if path is not None and side == "train" and recipe.rollout.shape == "preferences":
+            sides.append([preference.prompt for preference in encode_preferences(tokenizer, recipe, path)[0]])
+        elif path is not None:
             sides.append(encode_prompts(tokenizer, recipe, path, side)[0])
             check_answers(recipe, sides[-1], path)
     if len(sides) == 2:
@@ -198,6 +247,12 @@ def _check_generated(recipe: Recipe, architecture: Architecture) -> None:
         raise RequestError(
             f"data.max_prompt_length={recipe.data.max_prompt_length} is less than the {prompt} tokens of the longest "
             f"generated question; use {prompt} or more"
+        )
+    worked = whole - prompt + 1
+    if recipe.rollout.shape == "preferences" and worked > recipe.rollout.max_response_length:
+        raise RequestError(
+            f"rollout.max_response_length={recipe.rollout.max_response_length} is less than the {worked} tokens of the "
+            f"longest generated response; use {worked} or more"
         )
     own = [stage for stage in recipe.supervised.stages if stage.data not in GENERATED]
     if len(own) < len(recipe.supervised.stages):
@@ -223,6 +278,30 @@ def _check_example_length(longest: int, data: str, recipe: Recipe, architecture:
     if longest > architecture.max_positions:
         raise RequestError(
             f"{data}: an example of {longest} tokens exceeds the model's {architecture.max_positions} positions"
+        )
+
+
+def _check_critic(recipe: Recipe, policy: Architecture, world: int | None) -> None:
+    """A critic from a folder of its own: its files, sizes under the policy's layout, vocabulary, positions."""
+    path = recipe.critic.path
+    if recipe.algorithm.advantage != "gae" or path is None:
+        return
+    critic = planned_critic(recipe, policy)
+    check_checkpoint(Path(path), critic)
+    try:
+        derive_layout(recipe, critic, world)
+    except RequestError as error:
+        raise RequestError(f"critic.path={path}: {error}") from None
+    if critic.vocab < policy.vocab:
+        raise RequestError(
+            f"critic.path={path} has {critic.vocab} vocabulary rows and the policy {policy.vocab}; a critic reads the "
+            "policy's tokens: use a model of its tokenizer"
+        )
+    longest = recipe.data.max_prompt_length + recipe.rollout.max_response_length
+    if critic.max_positions < longest:
+        raise RequestError(
+            f"critic.path={path} has {critic.max_positions} positions; data.max_prompt_length + "
+            f"rollout.max_response_length need {longest}"
         )
 
 

@@ -1,4 +1,4 @@
-"""The reference policy of a run, from which `algorithm.kl` measures.
+"""The reference policy of a run, from which `algorithm.kl` and `policy_loss: dpo` measure.
 
 It is the policy before its first rollout step: the model that the recipe names, after supervised stages if there are
 any. These stages' result is kept as RUN/reference, a Hugging Face folder, so that a resumed run has the same reference
@@ -12,19 +12,26 @@ from dapo_megatron.assemble import Run
 from dapo_megatron.errors import RequestError
 from dapo_megatron.learner.manifest import check_manifest, write_manifest
 from dapo_megatron.learner.reference import ReferenceWeights
+from dapo_megatron.rollout.preference_pairs import PreferencePairs
 from dapo_megatron.weight_sync import export_hugging_face
 
 
 def keep_reference(run: Run) -> ReferenceWeights | None:
-    """Between warm start and rollouts: the reference, None without a KL term; collective.
-
-    Before the first rollout step it is the present policy, and kept; a resumed run reads what was kept.
+    """Between warm start and rollouts: the reference, its log-probs of a preference file taken; None where the recipe
+    has no use for one; collective.
 
     Raises:
         RequestError: what was kept is not there, or has changed.
     """
-    if run.recipe.algorithm.kl.coefficient == 0:
-        return None
+    reference = _find_reference(run) if run.recipe.algorithm.needs_reference else None
+    if reference is not None and isinstance(run.training, PreferencePairs):
+        with reference.in_place():
+            run.training.keep_reference(lambda batch: run.learner.score(batch)[0])
+    return reference
+
+
+def _find_reference(run: Run) -> ReferenceWeights:
+    """Before the first rollout step the present policy, which is kept; a resumed run reads what was kept."""
     kept = run.paths.run / "reference"
     supervised = bool(run.recipe.supervised.stages)
     if run.step == 0:
@@ -39,8 +46,10 @@ def keep_reference(run: Run) -> ReferenceWeights | None:
     try:
         checked_on_rank_zero(partial(check_manifest, kept), run.world.rank, run.world.size)
     except RequestError as refusal:
+        kl = run.recipe.algorithm.kl.coefficient
+        asks, instead = (f"kl.coefficient={kl}", "use coefficient=0, or ") if kl else ("policy_loss=dpo", "")
         raise RequestError(
-            f"algorithm.kl.coefficient={run.recipe.algorithm.kl.coefficient} needs the reference policy that this run "
-            f"began with: {refusal}; use coefficient=0, or start anew with --overwrite"
+            f"algorithm.{asks} needs the reference policy that this run began with: {refusal}; {instead}start anew "
+            "with --overwrite"
         ) from None
     return ReferenceWeights(run.learner, kept)

@@ -2,7 +2,8 @@
 
 RUN/config.yaml     the resolved recipe          RUN/model/    a model made from scratch, if the recipe asks for one
 RUN/data/           a generated task, likewise   RUN/checkpoints/, metrics.jsonl, samples.jsonl, report.{html,png}, hf/
-RUN/reference/      the policy after supervised stages, where `algorithm.kl` needs it
+RUN/critic/         a critic, beside hf/
+RUN/reference/      the policy after supervised stages, where `algorithm.kl` or `policy_loss: dpo` needs it
 """
 
 import shutil
@@ -91,6 +92,8 @@ def _inputs(recipe: Recipe, paths: RunPaths) -> list[Path]:
     inputs = [paths.model] if scratch is None else [] if scratch.tokenizer == ARITHMETIC else [Path(scratch.tokenizer)]
     if recipe.data.generate is None:
         inputs += [path for path in (paths.train, paths.validation) if path is not None]
+    if recipe.critic.path is not None:
+        inputs.append(Path(recipe.critic.path))
     stages = recipe.supervised.stages
     return inputs + [paths.supervised(stage.data) for stage in stages if stage.data not in GENERATED]
 
@@ -126,11 +129,27 @@ def _check_same_start(recipe: Recipe, run: Path) -> None:
             f"coefficient={kl_before.coefficient} in place={kl_before.place} in {run / 'config.yaml'}; only a new run "
             "may turn the KL term on or move it; use those, or coefficient=0"
         )
-    if kl_now.coefficient > 0 and now and not before:
+    if recipe.algorithm.policy_loss == "dpo" and not begun.algorithm.needs_reference:
+        problems.append(
+            f"algorithm.policy_loss=dpo measures from the policy before the first rollout step, which this run did not "
+            f"keep: by {run / 'config.yaml'} it had policy_loss={begun.algorithm.policy_loss}; only a new run may turn "
+            "to dpo"
+        )
+    if recipe.algorithm.needs_reference and now and not before:
+        asks = f"algorithm.kl.coefficient={kl_now.coefficient}" if kl_now.coefficient else "algorithm.policy_loss=dpo"
         problems.append(
             f"supervised.stages={[stage.data for stage in now]} cannot be added to this run: "
-            f"algorithm.kl.coefficient={kl_now.coefficient} measures from the policy before the first rollout step, "
-            f"and by {run / 'config.yaml'} that had no supervised stages; use supervised.stages=[], or coefficient=0"
+            f"{asks} measures from the policy before the first rollout step, "
+            f"and by {run / 'config.yaml'} that had no supervised stages; use supervised.stages=[]"
+            f"{', or coefficient=0' if kl_now.coefficient else ''}"
+        )
+    if recipe.algorithm.advantage == "gae" and (
+        begun.algorithm.advantage != "gae" or begun.critic.path != recipe.critic.path
+    ):
+        problems.append(
+            f"algorithm.advantage=gae with critic.path={recipe.critic.path} differs from advantage="
+            f"{begun.algorithm.advantage} with critic.path={begun.critic.path} in {run / 'config.yaml'}; only a new "
+            "run may begin with another critic"
         )
     if problems:
         raise RequestError("\n".join(problems))

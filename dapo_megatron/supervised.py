@@ -3,12 +3,12 @@
 import time
 from collections.abc import Callable, Sequence
 
-import torch
+import numpy as np
 
 from dapo_megatron.config.supervised import Stage
 from dapo_megatron.data.packing import packing_efficiency
 from dapo_megatron.data.prompts import Example
-from dapo_megatron.data.records import SequenceBatch, sequence_batch
+from dapo_megatron.data.records import SequenceBatch, repeated, sequence_batch
 from dapo_megatron.data.sampler import PromptSampler
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.losses import SUPERVISED_SUMS, supervised_loss
@@ -48,10 +48,8 @@ def run_stage(
                 "loss/supervised": loss,
                 "grad_norm": norm,
                 "learning_rate": rate,
-                "tokens/trained": float(torch.count_nonzero(batch.loss_weights_T)),
-                "packing/efficiency": packing_efficiency(
-                    batch.lengths.tolist(), learner.packing(batch, range(len(batch)))
-                ),
+                "tokens/trained": float(sum(np.count_nonzero(weights) for weights in batch.loss_weights)),
+                "packing/efficiency": packing_efficiency(batch.lengths, learner.packing(batch, range(len(batch)))),
                 "time/step": time.perf_counter() - started,
             }
         )
@@ -61,10 +59,9 @@ def run_stage(
 
 
 def weighted_batch(examples: Sequence[Example]) -> SequenceBatch:
-    """Their sequences; the loss weight of a row that predicts a response token is the weight of its example."""
+    """Their sequences; the loss weight of a response token is the weight of its example."""
     batch = sequence_batch([example.prompt for example in examples], [example.response for example in examples])
-    weights_B = torch.tensor([example.weight for example in examples])
-    batch.loss_weights_T *= weights_B.repeat_interleave(batch.lengths)
+    batch.loss_weights = [repeated(example.weight, len(example.response)) for example in examples]
     return batch
 
 
@@ -72,7 +69,7 @@ def supervised_update(
     learner: Learner, batch: SequenceBatch, learning_rate: float, weight_decay: float
 ) -> tuple[float, float]:
     """One optimizer step on the mean −log π over the batch's weighted tokens; returns (loss, gradient norm)."""
-    denominator = float(batch.loss_weights_T.sum())
-    sums = learner.gradients(batch, range(len(batch)), supervised_loss(learner.head, denominator=denominator))
+    loss = supervised_loss(learner.head, denominator=batch.weight_sum)
+    sums = learner.gradients(batch, range(len(batch)), loss)
     norm = learner.step(learning_rate, weight_decay)
     return float(sums[SUPERVISED_SUMS.index("loss")]), norm

@@ -2,14 +2,18 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from dapo_megatron.assemble import Run, append_samples
+from dapo_megatron.critic_step import critic_step, estimate
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.debug_batches import load_batches, save_batch
+from dapo_megatron.device_memory import held_on_card
 from dapo_megatron.errors import RunError
 from dapo_megatron.evaluation import evaluate
+from dapo_megatron.learner.critic import copy_decoder
 from dapo_megatron.learner.optimizer import scheduled_rate
 from dapo_megatron.mismatch import check_gap
 from dapo_megatron.monitoring.journal import Journal
@@ -26,7 +30,8 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
     """Train until run.steps or a stop signal; every rank calls it. A checkpoint is left in both cases."""
     steps, checkpoint, evaluation = run.recipe.run.steps, run.recipe.checkpoint, run.recipe.evaluation
     warm_start(run, journal, stop)
-    run.reference = None if stop.requested() else keep_reference(run)
+    if not stop.requested():
+        begin_learning(run)
     with checkpoint_on_failure(run):
         run.sync.push(run.updates)
     if run.step == 0 and not stop.requested():
@@ -49,6 +54,7 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
         if rollout_only:
             save_batch(run, sampled.trained)
         else:
+            metrics |= held_on_card(run.learner.device, "learn")
             with clock.phase("learn"):
                 metrics |= learner_metrics(learn(run, sampled.trained, sampled.kept))
             run.surplus, run.acceptance = sampled.kept, sampled.acceptance
@@ -57,6 +63,7 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
             with clock.phase("reshard"), checkpoint_on_failure(run, partial(journal.step, metrics)):
                 transfer = run.sync.push(run.updates)
             metrics["resharding/bytes_sent"] = float(transfer.bytes_sent if transfer else 0)
+            metrics |= held_on_card(run.learner.device, "rollout")
         metrics |= clock.metrics() | (run.grader.metrics() if run.grader else {"grader/failures": 0.0})
         if evaluation.every and (run.step % evaluation.every == 0 or run.step == steps):
             metrics |= validate(run, "after" if run.step == steps else "during", partial(journal.step, metrics))
@@ -71,7 +78,7 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
 
 def train_from_files(run: Run, journal: Journal, stop: StopSignal, files: Sequence[Path]) -> None:
     """Learn from batches that `--debug-rollout-only` saved; no engine is asked for anything."""
-    run.reference = keep_reference(run)
+    begin_learning(run)
     for groups in load_batches(files):
         if stop.requested():
             break
@@ -110,6 +117,14 @@ def warm_start(run: Run, journal: Journal, stop: StopSignal) -> None:
         )
 
 
+def begin_learning(run: Run) -> None:
+    """Between warm start and rollouts: the reference is kept, a critic without a folder of its own begins as the
+    policy."""
+    run.reference = keep_reference(run)
+    if run.critic is not None and run.step == 0 and run.recipe.critic.path is None:
+        copy_decoder(run.learner, run.critic)
+
+
 def roll_out(run: Run) -> SampledStep:
     """Sample until the step has its mixed groups (DAPO's dynamic sampling)."""
     return sample_step(
@@ -123,12 +138,25 @@ def roll_out(run: Run) -> SampledStep:
 
 
 def learn(run: Run, groups: Sequence[PromptGroup], kept: Sequence[PromptGroup] = ()) -> PolicyStep | None:
-    """Old log-probs of all groups, of those `kept` for later too, and the reference's; then the step's gradient
-    updates; None when there is nothing to learn from."""
-    score_old_policy(run.learner, groups, run.recipe.algorithm, kept=kept, reference=run.reference)
+    """Old log-probs of all groups, of those `kept` for later too, the reference's, a critic's values; then the step's
+    gradient updates, the critic's last; None when there is nothing to learn from."""
+    recipe, critic = run.recipe, run.critic
+    score_old_policy(run.learner, groups, recipe.algorithm, kept=kept, reference=run.reference)
     if not groups:
         return None
-    result = learn_step(run.learner, groups, run.recipe, learning_rate=learning_rate(run))
+    estimates = None if critic is None else estimate(critic, groups, recipe)
+    result = learn_step(
+        run.learner,
+        groups,
+        recipe,
+        learning_rate=learning_rate(run),
+        step=run.step,
+        estimates=None if estimates is None else estimates.advantages,
+        waits=run.step < recipe.critic.warmup_steps,
+    )
+    if critic is not None:
+        result = replace(result, critic=critic_step(critic, estimates, recipe))
+        run.critic_updates += result.critic.updates
     run.updates += result.updates
     return result
 

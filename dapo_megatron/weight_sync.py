@@ -59,7 +59,8 @@ class WeightSync:
 
 
 def export_hugging_face(learner: Learner, folder: Path, *, side_files: Path, time_limit_s: float) -> None:
-    """Write the present weights as a Hugging Face folder, a file at a time through rank 0; collective."""
+    """Write the present weights as a Hugging Face folder, a file at a time through rank 0; collective. A critic becomes
+    a token classifier of one label."""
     groups = list(file_groups(learner.weight_layout.shapes, learner.dtype.itemsize, HF_FILE_BYTES))
     write_folder(
         folder,
@@ -69,6 +70,7 @@ def export_hugging_face(learner: Learner, folder: Path, *, side_files: Path, tim
         ),
         side_files=side_files,
         dtype=learner.dtype,
+        value_head=learner.architecture.value_head,
     )
     torch.distributed.barrier()
 

@@ -13,7 +13,7 @@ from dapo_megatron.launch import World
 from dapo_megatron.learner.checkpoint import load_checkpoint
 from dapo_megatron.learner.checkpoint_files import load_surplus, random_states_file
 from dapo_megatron.learner.distributed import choose_device, join_world, leave_world
-from dapo_megatron.learner.manifest import newest_checkpoint, read_state, set_aside_later, tidy_up
+from dapo_megatron.learner.manifest import CRITIC, newest_checkpoint, read_state, set_aside_later, tidy_up
 from dapo_megatron.learner.random_states import read_random_states, restore_random_states
 from dapo_megatron.monitoring import write_report
 from dapo_megatron.monitoring.journal import Journal
@@ -86,6 +86,9 @@ def _train(run: Run, mode: Mode) -> int:
         if run.recipe.checkpoint.hugging_face and not mode.rollout_only:
             limit = run.recipe.resharding.time_limit_s
             export_hugging_face(run.learner, run.paths.run / "hf", side_files=run.paths.model, time_limit_s=limit)
+            if run.critic is not None:
+                folder, side_files = run.paths.run / "critic", Path(run.recipe.critic.path or run.paths.model)
+                export_hugging_face(run.critic, folder, side_files=side_files, time_limit_s=limit)
         _conclude(run, journal)
     finally:
         journal.close()
@@ -111,6 +114,8 @@ def _resume(run: Run) -> list[str]:
     if folder is None:
         return [*lines, "no checkpoint to resume from; starting at step 0"]
     load_checkpoint(folder, run.learner)
+    if run.critic is not None:
+        load_checkpoint(folder, run.critic, CRITIC)
     state = read_state(folder)
     run.load_state(state)
     run.surplus, dropped = still_fitting(load_surplus(folder), state, run.recipe)

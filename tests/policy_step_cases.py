@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from dapo_megatron.algorithms.mini_batch import batch_of_groups
 from dapo_megatron.config import Recipe
@@ -81,7 +80,8 @@ def steps(payload: dict) -> dict:
     advantages: list[float] = []
 
     def seen(batch, sequences, loss, gradients=learner.gradients):
-        advantages.extend(batch.advantages_T[batch.loss_weights_T > 0].tolist())
+        for weights, values in zip(batch.loss_weights, batch.advantages, strict=True):
+            advantages.extend(values[weights > 0].tolist())
         return gradients(batch, sequences, loss)
 
     learner.gradients = seen
@@ -109,14 +109,14 @@ def _facts(step: PolicyStep) -> dict:
     }  # fmt: skip
 
 
-def _scores(learner, of: list[PromptGroup]) -> torch.Tensor:
+def _scores(learner, of: list[PromptGroup]) -> np.ndarray:
     batch = batch_of_groups(of, overlong_filtering=True, advantage_epsilon=0.0)
-    return learner.score(batch)[0]
+    return np.concatenate(learner.score(batch)[0])
 
 
-def _reference_scores(of: list[PromptGroup]) -> torch.Tensor:
-    return batch_of_groups(of, overlong_filtering=True, advantage_epsilon=0.0).reference_logprobs_T
+def _reference_scores(of: list[PromptGroup]) -> np.ndarray:
+    return np.concatenate([values for group in of for values in group.reference_logprobs])
 
 
-def _gap(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max())
+def _gap(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).max())

@@ -20,12 +20,18 @@ PRELOADED = ["transformers", "dapo_megatron.learner.learner", "dapo_megatron.lea
 
 
 def run_ranks(
-    size: int, target: str, payload: dict[str, Any], *, time_limit_s: float = 800, fresh: bool = False
+    size: int,
+    target: str,
+    payload: dict[str, Any],
+    *,
+    time_limit_s: float = 800,
+    fresh: bool = False,
+    collective_limit_s: float = 120,
 ) -> Any:
     """Call `target` ("package.module:function") with `payload` on `size` ranks; returns rank 0's JSON-able result.
 
     Any rank that fails fails the test with its error output. `fresh`: ranks import everything themselves, in the
-    present environment.
+    present environment. `collective_limit_s`: the longest that a rank waits for the others.
     """
     port = free_port()
     context = multiprocessing.get_context("spawn" if fresh else "forkserver")
@@ -34,7 +40,10 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "payload.json").write_text(json.dumps(payload))
-        processes = [context.Process(target=_rank, args=(target, folder, rank, size, port)) for rank in range(size)]
+        processes = [
+            context.Process(target=_rank, args=(target, folder, rank, size, port, collective_limit_s))
+            for rank in range(size)
+        ]
         before = {key: os.environ.get(key) for key in ENVIRONMENT}
         os.environ.update(ENVIRONMENT)  # the forking process is started by the first of them
         try:
@@ -61,7 +70,7 @@ def run_ranks(
         return json.loads((folder / "result.json").read_text())
 
 
-def _rank(target: str, folder: Path, rank: int, size: int, port: int) -> None:
+def _rank(target: str, folder: Path, rank: int, size: int, port: int, limit_s: float) -> None:
     log = os.open(folder / f"rank{rank}.log", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -73,7 +82,7 @@ def _rank(target: str, folder: Path, rank: int, size: int, port: int) -> None:
     from dapo_megatron.learner.distributed import join_world, leave_world
 
     torch.set_num_threads(1)
-    join_world(world_from_environment(), device=torch.device("cpu"), time_limit_s=120)
+    join_world(world_from_environment(), device=torch.device("cpu"), time_limit_s=limit_s)
     module, function = target.split(":")
     result = getattr(import_module(module), function)(json.loads((folder / "payload.json").read_text()))
     if rank == 0:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from dapo_megatron.data.group_files import load_groups
 from dapo_megatron.launch import World, world_from_environment
 from tests.command_line import RECIPE, ROOT, SMALL, command, environment, run_command
-from tests.tiny_models import load_model, write_model
+from tests.tiny_models import load_critic, load_model, write_model
 
 pytestmark = pytest.mark.distributed
 
@@ -55,10 +55,15 @@ SURPLUS = (
 )
 
 
+# a second learner beside the policy
+CRITIC = ("algorithm.advantage=gae", "algorithm.whiten=true", "critic={learning_rate: 1.0e-3, epochs: 2}")
+WHOLE = (*SMALL, *LEARNABLE, *SURPLUS, *CRITIC)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     run = tmp_path_factory.mktemp("finished") / "run"
-    result = run_command("train", RECIPE, f"run.directory={run}", *SMALL, *LEARNABLE, *SURPLUS, "checkpoint.every=2")
+    result = run_command("train", RECIPE, f"run.directory={run}", *WHOLE, "checkpoint.every=2")
     assert result.returncode == 0, result.stdout + result.stderr
     return run, result.stdout
 
@@ -66,7 +71,8 @@ def finished(tmp_path_factory):
 def killed_after_step_2(whole: Path, run: Path) -> None:
     """A copy of a finished run as it would be, had it been killed while it saved and told of step 4."""
     shutil.copytree(whole, run)
-    shutil.rmtree(run / "hf")
+    for model in ("hf", "critic"):
+        shutil.rmtree(run / model)
     (run / "checkpoints" / "step-000004").rename(run / "checkpoints" / ".step-000004.tmp")
     lines = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(lines[: lines.rindex('{"step": 4') + 20])
@@ -102,6 +108,17 @@ def test_the_exported_model_is_the_trained_one(finished):
     assert load_model(run / "hf")(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
 
+def test_the_exported_critic_is_a_token_classifier_that_learnt(finished):
+    run, _ = finished
+    critic = load_critic(run / "critic")
+    assert critic.config.num_labels == 1 and critic(torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, 1)
+    assert critic.score.weight.abs().sum() > 0 and critic.score.bias.abs() > 0, "both begin as 0"
+    steps = [line for line in metrics_of(run)[1:] if line["tokens/trained"] > 0]
+    assert all(line["critic/updates"] == 2 * line["updates"] for line in steps)
+    assert steps[0]["critic/value_mean"] == steps[0]["critic/explained_variance"] == 0.0
+    assert steps[-1]["critic/value_mean"] != 0.0 and steps[-1]["critic/loss"] < steps[0]["critic/loss"]
+
+
 def test_resuming_is_exact(finished, tmp_path):
     whole, _ = finished
     run = tmp_path / "run"
@@ -110,16 +127,15 @@ def test_resuming_is_exact(finished, tmp_path):
     reused = next(line for line in lines if line["step"] == 3)
     assert reused["groups/reused"] > 0, "the checkpoint must carry groups for this test to mean something"
     assert (run / "checkpoints" / "step-000002" / "surplus.safetensors").is_file()
-    result = run_command(
-        "train", RECIPE, f"run.directory={run}", *SMALL, *LEARNABLE, *SURPLUS, "checkpoint.every=2", "--resume"
-    )
+    result = run_command("train", RECIPE, f"run.directory={run}", *WHOLE, "checkpoint.every=2", "--resume")
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"resumed from {run / 'checkpoints' / 'step-000002'}" in result.stdout
     assert without_times(metrics_of(run)) == without_times(metrics_of(whole))
     assert (run / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
     assert not list((run / "checkpoints").glob(".*"))
-    resumed, expected = load_file(run / "hf" / "model.safetensors"), load_file(whole / "hf" / "model.safetensors")
-    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    for model in ("hf", "critic"):
+        resumed, expected = (load_file(path / model / "model.safetensors") for path in (run, whole))
+        assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
 def test_resuming_under_another_layout_is_close(finished, tmp_path):
@@ -127,8 +143,8 @@ def test_resuming_under_another_layout_is_close(finished, tmp_path):
     run = tmp_path / "run"
     killed_after_step_2(whole, run)
     result = run_command(
-        "train", RECIPE, f"run.directory={run}", *SMALL, *LEARNABLE, *SURPLUS, "--resume", "parallel.tensor=1",
-        "parallel.pipeline=1", "checkpoint.hugging_face=false",
+        "train", RECIPE, f"run.directory={run}", *WHOLE, "--resume", "parallel.tensor=1", "parallel.pipeline=1",
+        "checkpoint.hugging_face=false",
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     assert "of another layout" in result.stdout and "step-000002" in result.stdout
@@ -137,17 +153,18 @@ def test_resuming_under_another_layout_is_close(finished, tmp_path):
     assert found[:3] == expected[:3], "steps before the checkpoint are not made again"
     for line, wanted in zip(found[3:], expected[3:], strict=True):
         assert set(line) == set(wanted)
-        for key in {"loss/policy", "grad_norm", "entropy/mean", "reward/mean", "tokens/trained"} & set(wanted):
+        keys = {"loss/policy", "grad_norm", "entropy/mean", "reward/mean", "tokens/trained", "critic/loss"}
+        for key in {*keys, "critic/grad_norm", "critic/explained_variance"} & set(wanted):
             assert line[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-5), (line["step"], key)
 
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path):
     run = tmp_path / "run"
-    shared = ("train", RECIPE, f"run.directory={run}", *SMALL, *LEARNABLE, "run.steps=2", "checkpoint.every=1")
+    shared = ("train", RECIPE, f"run.directory={run}", *SMALL, *LEARNABLE, *CRITIC, "run.steps=2", "checkpoint.every=1")
     assert run_command(*shared).returncode == 0
     newest = run / "checkpoints" / "step-000002"
-    shard = max((newest / "shards").iterdir(), key=lambda p: p.stat().st_size)
+    shard = max((newest / "critic").iterdir(), key=lambda p: p.stat().st_size)
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
@@ -203,7 +220,7 @@ def test_the_debug_halves_make_the_whole(finished, tmp_path):
     """Rollouts of the first step saved, then learned from: the same update as in the whole run."""
     whole, _ = finished
     saved, learned = tmp_path / "saved", tmp_path / "learned"
-    shared = (*SMALL, *LEARNABLE, *SURPLUS, "run.steps=1", "checkpoint.hugging_face=false", "evaluation.every=0")
+    shared = (*WHOLE, "run.steps=1", "checkpoint.hugging_face=false", "evaluation.every=0")
     result = run_command("train", RECIPE, f"run.directory={saved}", *shared, "--debug-rollout-only")
     assert result.returncode == 0, result.stderr
     assert "tokens/trained" not in metrics_of(saved)[-1] and not (saved / "hf").exists()
@@ -216,7 +233,7 @@ def test_the_debug_halves_make_the_whole(finished, tmp_path):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     step, expected = metrics_of(learned)[-1], metrics_of(whole)[1]
-    for key in ("loss/policy", "grad_norm", "entropy/mean", "probability/mean", "tokens/trained"):
+    for key in ("loss/policy", "grad_norm", "entropy/mean", "probability/mean", "tokens/trained", "critic/loss"):
         assert step[key] == expected[key], key
     rewards = [group.rewards for group in load_groups(files[0])]
     assert step["reward/mean"] == pytest.approx(np.concatenate(rewards).mean())

@@ -40,6 +40,26 @@ def write_model(
     return folder
 
 
+def write_critic(folder: Path, policy: Path, *, seed: int = 1) -> Path:
+    """The policy's decoder with a random value head, saved by transformers as a token classifier of one label."""
+    from transformers import AutoModelForTokenClassification
+
+    torch.manual_seed(seed)
+    model = AutoModelForTokenClassification.from_pretrained(policy, num_labels=1, local_files_only=True)
+    with torch.no_grad():
+        model.score.weight.copy_(torch.randn_like(model.score.weight) * 0.2)
+        model.score.bias.fill_(0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load_critic(folder: Path):
+    """The critic as transformers reads it."""
+    from transformers import AutoModelForTokenClassification
+
+    return AutoModelForTokenClassification.from_pretrained(folder, local_files_only=True).eval()
+
+
 def load_model(folder: Path, dtype: torch.dtype = torch.float32):
     """The model as transformers reads it."""
     from transformers import AutoModelForCausalLM

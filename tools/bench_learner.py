@@ -14,7 +14,7 @@ import gc
 import math
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from torch import Tensor  # noqa: E402
 from dapo_megatron.config import Architecture, Layout  # noqa: E402
 from dapo_megatron.config.architecture import architecture_from_dict  # noqa: E402
 from dapo_megatron.config.optimizer import Optimizer  # noqa: E402
-from dapo_megatron.data.records import SequenceBatch, sequence_batch  # noqa: E402
+from dapo_megatron.data.records import SequenceBatch, repeated, sequence_batch  # noqa: E402
 from dapo_megatron.errors import RequestError, RunError  # noqa: E402
 from dapo_megatron.launch import World  # noqa: E402
 from dapo_megatron.learner.distributed import choose_device, form_groups, join_world, leave_world  # noqa: E402
@@ -77,7 +77,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Task:
-    """What every contender is given; `batch.old_logprobs_T` is set by the first of them."""
+    """What every contender is given; `batch.old_logprobs` are set by the first of them."""
 
     name: str
     config: dict
@@ -90,7 +90,7 @@ class Task:
 
     @property
     def denominator(self) -> float:
-        return float(self.batch.loss_weights_T.sum())
+        return self.batch.weight_sum
 
 
 def model_config(shape: Shape, layers: int) -> dict:
@@ -133,19 +133,20 @@ def build_batch(shape: Shape, tokens: int) -> SequenceBatch:
     lengths = packed_lengths(shape, tokens)
     parts = [[random.integers(0, shape.vocab, n, dtype=np.int32) for n in pair] for pair in lengths]
     batch = sequence_batch(*zip(*parts, strict=True))
-    advantages = torch.from_numpy(random.standard_normal(len(lengths)).astype(np.float32))
-    batch.advantages_T = (advantages - advantages.mean()).repeat_interleave(batch.lengths)
+    advantages = random.standard_normal(len(lengths)).astype(np.float32)
+    advantages -= advantages.mean()
+    batch.advantages = [repeated(a, len(r)) for a, r in zip(advantages, batch.responses, strict=True)]
     return batch
 
 
-def flop_of_a_step(architecture: Architecture, lengths: Tensor) -> float:
+def flop_of_a_step(architecture: Architecture, lengths: Sequence[int]) -> float:
     """6 · parameters · tokens + causal attention, 6 · Σ L² · heads · head_dim a layer (its two products, half a square
     each, forward and twice backward). Parameters that multiply: an embedding that is only looked up does not, a tied
     one does once. What is skipped (prompt rows in the head) counts, what is recomputed does not."""
     shapes = canonical_tensors(architecture)
     matrices = sum(math.prod(s) for n, s in shapes.items() if n != "model.embed_tokens.weight" or architecture.tied)
-    attention = 6.0 * float((lengths.double() ** 2).sum()) * architecture.heads * architecture.head_dim
-    return 6.0 * matrices * float(lengths.sum()) + architecture.layers * attention
+    attention = 6.0 * sum(length**2 for length in lengths) * architecture.heads * architecture.head_dim
+    return 6.0 * matrices * sum(lengths) + architecture.layers * attention
 
 
 def layers_that_fit(shape: Shape, tokens: int, memory_bytes: float, recompute: str) -> int:
@@ -174,10 +175,12 @@ def our_step(task: Task, loss_kernel: str, fused: bool) -> Callable[[], tuple[fl
         fused_linear_loss=fused,
     )  # fmt: skip
     fill(learner, task)
-    if not task.batch.old_logprobs_T.any():
-        noise = torch.Generator().manual_seed(2)
+    if not any(values.any() for values in task.batch.old_logprobs):
+        noise = np.random.default_rng(2)
         logprobs, _ = learner.score(task.batch)
-        task.batch.old_logprobs_T = logprobs + 0.05 * torch.randn(logprobs.shape, generator=noise)
+        task.batch.old_logprobs = [
+            values + np.float32(0.05) * noise.standard_normal(len(values), dtype=np.float32) for values in logprobs
+        ]
     loss = policy_loss(learner.head, denominator=task.denominator, entropy_coefficient=0.0, **CLIP)
 
     def step() -> tuple[float, float]:
@@ -213,7 +216,7 @@ def their_step(task: Task, attention: str) -> Callable[[], tuple[float, float]]:
     )  # fmt: skip
 
     def step() -> tuple[float, float]:
-        packed = pack(task.batch, range(len(task.batch)), length=task.batch.tokens_T.numel(), device=task.device)
+        packed = pack(task.batch, range(len(task.batch)), length=sum(task.batch.lengths), device=task.device)
         return peer.step(packed, task.denominator, CLIP)
 
     return step
@@ -280,7 +283,7 @@ def check_agreement(found: list[dict], dtype: torch.dtype) -> None:
 
 def report(task: Task, found: list[dict], limits: Ceilings, facts: dict[str, str]) -> list[dict[str, object]]:
     """Print the table; returns rows for the CSV."""
-    flop, tokens = flop_of_a_step(task.architecture, task.batch.lengths), int(task.batch.lengths.sum())
+    flop, tokens = flop_of_a_step(task.architecture, task.batch.lengths), sum(task.batch.lengths)
     timings: dict[str, list[Timing]] = {}
     for record in found:
         timings.setdefault(record["side"], []).extend([record["timing"]] if "timing" in record else [])
@@ -343,8 +346,8 @@ def run(options: argparse.Namespace) -> None:
         batch = build_batch(shape, tokens)
         task = Task(name, config, architecture, batch, tokens, dtype, device, options.recompute)
         print(
-            f"\n{name}: {layers} of {shape.layers} layers, {len(batch)} sequences, {int(batch.lengths.sum())} tokens "
-            f"(longest {int(batch.lengths.max())}), {int(batch.loss_weights_T.sum())} trained, "
+            f"\n{name}: {layers} of {shape.layers} layers, {len(batch)} sequences, {sum(batch.lengths)} tokens "
+            f"(longest {max(batch.lengths)}), {batch.weight_sum:.0f} trained, "
             f"recompute {options.recompute}"
         )
         rows += report(task, measured(task, options.repeats), limits, facts)

@@ -68,8 +68,8 @@ def run_train(arguments: list[str], log: Path, *, limit_s: float) -> int:
                     process.wait()
 
 
-def warm_start(out: Path, seed: int, overrides: Sequence[str], train: Train) -> Path:
-    """The run that all rungs of a seed continue; made once.
+def warm_start(out: Path, seed: int, recipe: Path, overrides: Sequence[str], train: Train) -> Path:
+    """The run that all rungs of a seed continue, by a recipe of any of them; made once.
 
     Raises:
         RequestError: another command is at work on it.
@@ -79,14 +79,14 @@ def warm_start(out: Path, seed: int, overrides: Sequence[str], train: Train) -> 
     with _claimed(directory):
         if not (directory / START_OF_RUNGS).is_file():
             arguments = [
-                *(str(RECIPES / f"{RUNGS[0].recipe}.yaml"), f"run.directory={directory}", f"run.seed={seed}", *SHARED),
+                *(str(recipe), f"run.directory={directory}", f"run.seed={seed}", *SHARED),
                 *(*overrides, "run.steps=0", "--overwrite"),
             ]
             _checked(train(arguments, directory.with_suffix(".log")), directory)
     return directory
 
 
-def climb(out: Path, seed: int, rung: Rung, overrides: Sequence[str], train: Train) -> Cell:
+def climb(out: Path, seed: int, rung: Rung, recipe: Path, overrides: Sequence[str], train: Train) -> Cell:
     """One cell: kept where it is finished, continued where it was begun, else begun from the seed's warm start.
 
     Raises:
@@ -97,7 +97,7 @@ def climb(out: Path, seed: int, rung: Rung, overrides: Sequence[str], train: Tra
     directory = out / f"seed{seed}" / rung.recipe
     marker = directory.with_suffix(".yaml")  # the recipe of a finished cell
     own = [f"run.directory={directory}", f"run.seed={seed}", *SHARED, *overrides]
-    wanted = dump_recipe(load_recipe(RECIPES / f"{rung.recipe}.yaml", own))
+    wanted = dump_recipe(load_recipe(recipe, own))
     with _claimed(directory):
         if not check_finished(marker, wanted):
             if not directory.exists():
@@ -105,20 +105,28 @@ def climb(out: Path, seed: int, rung: Rung, overrides: Sequence[str], train: Tra
                 shutil.rmtree(copy, ignore_errors=True)
                 shutil.copytree(out / f"seed{seed}" / "warm", copy)
                 replace_folder(copy, directory)
-            arguments = [str(RECIPES / f"{rung.recipe}.yaml"), *own, "--resume"]
+            arguments = [str(recipe), *own, "--resume"]
             _checked(train(arguments, directory.with_suffix(".log")), directory)
             write_text_atomically(marker, wanted)
     return read_cell(directory, seed, rung)
 
 
 def run_ladder(
-    out: Path, seeds: Sequence[int], overrides: Sequence[str], train: Train, *, jobs: int
+    out: Path,
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+    train: Train,
+    *,
+    jobs: int,
+    rungs: Sequence[Rung] = RUNGS,
+    recipes: Path = RECIPES,
 ) -> tuple[list[Cell], list[str]]:
-    """All cells, `jobs` at a time, seed after seed; and a line for each that failed."""
+    """All cells, `jobs` at a time, seed after seed; and a line for each that failed. `recipes`: the rungs' folder."""
+    recipe_of = {rung: recipes / f"{rung.recipe}.yaml" for rung in rungs}
     cells: list[Cell] = []
     failures: list[str] = []
     with ThreadPoolExecutor(jobs) as pool, _nothing_more_after_an_error(pool):
-        starts = {seed: pool.submit(warm_start, out, seed, overrides, train) for seed in seeds}
+        starts = {seed: pool.submit(warm_start, out, seed, recipe_of[rungs[0]], overrides, train) for seed in seeds}
         ready = []
         for seed, start in starts.items():
             try:
@@ -127,7 +135,7 @@ def run_ladder(
                 print(f"{_now()} seed {seed}: warm start ready", flush=True)
             except (RequestError, RunError) as error:
                 failures.append(f"seed {seed}, warm start: {error}")
-        runs = {(s, r): pool.submit(climb, out, s, r, overrides, train) for s in ready for r in RUNGS}
+        runs = {(s, r): pool.submit(climb, out, s, r, recipe_of[r], overrides, train) for s in ready for r in rungs}
         for (seed, rung), run in runs.items():
             try:
                 cells.append(run.result())

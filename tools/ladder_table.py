@@ -18,7 +18,7 @@ from dapo_megatron.config import load_recipe
 from dapo_megatron.errors import RequestError
 from dapo_megatron.files import atomic_path
 from dapo_megatron.monitoring.metrics import finite_number, read_metrics
-from dapo_megatron.monitoring.report_figure import COLOURS, STYLE
+from dapo_megatron.monitoring.report_figure import COLOURS, STYLE, STYLES
 
 LAST_STEPS = 10  # the table's entropy, length, truncation and effective batch are means over these
 SMOOTH_STEPS = 5  # running mean of the curves that are noisy from step to step
@@ -151,11 +151,11 @@ def read_cell(directory: Path, seed: int, rung: Rung) -> Cell:
     )
 
 
-def table_markdown(cells: Sequence[Cell]) -> str:
+def table_markdown(cells: Sequence[Cell], *, of: str = "rung", last_less_first: bool = True) -> str:
     """A row a rung: mean ± standard deviation over its seeds (one seed: the value). Below it the last rung less the
-    first, seed by seed."""
+    first, seed by seed. `of`: what a row is."""
     rungs = _rungs(cells)
-    headings = ["rung", "seeds", *(heading for heading, _, _ in COLUMNS)]
+    headings = [of, "seeds", *(heading for heading, _, _ in COLUMNS)]
     lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     start = [cell for cell in cells if cell.rung == rungs[0] and cell.validations[0]["step"] == 0]
     if start:
@@ -165,7 +165,8 @@ def table_markdown(cells: Sequence[Cell]) -> str:
         of_rung = [cell for cell in cells if cell.rung == rung]
         entries = [_spread([value(cell) for cell in of_rung], form) for _, form, value in COLUMNS]
         lines.append(f"| {rung.name} | {len(of_rung)} | {' | '.join(entries)} |")
-    return "\n".join([*lines, "", *_comparison(cells, rungs[0], rungs[-1])]).rstrip() + "\n"
+    below = _comparison(cells, rungs[0], rungs[-1]) if last_less_first else []
+    return "\n".join([*lines, "", *below]).rstrip() + "\n"
 
 
 def _comparison(cells: Sequence[Cell], first: Rung, last: Rung) -> list[str]:
@@ -220,10 +221,11 @@ def draw_curves(cells: Sequence[Cell], path: Path) -> None:
             place.set_title(title)
             place.set_ylabel(unit)
             place.set_xlabel("rollout step")
-            for colour, rung in zip(COLOURS, rungs, strict=False):
-                _draw_rung(place, [curve(cell, key) for cell in cells if cell.rung == rung], rung, colour)
+            for i, rung in enumerate(rungs):
+                style = (COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS)])
+                _draw_rung(place, [curve(cell, key) for cell in cells if cell.rung == rung], rung, *style)
         handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper center", ncols=len(rungs))
+        figure.legend(handles, names, loc="outside upper center", ncols=min(len(rungs), 7))
         figure.savefig(temporary, format="png", pil_kwargs={"optimize": True})
 
 
@@ -241,10 +243,10 @@ def curve(cell: Cell, key: str) -> dict[int, float]:
     }
 
 
-def _draw_rung(axes: Any, curves: list[dict[int, float]], rung: Rung, colour: str) -> None:
+def _draw_rung(axes: Any, curves: list[dict[int, float]], rung: Rung, colour: str, line: Any) -> None:
     steps = sorted(set.intersection(*map(set, curves)))
     values = [[each[step] for each in curves] for step in steps]
-    axes.plot(steps, [statistics.fmean(v) for v in values], color=colour, label=rung.name)
+    axes.plot(steps, [statistics.fmean(v) for v in values], color=colour, ls=line, label=rung.name)
     if len(curves) > 1:
         axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12, lw=0)
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dapo_megatron.algorithms.mini_batch import response_rows
-from dapo_megatron.data.completions import PromptGroup
+from dapo_megatron.data.completions import NOT_DRAWN, PromptGroup
 from dapo_megatron.data.records import SequenceBatch
 
 TOP_SHARE = 0.002
@@ -41,15 +40,19 @@ def token_statistics(batch: SequenceBatch, groups: Sequence[PromptGroup]) -> Tok
     sums = np.zeros(4)
     largest = 0.0
     parts: list[Part] = []
-    for rows, group, i in response_rows(batch, groups):
-        trained = batch.loss_weights_T[rows].numpy() > 0
+    # a response of a file has no engine to differ from
+    engines = [
+        old if len(c.tokens) and c.policy_versions[0] == NOT_DRAWN else c.logprobs
+        for c, old in zip((c for g in groups for c in g.completions), batch.old_logprobs, strict=True)
+    ]
+    entropies_of = [values for g in groups for values in g.entropies]
+    columns = (batch.loss_weights, batch.advantages, batch.old_logprobs, engines, entropies_of)
+    for weights, *values in zip(*columns, strict=True):
+        trained = weights > 0
         if not trained.any():
             continue
-        values = (
-            batch.advantages_T[rows].numpy(), group.old_logprobs[i], group.completions[i].logprobs, group.entropies[i],
-        )  # fmt: skip
         if not trained.all():
-            values = tuple(value[trained] for value in values)
+            values = [value[trained] for value in values]
         advantages, logprobs, engine, entropies = values
         gap = logprobs - engine
         distance = np.abs(gap)

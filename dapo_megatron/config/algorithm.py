@@ -43,18 +43,129 @@ class KL(Section):
 
     place: Literal["loss", "reward"] = "loss"
     """loss adds it to the loss of every token; reward takes its sum over a response from the reward, before advantages
-    and after dynamic sampling has looked at it."""
+    and after dynamic sampling has looked at it; with advantage=gae each token is charged its own."""
 
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """Which estimate of the divergence; k1 is for rewards only."""
 
 
-class Algorithm(Section):
-    """Clipped policy gradient with group advantages."""
+class GAE(Section):
+    """Advantages a token from the critic's values (arXiv 1506.02438): A_t = sum_k (gamma lam)^k d_(t+k), d_t = r_t +
+    gamma V_(t+1) - V_t. The reward is at a response's last token, after which the value is 0."""
 
-    advantage: Literal["group", "group-mean"] = "group"
+    gamma: float = Field(1.0, ge=0, le=1)
+    """Discount of a reward a token later."""
+
+    lam: float = Field(0.95, ge=0, le=1)
+    """1 = rewards less the value, 0 = what one token changes in the values."""
+
+
+class Cispo(Section):
+    """Settings of policy_loss: cispo."""
+
+    lower_clip: bool = False
+    """Whether the ratio that weighs a token is bounded by 1 - eps_low too."""
+
+
+class KLCov(Section):
+    """Settings of policy_loss: kl-cov (arXiv 2505.22617)."""
+
+    ratio: float = Field(2e-3, gt=0, le=1)
+    """Share of a mini-batch's trained tokens, those of highest covariance, that is penalised; at least one token."""
+
+    beta: float = Field(1.0, gt=0)
+    """Weight of |log pi - log pi_old| on these tokens (per nat)."""
+
+
+class DPO(Section):
+    """Settings of policy_loss: dpo (arXiv 2305.18290), on pairs of responses to one prompt.
+
+    margin = log pi(better) - log pi_ref(better) - log pi(worse) + log pi_ref(worse), sums over tokens
+    """
+
+    beta: float = Field(0.1, gt=0)
+    """Multiplies the margin (per nat): how firmly the reference holds."""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of pairs whose label is taken to be the wrong way round."""
+
+    pairs: Literal["best-worst", "all"] = "best-worst"
+    """Of a group's responses: the one of highest reward with the one of lowest, or all whose rewards differ."""
+
+    least_gap: float = Field(0.0, ge=0)
+    """Pairs whose rewards differ by less are left out (reward units)."""
+
+
+class TokenSelection(Section):
+    """Which trained tokens of a mini-batch keep their gradient; composes with every policy loss.
+
+    cov = (A - mean A)(log pi - mean log pi), means over the mini-batch's trained tokens.
+    """
+
+    kind: Literal["none", "high-entropy", "low-entropy", "low-probability", "clip-cov"] = "none"
+    """high-entropy, low-entropy keep the highest, the lowest `ratio` by entropy; low-probability keeps tokens of
+    p < threshold; clip-cov takes the gradient from a random few of high covariance."""
+
+    ratio: float = Field(0.2, gt=0, le=1)
+    """Share of tokens that high-entropy and low-entropy keep; exact, at least one token."""
+
+    threshold: float = Field(0.9, gt=0, le=1)
+    """Tokens of low-probability have less than this probability."""
+
+    denominator: Literal["kept", "all"] = "kept"
+    """Whether tokens without a gradient leave the loss's denominator; clip-cov always divides by all."""
+
+    cov_ratio: float = Field(2e-4, gt=0, le=1)
+    """Share of the trained tokens that clip-cov draws; at least one where there is a candidate."""
+
+    cov_low: float = 1.0
+    """Candidates of clip-cov have more covariance than this."""
+
+    cov_high: float = 5.0
+    """Candidates of clip-cov have less covariance than this."""
+
+
+class Algorithm(Section):
+    """What is learnt from graded groups: an advantage rule and a policy loss.
+
+    Names are those of `dapo-megatron train --list-methods`, or of the user's own in `extensions`.
+    """
+
+    extensions: list[str] = Field(default_factory=list)
+    """Python files that register advantages and policy losses of one's own; trusted code, run before anything else."""
+
+    advantage: str = Field("group", min_length=1)
     """group: A = (R - mean R) / (std R + advantage_epsilon) over the responses to one prompt; group-mean: A = R -
-    mean R (Dr.GRPO)."""
+    mean R (Dr.GRPO); leave-one-out: A = R - mean R of the others (RLOO); gae: a token each, by `gae` and section
+    `critic` (PPO); or a registered one."""
+
+    gae: GAE = GAE()
+    """How rewards and values make advantages, with advantage=gae."""
+
+    whiten: bool = False
+    """Whether advantages are moved and scaled to mean 0 and standard deviation 1 over a step's trained tokens."""
+
+    policy_loss: str = Field("clip", min_length=1)
+    """clip: the clipped importance ratio (PPO, DAPO); gspo: a ratio a sequence; cispo: the clipped ratio as a weight of
+    log pi; kl-cov: no clip, a penalty on tokens of high covariance; dpo: pairs of responses, better and worse, against
+    a reference policy; or a registered one."""
+
+    cispo: Cispo = Cispo()
+    """Settings of policy_loss: cispo."""
+
+    kl_cov: KLCov = KLCov()
+    """Settings of policy_loss: kl-cov."""
+
+    dpo: DPO = DPO()
+    """Settings of policy_loss: dpo."""
+
+    token_selection: TokenSelection = TokenSelection()
+    """Which tokens keep their gradient."""
+
+    statistics: Literal["old", "current", "micro_batch"] = "old"
+    """What token_selection, kl-cov and dpo look at: old: log-probs and entropies of the old-policy pass, free; current:
+    of one more scoring pass before each update; micro_batch: as current, over each micro-batch alone (as other systems
+    do; the only one that changes with layout and micro-batch size)."""
 
     eps_low: float = Field(0.2, ge=0, le=1)
     """The importance ratio is clipped below at 1 - eps_low."""
@@ -89,3 +200,8 @@ class Algorithm(Section):
 
     dynamic_sampling: DynamicSampling = DynamicSampling()
     """Replacement of groups without a signal."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a reference policy is kept beside the one that learns."""
+        return self.kl.coefficient > 0 or self.policy_loss == "dpo"

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +50,12 @@ class Architecture:
     eos_token_ids: tuple[int, ...]
     init_std: float
     torch_dtype: str  # of the stored weights, e.g. "bfloat16"
+    value_head: bool = False  # a critic: one number a token in the place of logits
+
+
+def critic_of(architecture: Architecture) -> Architecture:
+    """The same decoder with a value head: without an output layer there is nothing to tie."""
+    return replace(architecture, tied=False, value_head=True)
 
 
 def read_architecture(folder: str | Path) -> Architecture:

@@ -21,6 +21,7 @@ def check_recipe(recipe: Recipe, architecture: Architecture) -> None:
         *_lengths(recipe, architecture),
         *_overlong(recipe),
         *_algorithm(recipe),
+        *_critic(recipe),
         *_data(recipe),
     ]
     if problems:
@@ -123,18 +124,36 @@ def _overlong(recipe: Recipe) -> Iterator[str]:
 
 
 def _algorithm(recipe: Recipe) -> Iterator[str]:
-    algorithm, samples = recipe.algorithm, recipe.rollout.samples_per_prompt
+    algorithm = recipe.algorithm
     if algorithm.eps_dual is not None and algorithm.eps_dual <= 1:
         yield f"algorithm.eps_dual={algorithm.eps_dual} must be more than 1; use 3.0, 10.0 or null"
-    if samples < 2:
-        yield (
-            f"rollout.samples_per_prompt={samples} leaves every advantage 0: algorithm.advantage="
-            f"{algorithm.advantage} subtracts the group's mean; use 2 or more"
-        )
     if algorithm.kl.coefficient > 0 and algorithm.kl.place == "loss" and algorithm.kl.estimator == "k1":
         yield (
             "algorithm.kl.estimator=k1 in algorithm.kl.place=loss has expected gradient 0 and would hold nothing back; "
             "use estimator=k3 or k2, or place=reward"
+        )
+
+
+def _critic(recipe: Recipe) -> Iterator[str]:
+    algorithm, critic, steps = recipe.algorithm, recipe.critic, recipe.run.steps
+    if algorithm.advantage != "gae":
+        for section, settings in (("critic", critic), ("algorithm.gae", algorithm.gae)):
+            for name, value in settings:
+                if value != type(settings).model_fields[name].default:
+                    yield (
+                        f"{section}.{name}={value} is a setting of algorithm.advantage=gae, and {algorithm.advantage} "
+                        "has no critic; remove it, or use advantage=gae"
+                    )
+        return
+    if algorithm.policy_loss == "dpo":
+        yield (
+            "algorithm.advantage=gae has no part in algorithm.policy_loss=dpo, which compares responses by their "
+            "rewards; use advantage=group"
+        )
+    if 0 < steps <= critic.warmup_steps:
+        yield (
+            f"critic.warmup_steps={critic.warmup_steps} leaves none of run.steps={steps} to the policy; "
+            f"use {steps - 1} or less"
         )
 
 

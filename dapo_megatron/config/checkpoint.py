@@ -28,4 +28,5 @@ class Checkpoint(Section):
     way."""
 
     hugging_face: bool = True
-    """Whether the trained model is written as a Hugging Face folder, `hf` in the run directory, at the end."""
+    """Whether the trained model is written as a Hugging Face folder, `hf` in the run directory, at the end; a critic
+    too, as `critic`, a token classifier of one label that critic.path takes."""

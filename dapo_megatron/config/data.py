@@ -47,6 +47,12 @@ class Data(Section):
     prompt_column: str = Field("prompt", min_length=1)
     """Column with the prompt: text, or a list of {role, content}."""
 
+    chosen_column: str = Field("chosen", min_length=1)
+    """With rollout.shape=preferences, column of the better response: text, or a conversation that ends with it."""
+
+    rejected_column: str = Field("rejected", min_length=1)
+    """As `data.chosen_column`, the worse response."""
+
     answer_column: str = Field("answer", min_length=1)
     """Column with the reference answer; dots reach into nested columns."""
 

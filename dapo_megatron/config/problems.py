@@ -54,7 +54,8 @@ def nearest_name(unknown: str, known: Sequence[str]) -> str | None:
         scores = {}
         for name in candidates:
             whole = _likeness(unknown, name)
-            scores[name] = (max(_likeness(leaf, _leaf(name)), 0.0 if parent else whole), whole)
+            # without a section the shorter of two would win; the recipe's order is nearer to what is meant
+            scores[name] = (max(_likeness(leaf, _leaf(name)), 0.0 if parent else whole), whole if parent else 0.0)
         best = max(scores, key=scores.__getitem__, default=None)
         if best is not None and scores[best][0] >= cutoff:
             return best

@@ -2,6 +2,7 @@
 
 from dapo_megatron.config.algorithm import Algorithm
 from dapo_megatron.config.checkpoint import Checkpoint
+from dapo_megatron.config.critic import Critic
 from dapo_megatron.config.data import Data
 from dapo_megatron.config.evaluation import Evaluation
 from dapo_megatron.config.learner import Learner
@@ -20,8 +21,8 @@ from dapo_megatron.config.supervised import Supervised
 class Recipe(Section):
     """All sections; `run` and `model` must be given, the others have defaults.
 
-    Paths in it (run.directory, model.path, data.train, data.validation, data of supervised stages) are relative to the
-    current working directory, not to the recipe's file.
+    Paths in it (run.directory, model.path, critic.path, data.train, data.validation, data of supervised stages) are
+    relative to the current working directory, not to the recipe's file.
     """
 
     run: Run
@@ -43,10 +44,13 @@ class Recipe(Section):
     """What a response is worth."""
 
     algorithm: Algorithm = Algorithm()
-    """The policy loss."""
+    """Advantages, policy loss, token selection."""
 
     optimizer: Optimizer = Optimizer()
     """AdamW and its schedule."""
+
+    critic: Critic = Critic()
+    """The model of values, with algorithm.advantage=gae."""
 
     learner: Learner = Learner()
     """How the learner computes."""

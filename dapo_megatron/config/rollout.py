@@ -38,6 +38,10 @@ class Rollout(Section):
     cpu_kv_cache_gib: int = Field(1, ge=1)
     """KV cache of a vllm engine on a CPU (GiB)."""
 
+    shape: Literal["independent", "preferences"] = "independent"
+    """independent: samples_per_prompt responses drawn for each prompt; preferences: nothing is drawn for training, the
+    two responses to each prompt are those of data.train's chosen and rejected columns (DPO from a file)."""
+
     samples_per_prompt: int = Field(16, ge=1)
     """Responses a prompt: the group over which advantages are computed."""
 

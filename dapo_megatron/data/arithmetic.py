@@ -34,9 +34,10 @@ def generate_task(
     terse_fraction: float = 0.0,
     seed: int,
 ) -> None:
-    """Write the task's four files into `folder`; the same arguments give the same bytes.
+    """Write the task's five files into `folder`; the same arguments give the same bytes.
 
     train.jsonl, validation.jsonl: rows {"prompt", "answer"}, distinct questions, the numbers of terms taking turns.
+    preferences.jsonl: rows {"prompt", "chosen", "rejected"} of train.jsonl's questions: worked, and a wrong guess.
     worked.jsonl: rows {"prompt", "response"}, all worked. mixed.jsonl: the same, round(direct_fraction · rows) of them
     direct and round(terse_fraction · rows) terse. The supervised files draw training-side questions with repetition.
     Within one number of terms every question is equally likely. Each file has a random stream of its own, so resizing
@@ -71,6 +72,10 @@ def generate_task(
     for side, count in wanted.items():
         questions = _distinct_questions(chains, terms, side, count, random.Random(f"{seed} {side}"))
         files[side] = [{"prompt": question, "answer": str(solve(question))} for question in questions]
+    files["preferences"] = [
+        {"prompt": q, "chosen": worked_response(q), "rejected": wrong_guess(q, total_max)}
+        for q in (row["prompt"] for row in files["train"])
+    ]
     for name, direct, terse in (("worked", 0.0, 0.0), ("mixed", direct_fraction, terse_fraction)):
         rng = random.Random(f"{seed} {name}")
         rows = [_training_question(chains, terms, rng) for _ in range(supervised_examples)]
@@ -164,6 +169,13 @@ def terse_response(question: str) -> str:
 def direct_response(question: str) -> str:
     """The response without steps: `7-1+9=` → `Answer: 15`."""
     return f"Answer: {solve(question)}"
+
+
+def wrong_guess(question: str, total_max: int) -> str:
+    """A response without steps and with another number, in 0..total_max, than the question's: `Answer: 12`."""
+    value = solve(question)
+    away = 1 + zlib.crc32(question[::-1].encode()) % total_max
+    return f"Answer: {(value + away) % (total_max + 1)}"
 
 
 def check_task(

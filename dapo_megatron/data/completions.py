@@ -5,6 +5,8 @@ from typing import Literal
 
 import numpy as np
 
+NOT_DRAWN = -1  # the policy version of text that comes from a file
+
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -14,7 +16,8 @@ class Completion:
     top-p.
 
     finish_reason: "stop" at an end-of-sequence token, "length" at max_new_tokens, "abort" when taken back.
-    policy_versions int32 [L]: the version whose weights produced each token.
+    policy_versions int32 [L]: the version whose weights produced each token; NOT_DRAWN where no policy drew the
+    response, whose log-probs mean nothing then.
     """
 
     ticket: int

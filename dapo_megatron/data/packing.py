@@ -9,10 +9,11 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dapo_megatron.data.records import SequenceBatch, flat_rows
+from dapo_megatron.data.records import SequenceBatch
 from dapo_megatron.errors import RequestError
 
 PADDING_PIECE = 128
@@ -20,13 +21,15 @@ PADDING_PIECE = 128
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch of T rows, padding included, on the learner's device.
+    """One micro-batch of T rows, padding included, on the learner's device. Row t of a sequence predicts its token
+    t + 1: weights, advantages and log-probs of a response of L tokens after P of prompt are on rows P − 1 … P + L − 2.
 
     tokens_T, targets_T, positions_T: int64.
     cu_seqlens: int32 [sequences + 1]; padding is cut into sequences of its own at the end.
-    loss_weights_T, advantages_T, old_logprobs_T: fp32; reference_logprobs_T too, or None.
-    rows_T: int64 row of the flat batch, −1 for padding.
+    loss_weights_T, advantages_T, old_logprobs_T: fp32; reference_logprobs_T, penalties_T, old_values_T, returns_T too,
+        or None.
     trained: int64 [n] rows with a loss weight, in order: known here without asking the device.
+    responses: (number in the batch, rows that predict its response) of each sequence, in order.
     longest: tokens of the longest sequence.
     """
 
@@ -37,10 +40,13 @@ class PackedBatch:
     loss_weights_T: Tensor
     advantages_T: Tensor
     old_logprobs_T: Tensor
-    rows_T: Tensor
     trained: Tensor
+    responses: tuple[tuple[int, slice], ...]
     longest: int
     reference_logprobs_T: Tensor | None = None
+    old_values_T: Tensor | None = None
+    returns_T: Tensor | None = None
+    penalties_T: Tensor | None = None
 
 
 def assign_micro_batches(
@@ -107,36 +113,49 @@ def pack(
     Raises:
         ValueError: the sequences have more than `length` tokens.
     """
-    rows = flat_rows(batch.offsets, sequences)
-    lengths = [int(batch.offsets[s + 1] - batch.offsets[s]) for s in sequences]
-    used, total = rows.numel(), length
-    if used > total:
-        raise ValueError(f"{used} tokens do not fit into a pack of {total} rows")
+    lengths = [batch.length(s) for s in sequences]
+    used = sum(lengths)
+    if used > length:
+        raise ValueError(f"{used} tokens do not fit into a pack of {length} rows")
     # short sequences of padding: attention over one long one would cost its length squared
-    lengths += [min(PADDING_PIECE, total - first) for first in range(used, total, PADDING_PIECE)]
+    lengths += [min(PADDING_PIECE, length - first) for first in range(used, length, PADDING_PIECE)]
+    cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    tokens_T = np.zeros(length, np.int64)
+    positions_T = np.arange(length)
+    responses = []
+    for s, first in zip(sequences, cu_seqlens.tolist(), strict=False):
+        start = first + len(batch.prompts[s])
+        stop = start + len(batch.responses[s])
+        np.copyto(tokens_T[first:start], batch.prompts[s])
+        np.copyto(tokens_T[start:stop], batch.responses[s])
+        positions_T[first:stop] -= first
+        responses.append((s, slice(start - 1, stop - 1)))  # row t predicts token t + 1
+    positions_T[used:] = np.arange(length - used) % PADDING_PIECE
+    targets_T = np.zeros_like(tokens_T)
+    targets_T[:-1] = tokens_T[1:]  # the last row of a sequence looks into the next one; its weight is 0
 
-    def padded(flat: Tensor, fill: float, dtype: torch.dtype) -> Tensor:
-        out = torch.full((total,), fill, dtype=dtype)
-        out[:used] = flat
-        return out
+    def on_rows(values: Sequence[np.ndarray]) -> np.ndarray:
+        out_T = np.zeros(length, np.float32)
+        for s, rows in responses:
+            out_T[rows] = values[s]
+        return out_T
 
-    tokens = padded(batch.tokens_T[rows], 0, torch.int64)
-    targets = torch.zeros_like(tokens)
-    targets[: total - 1] = tokens[1:]  # the last row of a sequence looks into the next one; its weight is 0
-    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
-    starts = torch.repeat_interleave(cu_seqlens[:-1].long(), torch.tensor(lengths))
     host = {
-        "tokens_T": tokens,
-        "targets_T": targets,
-        "positions_T": torch.arange(total) - starts,
+        "tokens_T": tokens_T,
+        "targets_T": targets_T,
+        "positions_T": positions_T,
         "cu_seqlens": cu_seqlens,
-        "loss_weights_T": padded(batch.loss_weights_T[rows], 0.0, torch.float32),
-        "advantages_T": padded(batch.advantages_T[rows], 0.0, torch.float32),
-        "old_logprobs_T": padded(batch.old_logprobs_T[rows], 0.0, torch.float32),
-        "rows_T": padded(rows, -1, torch.int64),
+        "loss_weights_T": on_rows(batch.loss_weights),
+        "advantages_T": on_rows(batch.advantages),
+        "old_logprobs_T": on_rows(batch.old_logprobs),
     }
-    if batch.reference_logprobs_T is not None:
-        host["reference_logprobs_T"] = padded(batch.reference_logprobs_T[rows], 0.0, torch.float32)
-    host["trained"] = (host["loss_weights_T"] > 0).nonzero().squeeze(1)
-    return PackedBatch(longest=max(lengths), **{name: value.to(device) for name, value in host.items()})
+    for name in ("reference_logprobs", "penalties", "old_values", "returns"):
+        if (values := getattr(batch, name)) is not None:
+            host[f"{name}_T"] = on_rows(values)
+    host["trained"] = np.flatnonzero(host["loss_weights_T"] > 0)
+    return PackedBatch(
+        responses=tuple(responses),
+        longest=max(lengths),
+        **{name: torch.from_numpy(values).to(device) for name, values in host.items()},
+    )

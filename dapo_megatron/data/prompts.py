@@ -81,7 +81,7 @@ def read_prompts(
     prompts: list[Prompt] = []
     for where, row in read_rows(path, tuple(columns.values())):
         prompt, answer = (pick_column(row, name, setting, where) for setting, name in columns.items())
-        text, messages = _read_prompt(prompt, f"{where}, column {prompt_column}")
+        text, messages = read_prompt(prompt, f"{where}, column {prompt_column}")
         answer = _read_answer(answer, answer_after, f"{where}, column {answer_column}")
         if integer_answers and read_integer(answer) is None:
             raise RequestError(
@@ -113,7 +113,7 @@ def read_supervised(
     columns = (prompt_column, response_column, *([weight_column] if weight_column else []))
     for where, row in read_rows(path, columns):
         prompt, response = (pick_column(row, name, None, where) for name in (prompt_column, response_column))
-        text, messages = _read_prompt(prompt, f"{where}, column {prompt_column}")
+        text, messages = read_prompt(prompt, f"{where}, column {prompt_column}")
         if not isinstance(response, str) or not response:
             raise RequestError(
                 f"{where}, column {response_column}: must be a text that is not empty, not {shown(response)}"
@@ -182,7 +182,12 @@ def check_prompt_lengths(
         )
 
 
-def _read_prompt(value: Any, where: str) -> tuple[str, tuple[Message, ...] | None]:
+def read_prompt(value: Any, where: str) -> tuple[str, tuple[Message, ...] | None]:
+    """(text, conversation or None) of a prompt column's value, a text or a list of {role, content}.
+
+    Raises:
+        RequestError: it is neither, or empty; `where` names it.
+    """
     if isinstance(value, str):
         value = _turns(value) or value
     if isinstance(value, str):

@@ -1,89 +1,73 @@
-"""What the learner learns from: B token sequences laid end to end, with one number of each kind a token row.
+"""What the learner learns from: B sequences, each a prompt and a response, with numbers for each response token.
 
-Row t of a sequence predicts its token t + 1; loss weights, advantages and log-probs are indexed by that row, so the
-last row of each sequence never has a weight.
+Nothing of the step's size is made: arrays are views of what completions and groups own.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 
 @dataclass
 class SequenceBatch:
-    """B sequences of L_1 … L_B tokens, T = Σ L, on the CPU.
+    """B sequences on the CPU: one array each, of the P_b tokens of its prompt or the L_b of its response.
 
-    tokens_T: int32.
-    offsets: int64 [B + 1], sequence b is rows offsets[b]:offsets[b + 1].
-    loss_weights_T: fp32 ≥ 0, 0 = not trained.
-    advantages_T: fp32.
-    old_logprobs_T: fp32, the learner's before the step's first update.
-    reference_logprobs_T: fp32, the reference policy's; None without one.
+    prompts: int32 [P_b].
+    responses: int32 [L_b].
+    loss_weights: fp32 [L_b] ≥ 0, 0 = not trained.
+    advantages: fp32 [L_b].
+    old_logprobs: fp32 [L_b], the learner's before the step's first update.
+    reference_logprobs: fp32 [L_b], the reference policy's; None without one.
+    old_values, returns: fp32 [L_b], a critic's values before the step's first update and what they should have been;
+        None for a policy.
+    penalties: fp32 [L_b] ≥ 0, what KL-Cov charges per nat; None without any.
+
+    Arrays are shared, and one number may stand for all tokens of a response (`repeated`): never write into one, put
+    another in its place.
     """
 
-    tokens_T: Tensor
-    offsets: Tensor
-    loss_weights_T: Tensor
-    advantages_T: Tensor
-    old_logprobs_T: Tensor
-    reference_logprobs_T: Tensor | None = None
+    prompts: list[np.ndarray]
+    responses: list[np.ndarray]
+    loss_weights: list[np.ndarray]
+    advantages: list[np.ndarray]
+    old_logprobs: list[np.ndarray]
+    reference_logprobs: list[np.ndarray] | None = None
+    old_values: list[np.ndarray] | None = None
+    returns: list[np.ndarray] | None = None
+    penalties: list[np.ndarray] | None = None
 
     @property
-    def lengths(self) -> Tensor:
-        """[B] int64 tokens a sequence."""
-        return self.offsets.diff()
+    def lengths(self) -> list[int]:
+        """Tokens a sequence."""
+        return [len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)]
+
+    @property
+    def weight_sum(self) -> float:
+        """Σ of all loss weights, in fp64."""
+        return float(sum(weights.sum(dtype=np.float64) for weights in self.loss_weights))
 
     def __len__(self) -> int:
-        return self.offsets.numel() - 1
+        return len(self.prompts)
 
-    def rows(self, sequence: int) -> slice:
-        """Rows of one sequence in the flat tensors."""
-        return slice(int(self.offsets[sequence]), int(self.offsets[sequence + 1]))
-
-    def select(self, sequences: Sequence[int]) -> "SequenceBatch":
-        """A batch of the given sequences, in the given order (copies)."""
-        index = flat_rows(self.offsets, sequences)
-        offsets = offsets_of([int(self.offsets[s + 1] - self.offsets[s]) for s in sequences])
-        flat = {name: tensor[index] for name, tensor in self.state().items() if name != "offsets"}
-        return SequenceBatch(offsets=offsets, **flat)
-
-    def state(self) -> dict[str, Tensor]:
-        """Tensors by name, for safetensors."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+    def length(self, sequence: int) -> int:
+        """Tokens of one sequence."""
+        return len(self.prompts[sequence]) + len(self.responses[sequence])
 
 
-def offsets_of(lengths: Sequence[int]) -> Tensor:
-    """[0, L_1, L_1 + L_2, …] int64 [B + 1]."""
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(np.asarray(lengths, dtype=np.int64))]).astype(np.int64))
-
-
-def flat_rows(offsets: Tensor, sequences: Sequence[int]) -> Tensor:
-    """Flat row numbers of the given sequences, in order, int64."""
-    parts = [torch.arange(int(offsets[s]), int(offsets[s + 1])) for s in sequences]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+def repeated(value: float, tokens: int) -> np.ndarray:
+    """fp32 [tokens], read-only: one number in memory, read for every token."""
+    # as np.broadcast_to, four times as fast
+    return np.ndarray(tokens, np.float32, np.float32(value).tobytes(), strides=(0,))
 
 
 def sequence_batch(prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> SequenceBatch:
-    """Prompt and response token ids (int32) → a batch whose loss weights are 1 on the rows that predict response
-    tokens."""
-    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-    offsets = offsets_of(lengths)
-    total = int(offsets[-1])
-    weights = np.zeros(total, dtype=np.float32)
-    for start, prompt, response in zip(offsets[:-1].tolist(), prompts, responses, strict=True):
-        first = start + len(prompt) - 1
-        weights[first : first + len(response)] = 1.0
-    parts = [part for pair in zip(prompts, responses, strict=True) for part in pair]
-    tokens = np.concatenate(parts, dtype=np.int32, casting="same_kind")
+    """Prompt and response token ids → a batch whose loss weights are 1; advantages and log-probs are 0."""
+    zeros = [repeated(0.0, len(r)) for r in responses]
     return SequenceBatch(
-        tokens_T=torch.from_numpy(tokens),
-        offsets=offsets,
-        loss_weights_T=torch.from_numpy(weights),
-        # numpy asks for large pages
-        advantages_T=torch.from_numpy(np.zeros(total, np.float32)),
-        old_logprobs_T=torch.from_numpy(np.zeros(total, np.float32)),
+        prompts=list(prompts),
+        responses=list(responses),
+        loss_weights=[repeated(1.0, len(r)) for r in responses],
+        advantages=zeros,
+        old_logprobs=list(zeros),
     )

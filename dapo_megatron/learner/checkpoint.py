@@ -12,16 +12,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dapo_megatron.errors import RequestError
 from dapo_megatron.learner.learner import Learner
-from dapo_megatron.learner.manifest import read_state
+from dapo_megatron.learner.manifest import POLICY, UPDATES, read_state
 from dapo_megatron.learner.snapshot import ensure_state, model_state, optimizer_state, parts, set_steps
 
 
-def load_checkpoint(folder: Path, learner: Learner) -> None:
+def load_checkpoint(folder: Path, learner: Learner, part: str = POLICY) -> None:
     """Fill the learner's weights, and its optimizer if it has one, from a checkpoint written at any layout; collective.
+    `part`: POLICY or CRITIC.
 
     Raises:
-        RequestError: the checkpoint is of another model, or has no optimizer state where one is wanted.
+        RequestError: the checkpoint is of another model, has no such part, or no optimizer state where one is wanted.
     """
+    if not (folder / part).is_dir():
+        raise RequestError(f"{folder} holds no {part}: the run that wrote it had none")
     optimizer = learner.optimizer
     if optimizer is not None:
         ensure_state(optimizer)
@@ -29,13 +32,13 @@ def load_checkpoint(folder: Path, learner: Learner) -> None:
     template = models | optimizer_state(optimizer, models, loading=True)
     with torch.no_grad():
         try:
-            loaded = dist_checkpointing.load(template, str(folder / "shards"))
+            loaded = dist_checkpointing.load(template, str(folder / part))
         except (CheckpointingException, CheckpointException, KeyError) as error:
             raise RequestError(f"{folder} does not fit this model: {str(error).splitlines()[0]}") from None
         for v, model in enumerate(learner.models):
             model.load_state_dict(loaded[f"model{v}"], strict=False)
         if optimizer is not None:
-            updates = int(read_state(folder)["updates"])
+            updates = int(read_state(folder)[UPDATES[part]])
             for part in parts(optimizer):
                 _tolerate_step(part, loaded["optimizer"], updates)
             optimizer.load_state_dict(loaded["optimizer"])

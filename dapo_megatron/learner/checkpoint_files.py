@@ -2,6 +2,7 @@
 
     checkpoints/step-000010/
         shards/        model and optimizer, loadable at another TP/PP/DP
+        critic/        those of a critic, if there is one
         random/        states of each rank's random number generators
         hf/            config.json and tokenizer, so that the folder can be converted alone
         surplus.safetensors   groups kept for the next step, if any
@@ -14,9 +15,9 @@ A checkpoint is written beside its final name, flushed to disk and renamed, so o
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -47,11 +48,11 @@ BACKEND = CheckpointingConfig("torch_dist", 1)
 
 @dataclass(frozen=True)
 class Content:
-    """What a checkpoint at `folder` is to hold. build: as `take_snapshot` returns it; side_files: a Hugging Face
-    folder."""
+    """What a checkpoint at `folder` is to hold. builds: folder of shards → as `take_snapshot` returns it; side_files: a
+    Hugging Face folder."""
 
     folder: Path
-    build: Callable[[], dict]
+    builds: Mapping[str, Callable[[], dict]]
     state: dict
     random: RandomStates
     groups: Sequence[PromptGroup]
@@ -60,11 +61,12 @@ class Content:
 
 @dataclass
 class _Share:
-    """What a rank has written: its plan, where each item lies, sums by name; or why it could not."""
+    """What a rank has written: of each folder of shards its plan and where each item lies; sums by name; or why it
+    could not."""
 
-    plan: SavePlan | None = None
-    results: Sequence[WriteResult] = ()
-    sums: dict[str, str] | None = None
+    plans: dict[str, SavePlan] = field(default_factory=dict)
+    results: dict[str, list[WriteResult]] = field(default_factory=dict)
+    sums: dict[str, str] = field(default_factory=dict)
     error: str | None = None
 
 
@@ -89,11 +91,11 @@ def write_checkpoint(content: Content, group: dist.ProcessGroup) -> None:
     if rank == 0:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            for name in ("shards", "random", "hf"):
+            for name in (*content.builds, "random", "hf"):
                 (temporary / name).mkdir(parents=True)
         except OSError as error:
             refusal = [_why(error, content.folder)]
-    dist.broadcast_object_list(refusal, src=0, group=group)  # `build` must not wait for a rank that never calls it
+    dist.broadcast_object_list(refusal, src=0, group=group)  # `builds` must not wait for a rank that never calls them
     share, common = _Share(error=refusal[0]), {}
     try:
         if refusal[0] is None:
@@ -118,15 +120,24 @@ def write_checkpoint(content: Content, group: dist.ProcessGroup) -> None:
 
 
 def _write_share(content: Content, temporary: Path, rank: int) -> tuple[_Share, dict]:
-    """This rank's files; with them, what of the state has no shards."""
-    sharded, common = save_preprocess(content.build(), validate_access_integrity=False)
+    """This rank's files; with them, for each folder of shards, what of the state has none."""
+    share = _Share()
+    common = {part: _write_shards(build(), temporary, part, rank, share) for part, build in content.builds.items()}
+    with _hashed(random_states_file(temporary, rank), share.sums, temporary) as file:
+        file.write(random_states_bytes(content.random))
+    return share, common
+
+
+def _write_shards(state: dict, temporary: Path, part: str, rank: int, share: _Share) -> dict:
+    """This rank's file of one folder of shards, told in `share`; returns what of the state has no shards."""
+    sharded, common = save_preprocess(state, validate_access_integrity=False)
     flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     planner.set_up_planner(mcore_to_pyt_state_dict(flat), is_coordinator=rank == 0)
-    plan = planner.create_local_plan()
-    share = _Share(plan, [], {})
+    plan = share.plans[part] = planner.create_local_plan()
+    results = share.results[part] = []
     name = f"__{rank}_0.distcp"
-    with _hashed(temporary / "shards" / name, share.sums, temporary) if plan.items else nullcontext() as file:
+    with _hashed(temporary / part / name, share.sums, temporary) if plan.items else nullcontext() as file:
         for item in plan.items:
             start = file.tell()
             data = planner.resolve_data(item)
@@ -135,23 +146,22 @@ def _write_share(content: Content, temporary: Path, rank: int) -> tuple[_Share, 
             else:
                 file.write(data.getbuffer())
             length = file.tell() - start
-            share.results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
-    with _hashed(random_states_file(temporary, rank), share.sums, temporary) as file:
-        file.write(random_states_bytes(content.random))
-    return share, common
+            results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
+    return common
 
 
 def _complete(content: Content, temporary: Path, shares: Sequence[_Share], common: dict) -> None:
     """Rank 0: everything that is written once, the manifest last, then the name."""
-    shards = temporary / "shards"
-    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    planner.set_up_planner({}, is_coordinator=True)
-    _, metadata = planner.create_global_plan([share.plan for share in shares])  # refuses holes and overlaps
-    FileSystemWriter(shards).finish(metadata, [share.results for share in shares])
     sums = {name: value for share in shares for name, value in share.sums.items()}
-    with _hashed(shards / COMMON, sums, temporary) as file:
-        torch.save(common, file)
-    save_config(BACKEND, str(shards))
+    for part in content.builds:
+        shards = temporary / part
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        planner.set_up_planner({}, is_coordinator=True)
+        _, metadata = planner.create_global_plan([share.plans[part] for share in shares])  # refuses holes and overlaps
+        FileSystemWriter(shards).finish(metadata, [share.results[part] for share in shares])
+        with _hashed(shards / COMMON, sums, temporary) as file:
+            torch.save(common[part], file)
+        save_config(BACKEND, str(shards))
     copy_side_files(content.side_files, temporary / "hf")
     write_text_atomically(temporary / "state.json", json.dumps(content.state, indent=2))
     if content.groups:

@@ -17,7 +17,7 @@ from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.errors import RunError
 from dapo_megatron.learner.checkpoint_files import Content, write_checkpoint
 from dapo_megatron.learner.learner import Learner
-from dapo_megatron.learner.manifest import checkpoint_folder, prune
+from dapo_megatron.learner.manifest import CRITIC, POLICY, checkpoint_folder, prune
 from dapo_megatron.learner.random_states import take_random_states
 from dapo_megatron.learner.snapshot import HostMemory, take_snapshot
 from dapo_megatron.resharding.hf_files import dtype_name
@@ -52,14 +52,18 @@ class _Writing(threading.Thread):
 
 
 class CheckpointSaver:
-    """Saves a learner under `run`/checkpoints; `side_files`: a Hugging Face folder with its config.json and tokenizer.
+    """Saves a learner, and its critic if there is one, under `run`/checkpoints; `side_files`: a Hugging Face folder
+    with the learner's config.json and tokenizer.
 
     Every rank calls every method, `close` apart; all but `close` are collective.
     """
 
-    def __init__(self, settings: Checkpoint, learner: Learner, run: Path, *, side_files: Path) -> None:
-        self._settings, self._learner, self._run, self._side_files = settings, learner, run, side_files
-        self._memory = HostMemory() if settings.asynchronous else None
+    def __init__(
+        self, settings: Checkpoint, learner: Learner, run: Path, *, side_files: Path, critic: Learner | None = None
+    ) -> None:
+        self._settings, self._run, self._side_files = settings, run, side_files
+        self._learners = {POLICY: learner} if critic is None else {POLICY: learner, CRITIC: critic}
+        self._memory = {part: HostMemory() if settings.asynchronous else None for part in self._learners}
         self._group: dist.ProcessGroup | None = None
         self._writing: _Writing | None = None
         self._saved: dict | None = None
@@ -82,10 +86,10 @@ class CheckpointSaver:
         if self._group is None:
             limit = timedelta(seconds=self._settings.time_limit_s)
             self._group = dist.new_group(backend="gloo", timeout=limit)
-        learner = self._learner
+        learner = self._learners[POLICY]
         content = Content(
             folder=checkpoint_folder(self._run, state["step"]),
-            build=take_snapshot(learner, self._memory),
+            builds={part: take_snapshot(one, self._memory[part]) for part, one in self._learners.items()},
             state={**state, "dtype": dtype_name(learner.dtype)},
             random=take_random_states(learner.device),
             groups=list(groups),

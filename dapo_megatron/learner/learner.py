@@ -6,8 +6,10 @@ Every rank calls every method with the same batch; each takes its own share of i
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from dapo_kernels import device_errors
 from megatron.core import parallel_state
@@ -28,21 +30,24 @@ from dapo_megatron.data.packing import PackedBatch, assign_micro_batches, pack, 
 from dapo_megatron.data.records import SequenceBatch
 from dapo_megatron.errors import RunError
 from dapo_megatron.learner.loss_kernel import choose_loss_kernel, take_output_layer
-from dapo_megatron.learner.losses import Head, RowLoss, score_rows
+from dapo_megatron.learner.losses import Head, RowLoss, score_rows, value_rows
 from dapo_megatron.learner.model import build_chunks, transformer_config
 from dapo_megatron.learner.optimizer import build_optimizer, set_rates
 from dapo_megatron.learner.reductions import sum_over_world
 from dapo_megatron.resharding.hf_files import read_placements
+from dapo_megatron.resharding.hf_layout import VALUE_HEAD
 from dapo_megatron.resharding.layout import WeightLayout
 from dapo_megatron.resharding.megatron_layout import megatron_layout
 
 
 class Learner:
-    """A model in Megatron shards, its gradient buffers and its optimizer.
+    """A model in Megatron shards, its gradient buffers and its optimizer: a policy, or a critic, whose architecture has
+    a value head and no `head`.
 
     Args:
         architecture, layout: the model and how it is cut.
-        weights: a Hugging Face folder to start from; None leaves them unset, to be filled from a checkpoint.
+        weights: a Hugging Face folder to start from; None leaves them unset, to be filled from a checkpoint. A value
+            head that it lacks is 0.
         optimizer: None for a model that is only read (conversion, evaluation).
         loss_kernel: "auto", "triton" or "torch", for everything computed on logits.
         fused_linear_loss: never make the logits; the output layer's product belongs to the loss.
@@ -73,17 +78,20 @@ class Learner:
         self.config = transformer_config(architecture, layout, dtype=dtype, layer_spec=layer_spec, recompute=recompute)
         self.models = build_chunks(self.config, architecture, layout, layer_spec=layer_spec)
         self.weight_layout: WeightLayout = megatron_layout(architecture, layout, layer_spec=layer_spec)
-        self.head = Head(
-            architecture.vocab,
-            temperature,
-            parallel_state.get_tensor_model_parallel_group(),
-            implementation=choose_loss_kernel(loss_kernel, device, dtype),
-            output_weight=take_output_layer(self.models[-1]) if fused_linear_loss else None,
-            sequence_parallel=layout.sequence_parallel,
-        )
+        self.head: Head | None = None
+        if not architecture.value_head:
+            self.head = Head(
+                architecture.vocab,
+                temperature,
+                parallel_state.get_tensor_model_parallel_group(),
+                implementation=choose_loss_kernel(loss_kernel, device, dtype),
+                output_weight=take_output_layer(self.models[-1]) if fused_linear_loss else None,
+                sequence_parallel=layout.sequence_parallel,
+            )
         self._check_parameters()
         if weights is not None:
-            read_placements(weights, self.weight_layout.placements[torch.distributed.get_rank()], self.weights)
+            placements = self.weight_layout.placements[torch.distributed.get_rank()]
+            read_placements(weights, placements, self.weights, optional=VALUE_HEAD)
         wrapped = [Float16Module(self.config, m) if dtype is torch.bfloat16 else m for m in self.models]
         # megatron would hand out an fp32 copy of the bf16 logits, the largest tensor there is
         self._model_options = {"fp32_output": False} if dtype is torch.bfloat16 else {}
@@ -106,18 +114,37 @@ class Learner:
         return {f"chunk{v}.{name}": p.data for v, m in enumerate(self.models) for name, p in m.named_parameters()}
 
     @torch.no_grad()
-    def score(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-        """(log π(target), entropy), fp32 [T] on the CPU of every rank; 0 on rows without a loss weight. No gradient."""
-        flat = torch.zeros(2, int(batch.offsets[-1]), device=self.device)
+    def score(self, batch: SequenceBatch) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """log π of the response tokens, and entropies there, on every rank: fp32 [L] a sequence, of its own memory; 0
+        where the loss weight is 0. No gradient."""
+        logprobs, entropies = self._of_responses(batch, partial(score_rows, self.head), kinds=2)
+        return logprobs, entropies
 
-        def keep(logits_TV: Tensor, packed: PackedBatch) -> Tensor:
-            rows = packed.rows_T >= 0
-            flat[:, packed.rows_T[rows]] = score_rows(self.head, logits_TV, packed)[:, rows]
-            return logits_TV.new_zeros(())
+    @torch.no_grad()
+    def values(self, batch: SequenceBatch) -> list[np.ndarray]:
+        """A critic's value before each response token is drawn, on every rank: fp32 [L] a sequence; 0 where the loss
+        weight is 0. No gradient."""
+        return self._of_responses(batch, value_rows, kinds=1)[0]
+
+    def _of_responses(
+        self, batch: SequenceBatch, score: Callable[[Tensor, PackedBatch], Tensor], *, kinds: int
+    ) -> list[list[np.ndarray]]:
+        """`score` gives fp32 [kinds, T] of a micro-batch; returns, of each kind, a sequence's own numbers [L]."""
+        starts = [0, *accumulate(len(response) for response in batch.responses)]
+        flat = torch.zeros(kinds, starts[-1], device=self.device)  # Σ L columns
+
+        def keep(output: Tensor, packed: PackedBatch) -> Tensor:
+            scores = score(output, packed)
+            for sequence, rows in packed.responses:
+                flat[:, starts[sequence] : starts[sequence + 1]] = scores[:, rows]
+            return output.new_zeros(())
 
         self.forward_backward(self.packs(batch, range(len(batch))), keep, forward_only=True)
-        logprobs, entropy = sum_over_world(flat).cpu()
-        return logprobs, entropy
+        return [
+            # arrays of a sequence's size come from memory that earlier steps gave back, one of all would be fresh pages
+            [values[start:stop].to("cpu", copy=True).numpy() for start, stop in pairwise(starts)]
+            for values in sum_over_world(flat)
+        ]
 
     def gradients(self, batch: SequenceBatch, sequences: Sequence[int], loss: RowLoss) -> Tensor:
         """Leave the gradient of the mini-batch's loss in the gradient buffers; returns the loss's sums, fp64 [K]."""
@@ -155,9 +182,8 @@ class Learner:
 
     def packing(self, batch: SequenceBatch, sequences: Sequence[int]) -> list[list[list[int]]]:
         """[data-parallel rank][micro-batch] → sequence numbers of the batch."""
-        lengths = batch.lengths.tolist()
         assignment = assign_micro_batches(
-            [lengths[s] for s in sequences],
+            [batch.length(s) for s in sequences],
             token_budget=self.tokens_per_micro_batch,
             data_parallel=self.layout.data,
             multiple_of=self.layout.pipeline if self.layout.virtual_pipeline > 1 else 1,
@@ -171,9 +197,8 @@ class Learner:
         backward shapes in an interleaved schedule of two stages, and hangs.
         """
         share = self.packing(batch, sequences)[parallel_state.get_data_parallel_rank()]
-        lengths = batch.lengths.tolist()
         multiple = self.layout.tensor * self.layout.context
-        rows = [packed_length(sum(lengths[s] for s in members), multiple) for members in share]
+        rows = [packed_length(sum(batch.length(s) for s in members), multiple) for members in share]
         if self.layout.pipeline > 1:
             rows = [max(rows)] * len(rows)
         return [pack(batch, m, length=n, device=self.device) for m, n in zip(share, rows, strict=True)]

@@ -1,7 +1,7 @@
 """What the last pipeline stage does with a micro-batch: score it, or turn it into a loss.
 
-Its output is the logits [T, V/TP], or, where the head's product is fused into the loss, the hidden states [T, H] before
-it (T/TP rows a rank under sequence parallelism); `Head` knows which.
+A policy's output is the logits [T, V/TP], or, where the head's product is fused into the loss, the hidden states [T, H]
+before it (T/TP rows a rank under sequence parallelism); `Head` knows which. A critic's is its values [T, 1].
 
 Every loss divides by the weight sum of the whole global mini-batch and by nothing else, so that the split into
 micro-batches and ranks does not show.
@@ -23,10 +23,13 @@ from dapo_kernels import (
 )
 from torch import Tensor
 
+from dapo_megatron.algorithms.registry import LossMethod, TokenBatch, TokenLosses, raised
 from dapo_megatron.data.packing import PackedBatch
+from dapo_megatron.errors import RunError
 
 POLICY_SUMS = ("loss", "clip_low", "clip_high", "clip_dual", "ratio", "tokens", "kl_loss")
 SUPERVISED_SUMS = ("loss", "tokens")
+VALUE_SUMS = ("loss", "clipped", "tokens")
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,87 @@ def policy_loss(
     return RowLoss(loss, len(POLICY_SUMS))
 
 
+def token_policy_loss(
+    head: Head,
+    method: LossMethod,
+    *,
+    denominator: float,
+    entropy_coefficient: float = 0.0,
+    kl_coefficient: float = 0.0,
+    kl_estimator: str = "k3",
+    **settings: float | bool | None,
+) -> RowLoss:
+    """Σ w·(L − β_H·H + β·k) / denominator, L a token from a registered policy loss; sums are POLICY_SUMS.
+
+    One fused pass gives log-probs and entropies with their gradients; the rest is arithmetic on trained tokens.
+    `settings`: those of the recipe that `TokenBatch` has.
+
+    Raises (when computed):
+        RunError: the method raised, or did not return a differentiable loss a token.
+    """
+
+    def loss(output: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        tokens = _trained_tokens(head, output, batch, settings)
+        found = _losses_of(method, tokens)
+        losses_N = found.losses_N
+        if entropy_coefficient:
+            losses_N = losses_N - entropy_coefficient * tokens.entropy_N
+        kl_loss = torch.zeros((), device=output.device)
+        if kl_coefficient:
+            delta_N = tokens.logprobs_N - batch.reference_logprobs_T[batch.trained]
+            kl_N = kl_coefficient * kl_estimate(delta_N, kl_estimator)
+            kl_loss = (tokens.loss_weights_N * kl_N).sum().detach() / denominator
+            losses_N = losses_N + kl_N
+        value = (tokens.loss_weights_N * losses_N).sum() / denominator
+        ratio_N = tokens.log_ratio().exp().detach() if found.ratio_N is None else found.ratio_N
+        clips = (found.clipped_low_N, found.clipped_high_N, found.clipped_dual_N)
+        counts = (torch.zeros((), device=output.device) if flags_N is None else flags_N.sum() for flags_N in clips)
+        tokens_trained = torch.tensor(batch.trained.numel(), device=output.device)
+        sums = (value.detach(), *counts, ratio_N.sum(), tokens_trained, kl_loss)
+        return value, torch.stack([number.double() for number in sums])
+
+    return RowLoss(loss, len(POLICY_SUMS))
+
+
+def _trained_tokens(
+    head: Head, output: Tensor, batch: PackedBatch, settings: dict[str, float | bool | None]
+) -> TokenBatch:
+    logprobs_T, entropy_T = head.logprobs_and_entropy(output, batch)
+    rows = batch.trained
+    old_N = batch.old_logprobs_T[rows]
+    return TokenBatch(
+        logprobs_N=logprobs_T[rows],
+        entropy_N=entropy_T[rows],
+        old_logprobs_N=old_N,
+        advantages_N=batch.advantages_T[rows],
+        penalties_N=torch.zeros_like(old_N) if batch.penalties_T is None else batch.penalties_T[rows],
+        loss_weights_N=batch.loss_weights_T[rows],
+        sequences_N=torch.bucketize(rows, batch.cu_seqlens.long(), right=True) - 1,
+        sequences=batch.cu_seqlens.numel() - 1,
+        **settings,
+    )
+
+
+def _losses_of(method: LossMethod, tokens: TokenBatch) -> TokenLosses:
+    if tokens.logprobs_N.numel() == 0:  # padding alone; a method need not expect it
+        return TokenLosses(tokens.logprobs_N)
+    told = f"algorithm.policy_loss={method.name}"
+    try:
+        found = method.compute(tokens)
+    except RunError:
+        raise
+    except Exception as error:
+        raise RunError(f"{told} raised {raised(error)}") from error
+    found = found if isinstance(found, TokenLosses) else TokenLosses(found)
+    losses_N, shape = found.losses_N, tokens.logprobs_N.shape
+    if not isinstance(losses_N, Tensor) or losses_N.shape != shape:
+        what = f"a tensor {list(losses_N.shape)}" if isinstance(losses_N, Tensor) else repr(losses_N)
+        raise RunError(f"{told} returned {what}; it must return TokenLosses or a loss a token, {list(shape)}")
+    if not losses_N.requires_grad:
+        raise RunError(f"{told} returned losses without a gradient; compute them from logprobs_N or entropy_N")
+    return found
+
+
 def supervised_loss(head: Head, *, denominator: float) -> RowLoss:
     """−Σ w·log π(target) / denominator; sums are SUPERVISED_SUMS."""
 
@@ -147,3 +231,32 @@ def supervised_loss(head: Head, *, denominator: float) -> RowLoss:
         return value, torch.stack([value.detach().double(), trained.sum().double()])
 
     return RowLoss(loss, len(SUPERVISED_SUMS))
+
+
+def value_rows(output_T1: Tensor, batch: PackedBatch) -> Tensor:
+    """fp32 [1, T]: the value of each row with a loss weight, 0 elsewhere."""
+    return torch.where(batch.loss_weights_T > 0, output_T1.squeeze(-1).float(), 0.0)[None]
+
+
+def value_loss(*, denominator: float, clip: float | None) -> RowLoss:
+    """The clipped value loss of PPO, over the rows with a loss weight; sums are VALUE_SUMS.
+
+        Σ w · ½ max((V − R)², (V_old + clamp(V − V_old, −clip, clip) − R)²) / denominator
+
+    `clip` None leaves (V − R)² alone. "clipped" counts the rows whose value has gone beyond the clip, away from R: they
+    have no gradient.
+    """
+
+    def loss(output_T1: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        trained = batch.loss_weights_T > 0
+        values = output_T1.squeeze(-1).float()
+        error, clipped = (values - batch.returns_T).square(), torch.zeros_like(trained)
+        if clip is not None:
+            near = batch.old_values_T + (values - batch.old_values_T).clamp(-clip, clip)
+            held = (near - batch.returns_T).square()
+            clipped = trained & ((values - batch.old_values_T).abs() > clip) & (held > error)
+            error = torch.where(clipped, held, error)
+        value = 0.5 * torch.where(trained, batch.loss_weights_T * error, 0.0).sum() / denominator
+        return value, torch.stack([value.detach().double(), clipped.sum().double(), trained.sum().double()])
+
+    return RowLoss(loss, len(VALUE_SUMS))

@@ -17,6 +17,9 @@ from dapo_megatron.files import write_text_atomically
 
 MANIFEST = "manifest.json"
 BEST = "best.json"
+POLICY = "shards"  # the folder of its shards
+CRITIC = "critic"
+UPDATES = {POLICY: "updates", CRITIC: "critic_updates"}  # where state.json counts them
 SURPLUS = "surplus.safetensors"  # groups kept for the next step
 HASHING_THREADS = 8
 _NAME = re.compile(r"step-(\d{6,})")

@@ -1,4 +1,5 @@
-"""A Hugging Face `config.json` → this rank's chunks of a megatron-core GPTModel, without weights."""
+"""A Hugging Face `config.json` → this rank's chunks of a megatron-core GPTModel, without weights; of a critic with a
+value head in its output layer's place."""
 
 import torch
 from torch import nn
@@ -31,6 +32,7 @@ from megatron.core.transformer.transformer_block import (  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from dapo_megatron.learner.attention import PackedCausalAttention, RMSNorm  # noqa: E402
+from dapo_megatron.learner.value_head import ValueHead  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -137,6 +139,8 @@ def build_chunks(
             rope_scaling_factor=(architecture.rope_scaling or {}).get("factor", 1.0),
             vp_stage=vp_stage,
         )
+        if last and architecture.value_head:
+            chunk.output_layer = ValueHead(config)
         _mark_shards(chunk)
         chunks.append(chunk if not torch.cuda.is_available() else chunk.cuda(torch.cuda.current_device()))
     return chunks

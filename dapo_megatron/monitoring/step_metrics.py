@@ -1,5 +1,6 @@
 """The numbers of one rollout step, under the keys of metrics.jsonl."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,19 +72,14 @@ def rollout_metrics(sampled: SampledStep) -> dict[str, Any]:
 
 
 def learner_metrics(result: PolicyStep | None) -> dict[str, float]:
-    """Over the trained tokens; a step that trained on nothing has tokens/trained 0 and little else."""
+    """Over the trained tokens; a step that trained on nothing has tokens/trained 0 and little else. While a critic
+    warms up there is nothing of the policy's updates."""
     if result is None or result.tokens is None:
         return {"tokens/trained": 0.0}
     tokens = result.tokens
-    return _divergence_metrics(result) | {
+    found = {
         "entropy/mean": tokens.entropy,
         "probability/mean": tokens.probability,
-        "clip_fraction/low": result.clip_low,
-        "clip_fraction/high": result.clip_high,
-        "clip_fraction/dual": result.clip_dual,
-        "ratio/mean": result.ratio,
-        "loss/policy": result.loss,
-        "grad_norm": result.grad_norm,
         "covariance/mean": tokens.covariance,
         "covariance/top": tokens.covariance_top,
         "mismatch/log_ratio_mean": tokens.log_ratio,
@@ -91,10 +87,55 @@ def learner_metrics(result: PolicyStep | None) -> dict[str, float]:
         "mismatch/logprob_abs_max": tokens.log_ratio_abs_max,
         "mismatch/weight_mean": result.engine_weight,
         "mismatch/weight_bounded": result.engine_weight_bounded,
+        **_divergence_metrics(result),
+        **_critic_metrics(result),
+        **_selection_metrics(result),
+        **_pair_metrics(result),
+    }
+    if result.waited:
+        return found
+    return found | {
+        "clip_fraction/low": result.clip_low,
+        "clip_fraction/high": result.clip_high,
+        "clip_fraction/dual": result.clip_dual,
+        "ratio/mean": result.ratio,
+        "loss/policy": result.loss,  # with dpo the sum whose gradient is taken; its value is loss/pairs
+        "grad_norm": result.grad_norm,
         "tokens/trained": float(result.trained_tokens),
         "updates": float(result.updates),
         "updates/skipped": float(result.skipped_updates),
         "packing/efficiency": result.packing_efficiency,
+    }
+
+
+def _selection_metrics(result: PolicyStep) -> dict[str, float]:
+    """Nothing where every trained token keeps its gradient and none is penalised."""
+    chosen = result.selection
+    if chosen is None:
+        return {}
+    return {
+        "selection/kept": chosen.kept,
+        "selection/penalised": chosen.penalised,
+        "selection/seconds": chosen.seconds,
+    }
+
+
+def _pair_metrics(result: PolicyStep) -> dict[str, float]:
+    """Means over the step's pairs, margins and log-probs in nats a response; nothing without pairs of DPO."""
+    sums = result.pairs
+    if sums is None:
+        return {}
+    pairs = max(1, sums.pairs)
+    return {
+        "pairs/trained": float(sums.pairs),
+        "pairs/groups_left_out": float(sums.left_out),
+        "loss/pairs": sums.loss / pairs,
+        "pairs/margin": (sums.better_gap - sums.worse_gap) / pairs,
+        "pairs/right": sums.right / pairs,
+        "pairs/chosen_logprob": sums.better / pairs,
+        "pairs/rejected_logprob": sums.worse / pairs,
+        "pairs/chosen_gap": sums.better_gap / pairs,
+        "pairs/rejected_gap": sums.worse_gap / pairs,
     }
 
 
@@ -105,3 +146,21 @@ def _divergence_metrics(result: PolicyStep) -> dict[str, float]:
         return {}
     chosen = {} if apart.estimator == "k3" else {f"kl/{apart.estimator}": apart.chosen}
     return {"kl/mean": apart.mean, "kl/loss": apart.loss, "kl/reward": apart.penalty, **chosen}
+
+
+def _critic_metrics(result: PolicyStep) -> dict[str, float]:
+    """Nothing without a critic; explained variance is left out where all returns are equal."""
+    critic = result.critic
+    if critic is None:
+        return {}
+    variance = critic.explained_variance
+    known = {} if math.isnan(variance) else {"critic/explained_variance": variance}
+    return known | {
+        "critic/loss": critic.loss,
+        "critic/grad_norm": critic.grad_norm,
+        "critic/clip_fraction": critic.clipped,
+        "critic/value_mean": critic.value,
+        "critic/return_mean": critic.target,
+        "critic/updates": float(critic.updates),
+        "time/critic": critic.seconds,
+    }

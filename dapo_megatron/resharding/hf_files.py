@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,9 +26,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @torch.no_grad()
-def read_placements(folder: Path, placements: Sequence[Placement], tensors: Mapping[str, Tensor]) -> None:
+def read_placements(
+    folder: Path,
+    placements: Sequence[Placement],
+    tensors: Mapping[str, Tensor],
+    *,
+    optional: Collection[str] = (),
+) -> None:
     """Fill the local tensors from the folder's files, reading only the boxes asked for; what no placement covers
-    becomes 0.
+    becomes 0, and so do tensors of the names `optional` that the files lack.
 
     Raises:
         RequestError: a tensor that the files lack.
@@ -39,6 +45,8 @@ def read_placements(folder: Path, placements: Sequence[Placement], tensors: Mapp
     by_file: dict[Path, list[Placement]] = {}
     for placement in placements:
         if placement.name not in headers:
+            if placement.name in optional:
+                continue
             raise RequestError(f"{folder} lacks {placement.name}")
         by_file.setdefault(headers[placement.name][0], []).append(placement)
     for path, wanted in by_file.items():
@@ -86,12 +94,13 @@ def write_folder(
     *,
     side_files: Path,
     dtype: torch.dtype,
+    value_head: bool = False,
 ) -> None:
     """Write a Hugging Face folder, one file a group, at most one group in memory.
 
     Collective: every rank calls it and `tensors_of(names)` for each group; the rank that gets tensors back (the others
     get None) writes. The folder appears under its name only when whole. `side_files`: the folder whose config.json and
-    tokenizer are copied.
+    tokenizer are copied. `value_head`: of a critic, as `copy_side_files` tells it.
     """
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -112,7 +121,7 @@ def write_folder(
     if len(groups) > 1:
         index = {"metadata": {}, "weight_map": weight_map}
         write_text_atomically(temporary / INDEX, json.dumps(index, indent=2))
-    copy_side_files(side_files, temporary, dtype)
+    copy_side_files(side_files, temporary, dtype, value_head=value_head)
     replace_folder(temporary, folder)
 
 
@@ -121,8 +130,9 @@ def file_name(index: int, count: int) -> str:
     return SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def copy_side_files(source: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy config.json and tokenizer. With `dtype`, config.json is rewritten if it names another.
+def copy_side_files(source: Path, folder: Path, dtype: torch.dtype | None = None, *, value_head: bool = False) -> None:
+    """Copy config.json and tokenizer. With `dtype`, config.json is rewritten if it names another; with `value_head` too
+    it tells of a token classifier of one label.
 
     Raises:
         RunError: `source` has no config.json to name the dtype in.
@@ -137,6 +147,10 @@ def copy_side_files(source: Path, folder: Path, dtype: torch.dtype | None = None
         raise RunError(f"{config} is missing: the folder could not be loaded")
     settings = json.loads(config.read_text(encoding="utf-8"))
     key = "torch_dtype" if "torch_dtype" in settings else "dtype"
-    if settings.get(key) != str(dtype).removeprefix("torch."):
-        settings[key] = str(dtype).removeprefix("torch.")
+    changes = {key: str(dtype).removeprefix("torch.")}
+    if value_head:
+        names = [name.replace("ForCausalLM", "ForTokenClassification") for name in settings.get("architectures") or ()]
+        changes |= {"architectures": names, "id2label": {"0": "value"}, "label2id": {"value": 0}}
+    if settings | changes != settings:
+        settings |= changes
         write_text_atomically(config, json.dumps(settings, indent=2) + "\n")

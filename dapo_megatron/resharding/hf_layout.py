@@ -15,11 +15,13 @@ TOKENIZER_FILES = (
     "merges.txt", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
 SINGLE = "model.safetensors"
+VALUE_HEAD = ("score.weight", "score.bias")
 ROTARY_BUFFER = "rotary_emb.inv_freq"  # old exporters wrote it along; follows from the architecture
 
 
 def canonical_tensors(a: Architecture) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name → shape of every tensor. Tied embeddings have no lm_head.weight."""
+    """Hugging Face name → shape of every tensor. Tied embeddings have no lm_head.weight; a critic has VALUE_HEAD in its
+    place, as a token classifier of one label."""
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (a.vocab, a.hidden)}
     for i in range(a.layers):
         prefix = f"model.layers.{i}."
@@ -37,7 +39,9 @@ def canonical_tensors(a: Architecture) -> dict[str, tuple[int, ...]]:
         shapes[prefix + "mlp.up_proj.weight"] = (a.ffn, a.hidden)
         shapes[prefix + "mlp.down_proj.weight"] = (a.hidden, a.ffn)
     shapes["model.norm.weight"] = (a.hidden,)
-    if not a.tied:
+    if a.value_head:
+        shapes |= {"score.weight": (1, a.hidden), "score.bias": (1,)}
+    elif not a.tied:
         shapes["lm_head.weight"] = (a.vocab, a.hidden)
     return shapes
 
@@ -75,7 +79,8 @@ def read_headers(folder: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
 
 
 def check_checkpoint(folder: Path, a: Architecture) -> None:
-    """Compare the folder's tensors with what the architecture needs, by name and shape, reading headers alone.
+    """Compare the folder's tensors with what the architecture needs, by name and shape, reading headers alone. A critic
+    may begin without a value head, and with an output layer that it has no use for.
 
     Raises:
         RequestError: tensors missing, not needed, or of another shape; names the first few of each.
@@ -83,7 +88,7 @@ def check_checkpoint(folder: Path, a: Architecture) -> None:
     expected, found = canonical_tensors(a), read_headers(folder)
     extra = {name for name in found if name not in expected and not _is_derived(name, a)}
     problems = []
-    if missing := sorted(set(expected) - set(found)):
+    if missing := sorted(set(expected) - set(found) - set(VALUE_HEAD)):
         problems.append(f"{folder} lacks {_some(missing)}")
     if extra:
         problems.append(f"{folder} holds {_some(sorted(extra))}, unknown to this {a.family} architecture")
@@ -96,7 +101,7 @@ def check_checkpoint(folder: Path, a: Architecture) -> None:
 
 def _is_derived(name: str, a: Architecture) -> bool:
     """Buffers and copies that old exporters wrote along and that carry nothing of their own."""
-    return name.endswith(ROTARY_BUFFER) or (a.tied and name == "lm_head.weight")
+    return name.endswith(ROTARY_BUFFER) or ((a.tied or a.value_head) and name == "lm_head.weight")
 
 
 def _some(names: list[str]) -> str:

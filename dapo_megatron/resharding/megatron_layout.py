@@ -62,7 +62,10 @@ def rank_placements(
             )
         if stage == stages - 1:
             yield _rows("model.norm.weight", (0, a.hidden), prefix + "decoder.final_layernorm.weight", 0)
-            if not a.tied:
+            if a.value_head:  # whole on every tensor-parallel rank
+                yield _rows("score.weight", (0, 1), prefix + "output_layer.weight", 0, a.hidden)
+                yield _rows("score.bias", (0, 1), prefix + "output_layer.bias", 0)
+            elif not a.tied:
                 yield _vocabulary("lm_head.weight", prefix + "output_layer.weight", a, layout, position)
             elif stages > 1:  # the last stage keeps a copy of the tied embedding
                 yield _vocabulary("model.embed_tokens.weight", prefix + "output_layer.weight", a, layout, position)

@@ -69,7 +69,7 @@ def engine_settings(recipe: Recipe, model: Path, devices: tuple[str, ...] | None
 
 def engine_command(settings: EngineSettings, host: str, port: int) -> list[str]:
     """The command line of vLLM's own server. It holds no secret: command lines can be read by others."""
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command = [sys.executable, "-m", "dapo_megatron.rollout.vllm_server"]
     options = {
         "--model": str(settings.model),
         "--load-format": "auto" if settings.load_weights else "dummy",
@@ -111,6 +111,7 @@ def engine_environment(settings: EngineSettings, secret: str, base: Mapping[str,
             "VLLM_SERVER_DEV_MODE": "1",  # the routes for weights, pause and sleep
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # forked children would not be known to `vllm_server.py`
             "VLLM_LOGGING_LEVEL": base.get("VLLM_LOGGING_LEVEL", "WARNING"),
         }
     )

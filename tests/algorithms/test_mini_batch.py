@@ -2,7 +2,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +10,6 @@ from dapo_megatron.algorithms.mini_batch import (
     batch_of_groups,
     correct_engine_mismatch,
     mini_batches,
-    response_rows,
 )
 from dapo_megatron.data.completions import Completion, PromptGroup
 
@@ -36,64 +34,69 @@ def two_groups() -> list[PromptGroup]:
     ]
 
 
+def numbers(arrays: list[np.ndarray]) -> list[list[float]]:
+    return [values.tolist() for values in arrays]
+
+
+def assert_close(found: list[np.ndarray], expected: list[list[float]]) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == np.float32 and a.tolist() == pytest.approx(b, rel=1e-6)
+
+
 # rewards 1 and −1: mean 0, sample std √2; groups of equal rewards have advantage 0
 A = 1 / (2**0.5 + 1e-6)
 
 
 def test_a_batch_by_hand():
     batch = batch_of_groups(two_groups(), overlong_filtering=False, advantage_epsilon=1e-6)
-    assert batch.tokens_T.tolist() == [7, 8, 3, 1, 7, 8, 4, 9, 5, 6, 1, 9, 2, 1]
-    assert batch.offsets.tolist() == [0, 4, 7, 11, 14]
-    # row t predicts token t + 1, so the last prompt row is trained and the last row is not
-    assert batch.loss_weights_T.tolist() == [0, 1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 1, 1, 0]
-    expected = [0, A, A, 0, 0, -A, 0, 0, 0, 0, 0, 0, 0, 0]
-    torch.testing.assert_close(batch.advantages_T, torch.tensor(expected))
-    rows = [(rows.start, rows.stop, group.prompt_id, i) for rows, group, i in response_rows(batch, two_groups())]
-    assert rows == [(1, 3, 0, 0), (5, 6, 0, 1), (7, 10, 1, 0), (11, 13, 1, 1)]
+    assert numbers(batch.prompts) == [[7, 8], [7, 8], [9], [9]] and batch.lengths == [4, 3, 4, 3]
+    assert numbers(batch.responses) == [[3, 1], [4], [5, 6, 1], [2, 1]]
+    assert numbers(batch.loss_weights) == [[1, 1], [1], [1, 1, 1], [1, 1]]
+    assert_close(batch.advantages, [[A, A], [-A], [0, 0, 0], [0, 0]])
 
 
 def test_overlong_filtering_takes_the_weight_but_not_the_say_in_mean_and_std():
     batch = batch_of_groups(two_groups(), overlong_filtering=True, advantage_epsilon=1e-6)
-    assert batch.loss_weights_T.tolist() == [0, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 1, 1, 0]
+    assert numbers(batch.loss_weights) == [[1, 1], [0], [1, 1, 1], [1, 1]]
     # had the truncated response left its group, the other's advantage would be 0
-    torch.testing.assert_close(batch.advantages_T[:4], torch.tensor([0, A, A, 0]))
+    assert_close(batch.advantages[:1], [[A, A]])
     assert aggregate(batch, [0, 1, 2, 3], "token-mean") == 7.0
 
 
 def test_the_epsilon_is_used():
     batch = batch_of_groups(two_groups(), overlong_filtering=False, advantage_epsilon=1.0)
-    assert batch.advantages_T[1].item() == pytest.approx(1 / (2**0.5 + 1))
+    assert float(batch.advantages[0][0]) == pytest.approx(1 / (2**0.5 + 1))
 
 
 def test_token_mean_by_hand():
     batch = batch_of_groups(two_groups(), overlong_filtering=False, advantage_epsilon=1e-6)
-    before = batch.loss_weights_T.clone()
+    before = numbers(batch.loss_weights)
     assert aggregate(batch, [0, 1], "token-mean") == 3.0
     assert aggregate(batch, range(2, 4), "token-mean") == 5.0
     assert aggregate(batch, [], "token-mean") == 0.0
-    assert torch.equal(batch.loss_weights_T, before)
+    assert numbers(batch.loss_weights) == before
 
 
 def test_sequence_mean_by_hand():
     batch = batch_of_groups(two_groups(), overlong_filtering=True, advantage_epsilon=1e-6)
     # the filtered response counts neither in the sum nor in the denominator; sequence 3 is of another mini-batch
     assert aggregate(batch, [0, 1, 2], "sequence-mean") == 2.0
-    expected = [0, 1 / 2, 1 / 2, 0, 0, 0, 0, 1 / 3, 1 / 3, 1 / 3, 0, 1, 1, 0]
-    torch.testing.assert_close(batch.loss_weights_T, torch.tensor(expected))
+    assert_close(batch.loss_weights, [[1 / 2, 1 / 2], [0], [1 / 3, 1 / 3, 1 / 3], [1, 1]])
 
 
 def test_constant_length_by_hand():
     batch = batch_of_groups(two_groups(), overlong_filtering=True, advantage_epsilon=1e-6)
-    before = batch.loss_weights_T.clone()
+    before = numbers(batch.loss_weights)
     # the filtered response counts: the denominator depends on nothing that was drawn
     assert aggregate(batch, [0, 1, 2], "constant-length", constant_length=10) == 30.0
     assert aggregate(batch, [1], "constant-length", constant_length=10) == 0.0, "no token is trained"
-    assert torch.equal(batch.loss_weights_T, before)
+    assert numbers(batch.loss_weights) == before
 
 
 def test_without_the_division_the_advantage_is_the_distance_to_the_mean():
     batch = batch_of_groups(two_groups(), overlong_filtering=False, advantage_epsilon=1e-6, advantage="group-mean")
-    assert batch.advantages_T.tolist() == [0, 1, 1, 0, 0, -1, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert numbers(batch.advantages) == [[1, 1], [-1], [0, 0, 0], [0, 0]]
 
 
 def test_a_penalty_is_taken_from_the_reward_before_the_advantage():
@@ -103,31 +106,28 @@ def test_a_penalty_is_taken_from_the_reward_before_the_advantage():
         groups, overlong_filtering=False, advantage_epsilon=1e-6, advantage="group-mean", penalties=penalties
     )
     # rewards 0.5 and −1: mean −0.25; 1 and −2: mean −0.5
-    assert batch.advantages_T.tolist() == [0, 0.75, 0.75, 0, 0, -0.75, 0, 1.5, 1.5, 1.5, 0, -1.5, -1.5, 0]
+    assert numbers(batch.advantages) == [[0.75, 0.75], [-0.75], [1.5, 1.5, 1.5], [-1.5, -1.5]]
     assert [g.rewards.tolist() for g in groups] == [[1, -1], [1, 1]], "a kept group would be charged twice"
 
 
-def test_reference_logprobs_lie_where_the_old_ones_do():
+def test_reference_logprobs_are_there_when_all_groups_carry_them():
     groups = two_groups()
-    assert batch_of_groups(groups, overlong_filtering=False, advantage_epsilon=1e-6).reference_logprobs_T is None
+    assert batch_of_groups(groups, overlong_filtering=False, advantage_epsilon=1e-6).reference_logprobs is None
     groups[0].reference_logprobs = [c.logprobs - 1 for c in groups[0].completions]
-    assert batch_of_groups(groups, overlong_filtering=False, advantage_epsilon=1e-6).reference_logprobs_T is None
+    assert batch_of_groups(groups, overlong_filtering=False, advantage_epsilon=1e-6).reference_logprobs is None
     groups[1].reference_logprobs = [c.logprobs - 1 for c in groups[1].completions]
     batch = batch_of_groups(groups, overlong_filtering=False, advantage_epsilon=1e-6)
-    logprobs = [0, -1 / 2, -1, 0, 0, -1 / 3, 0, -1 / 4, -2 / 4, -3 / 4, 0, -1 / 5, -2 / 5, 0]
-    expected = torch.where(batch.loss_weights_T > 0, torch.tensor(logprobs) - 1, 0.0)
-    torch.testing.assert_close(batch.reference_logprobs_T, expected)
+    assert all(map(np.shares_memory, batch.reference_logprobs, [v for g in groups for v in g.reference_logprobs]))
 
 
 def test_old_logprobs_travel_with_the_group():
     groups = two_groups()
-    assert not batch_of_groups(groups, overlong_filtering=False, advantage_epsilon=1e-6).old_logprobs_T.any()
+    unscored = batch_of_groups(groups, overlong_filtering=False, advantage_epsilon=1e-6)
+    assert numbers(unscored.old_logprobs) == [[0, 0], [0], [0, 0, 0], [0, 0]]
     for g in groups:
         g.old_logprobs = [c.logprobs - 1 for c in g.completions]
     batch = batch_of_groups(groups, overlong_filtering=False, advantage_epsilon=1e-6)
-    logprobs = [0, -1 / 2, -1, 0, 0, -1 / 3, 0, -1 / 4, -2 / 4, -3 / 4, 0, -1 / 5, -2 / 5, 0]
-    expected = torch.where(batch.loss_weights_T > 0, torch.tensor(logprobs) - 1, 0.0)
-    torch.testing.assert_close(batch.old_logprobs_T, expected)
+    assert all(map(np.shares_memory, batch.old_logprobs, [v for g in groups for v in g.old_logprobs]))
 
 
 def test_truncated_importance_sampling_by_hand():
@@ -135,15 +135,15 @@ def test_truncated_importance_sampling_by_hand():
     for g in groups:
         g.old_logprobs = [c.logprobs for c in g.completions]
     batch = batch_of_groups(groups, overlong_filtering=True, advantage_epsilon=1e-6)
-    trained = batch.loss_weights_T > 0
-    steps = torch.tensor([0.0, 0.5, 1.0, -1.0, 100.0, -100.0, 0.25])  # 7 trained tokens
-    batch.old_logprobs_T[trained] += steps
+    before = numbers(batch.loss_weights)
+    steps = [[0.0, 0.5], [7.0], [1.0, -1.0, 100.0], [-100.0, 0.25]]  # 7 trained tokens; the second is filtered
+    batch.old_logprobs = [old + np.float32(step) for old, step in zip(batch.old_logprobs, steps, strict=True)]
     assert aggregate(batch, range(4), "token-mean") == 7.0
     mean, bounded = correct_engine_mismatch(batch, groups, 2.0)
-    expected = torch.tensor([1, math.exp(0.5), 2, math.exp(-1), 2, math.exp(-20), math.exp(0.25)])
-    torch.testing.assert_close(batch.loss_weights_T[trained], expected)
-    assert mean == pytest.approx(float(expected.mean())) and bounded == pytest.approx(2 / 7)
-    assert torch.equal(batch.loss_weights_T > 0, trained), "a small weight does not take a token out of the count"
+    expected = [[1, math.exp(0.5)], [0], [2, math.exp(-1), 2], [math.exp(-20), math.exp(0.25)]]
+    assert_close(batch.loss_weights, expected)
+    assert mean == pytest.approx(sum(map(sum, expected)) / 7) and bounded == pytest.approx(2 / 7)
+    assert [[float(w > 0) for w in part] for part in batch.loss_weights] == before, "a small weight still counts"
     assert aggregate(batch, range(4), "token-mean") == 7.0
 
 
@@ -151,15 +151,15 @@ def test_truncated_importance_sampling_by_hand():
 def test_the_denominator_is_the_sum_of_the_weights(aggregation):
     batch = batch_of_groups(two_groups(), overlong_filtering=False, advantage_epsilon=1e-6)
     denominator = aggregate(batch, range(4), aggregation)
-    assert float(batch.loss_weights_T.sum()) == pytest.approx(denominator)
-    # loss = Σ w·L / denominator against the definitions, for L = row number
-    rows = torch.arange(14.0)
-    spans = [rows[1:3], rows[5:6], rows[7:10], rows[11:13]]
+    assert batch.weight_sum == pytest.approx(denominator)
+    # loss = Σ w·L / denominator against the definitions, for any L
+    losses = [np.array(values) for values in ([1.0, 2.0], [5.0], [7.0, 8.0, 9.0], [11.0, 12.0])]
     by_hand = {
-        "token-mean": torch.cat(spans).mean(),
-        "sequence-mean": torch.stack([span.mean() for span in spans]).mean(),
+        "token-mean": np.concatenate(losses).mean(),
+        "sequence-mean": np.mean([part.mean() for part in losses]),
     }
-    torch.testing.assert_close((batch.loss_weights_T * rows).sum() / denominator, by_hand[aggregation])
+    found = sum(float((w * part).sum()) for w, part in zip(batch.loss_weights, losses, strict=True)) / denominator
+    assert found == pytest.approx(by_hand[aggregation])
 
 
 @given(st.integers(0, 30), st.integers(1, 8), st.integers(1, 9))

@@ -91,3 +91,12 @@ def test_nothing_trained_and_not_a_number():
     found = token_statistics(batch, groups)
     assert np.isnan([found.log_ratio, found.log_ratio_abs, found.log_ratio_abs_max]).all()
     assert np.isfinite([found.entropy, found.probability]).all()
+
+
+def test_a_token_without_a_weight_does_not_count():
+    groups = [scored_group(np.random.default_rng(5), 1, [4, 2], ["stop"] * 2)]
+    batch = batch_of_groups(groups, overlong_filtering=True, advantage_epsilon=1e-6)
+    batch.loss_weights[0] = np.float32([0, 0.5, 0, 2])
+    found = token_statistics(batch, groups)
+    entropies = [groups[0].entropies[0][[1, 3]], groups[0].entropies[1]]
+    assert found.tokens == 4 and found.entropy == pytest.approx(np.concatenate(entropies).mean(dtype=np.float64))

@@ -34,6 +34,8 @@ def refusal(shape: Architecture = SHAPE, **sections: dict) -> str:
         {"reward": {"overlong": {"max_length": 20480, "cache_length": 20480}}},
         {"reward": {"overlong": {"max_length": None, "cache_length": 4096}}},
         {"algorithm": {"eps_dual": 1.01}},
+        {"algorithm": {"advantage": "gae", "gae": {"lam": 1.0}}, "critic": {"path": "hf", "warmup_steps": 3}},
+        {"critic": {"learning_rate": 1e-5}},  # the default, written out
         {"algorithm": {"kl": {"coefficient": 0.1, "estimator": "k2"}}},
         {"algorithm": {"kl": {"coefficient": 0.1, "estimator": "k1", "place": "reward"}}},
         {"algorithm": {"kl": {"estimator": "k1"}}},  # off
@@ -52,14 +54,18 @@ def test_what_is_allowed(sections):
     [
         ({"rollout": {"top_p": 0.7}}, ["rollout.top_p=0.7", "could not reproduce", "use 1.0", "evaluation.top_p"]),
         ({"rollout": {"temperature": 0.0}}, ["rollout.temperature=0.0", "more than 0", "use 1.0"]),
-        ({"rollout": {"samples_per_prompt": 1}}, ["rollout.samples_per_prompt=1", "use 2 or more"]),
-        (
-            {"rollout": {"samples_per_prompt": 1}, "algorithm": {"advantage": "group-mean"}},
-            ["rollout.samples_per_prompt=1", "algorithm.advantage=group-mean", "use 2 or more"],
-        ),
         (
             {"algorithm": {"kl": {"coefficient": 0.1, "estimator": "k1"}}},
             ["algorithm.kl.estimator=k1", "algorithm.kl.place=loss", "gradient 0", "use estimator=k3", "place=reward"],
+        ),
+        (
+            {"critic": {"epochs": 2}, "algorithm": {"advantage": "group-mean"}},
+            ["critic.epochs=2", "group-mean has no critic", "use advantage=gae"],
+        ),
+        ({"algorithm": {"gae": {"lam": 0.5}}}, ["algorithm.gae.lam=0.5", "remove it", "use advantage=gae"]),
+        (
+            {"algorithm": {"advantage": "gae"}, "critic": {"warmup_steps": 7}, "run": {"directory": "out", "steps": 7}},
+            ["critic.warmup_steps=7", "run.steps=7", "use 6 or less"],
         ),
         ({"algorithm": {"eps_dual": 1.0}}, ["algorithm.eps_dual=1.0", "more than 1", "or null"]),
         ({"algorithm": {"eps_dual": -3.0}}, ["algorithm.eps_dual=-3.0"]),
@@ -130,11 +136,11 @@ def test_the_values_proposed_work():
 
 def test_all_problems_are_told_at_once():
     told = refusal(
-        rollout={"top_p": 0.9, "temperature": 0.0, "samples_per_prompt": 1, "tensor": 2},
+        rollout={"top_p": 0.9, "temperature": 0.0, "tensor": 2},
         algorithm={"eps_dual": 0.5},
         learner={"tokens_per_micro_batch": 10},
         reward={"overlong": {"max_length": 30000}},
         data={},
     ).splitlines()
-    assert len(told) == 8
-    assert len(set(told)) == 8
+    assert len(told) == 7
+    assert len(set(told)) == 7

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+
 from dapo_megatron.config import load_recipe
+from dapo_megatron.prepare import check_request
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -24,3 +27,39 @@ def test_naive_grpo_differs_from_its_base_in_the_algorithm_alone():
     assert algorithm.mini_batch_prompts == base.algorithm.mini_batch_prompts
     for section in ("model", "data", "parallel", "supervised", "rollout", "optimizer", "learner", "evaluation"):
         assert getattr(naive, section) == getattr(base, section), section
+
+
+METHODS = {
+    "grpo": {"advantage": "group", "policy_loss": "clip", "loss_aggregation": "sequence-mean", "eps_high": 0.2},
+    "dr-grpo": {"advantage": "group-mean", "loss_aggregation": "constant-length"},
+    "rloo": {"advantage": "leave-one-out", "policy_loss": "clip", "mini_batch_prompts": 16},
+    "gspo": {"policy_loss": "gspo", "loss_aggregation": "sequence-mean", "eps_low": 3e-4, "eps_high": 4e-4},
+    "cispo": {"policy_loss": "cispo"},
+    "high-entropy": {"policy_loss": "clip"},
+    "clip-cov": {"policy_loss": "clip", "eps_low": 1.0, "eps_high": 1.0},
+    "kl-cov": {"policy_loss": "kl-cov", "eps_dual": None},
+    "ppo": {"advantage": "gae", "policy_loss": "clip", "eps_high": 0.2, "whiten": False},
+    "ppo-tricks/whitening": {"advantage": "gae", "whiten": True, "mini_batch_prompts": 32},
+    "ppo-tricks/large-batch": {"advantage": "gae", "whiten": True, "mini_batch_prompts": 64},
+    "dpo": {"policy_loss": "dpo", "mini_batch_prompts": 16},
+    "iterative-dpo": {"policy_loss": "dpo", "statistics": "current"},
+}
+ELSEWHERE = {"judge", "judge-distil"}  # tests/test_judge_pipeline.py
+
+
+def test_every_method_has_its_recipe():
+    folder = RECIPES / "methods"
+    names = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")}
+    assert names == {*METHODS, *ELSEWHERE, "base"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_recipe_would_be_accepted_and_is_what_it_says(name):
+    recipe = load_recipe(RECIPES / "methods" / f"{name}.yaml")
+    _, layout = check_request(recipe)
+    assert layout.world == 1
+    for key, value in METHODS[name].items():
+        assert getattr(recipe.algorithm, key) == value, key
+    kind = name if name in ("high-entropy", "clip-cov") else "none"
+    assert recipe.algorithm.token_selection.kind == kind
+    assert recipe.algorithm.statistics == METHODS[name].get("statistics", "old")

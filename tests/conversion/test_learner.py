@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dapo_megatron.conversion.command import convert
 from dapo_megatron.conversion.options import Options
 from dapo_megatron.conversion.sources import open_megatron
-from dapo_megatron.data.records import sequence_batch
 from dapo_megatron.errors import RequestError
 from dapo_megatron.learner.manifest import read_state
 from dapo_megatron.resharding.layout import whole
+from tests.learner.batches import random_batch, save_batch
 from tests.ranks import run_ranks
 from tests.tiny_models import write_model
 
@@ -26,14 +26,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @pytest.fixture(scope="module")
 def batch(tmp_path_factory):
-    generator = torch.Generator().manual_seed(7)
-    tokens = [torch.randint(0, 100, (n,), generator=generator).numpy() for n in (5, 9, 3, 20, 7, 11)]
-    made = sequence_batch(tokens[:3], tokens[3:])
-    made.advantages_T = torch.randn(made.advantages_T.shape, generator=generator)
-    made.old_logprobs_T = -4 + torch.randn(made.old_logprobs_T.shape, generator=generator)
-    path = tmp_path_factory.mktemp("batch") / "batch.safetensors"
-    save_file(made.state(), path)
-    return str(path)
+    made = random_batch([(5, 20), (9, 7), (3, 11)], seed=7)
+    return save_batch(made, tmp_path_factory.mktemp("batch") / "batch.safetensors")
 
 
 @pytest.mark.slow

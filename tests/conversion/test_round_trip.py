@@ -1,6 +1,8 @@
 """Weights through every form and layout and back, bit for bit."""
 
 import json
+import runpy
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from dapo_megatron.conversion.options import Options
 from dapo_megatron.conversion.sources import open_megatron
 from dapo_megatron.learner.manifest import check_manifest, read_state
 from dapo_megatron.resharding.hf_layout import INDEX, SINGLE, check_checkpoint, read_headers
+from tests.command_line import ROOT
 from tests.tiny_models import load_model, write_model
 
 TP4PP2VPP2 = ("parallel.tensor=4", "parallel.pipeline=2", "parallel.virtual_pipeline=2")
@@ -143,3 +146,17 @@ def test_copies_that_carry_nothing_are_dropped(tmp_path):
     convert("hf-to-hf", source, tmp_path / "out")
     check_checkpoint(tmp_path / "out", read_architecture(tmp_path / "out"))
     assert_same_bits(load_file(tmp_path / "out" / SINGLE), tensors)
+
+
+def test_the_tool_is_the_command(tmp_path, monkeypatch, capsys):
+    """tools/convert_checkpoint.py, as a script is run."""
+    source = write_model(tmp_path / "source", "llama", tied=True)
+    script = str(ROOT / "tools" / "convert_checkpoint.py")
+    monkeypatch.setattr(sys, "argv", [script, "hf-to-megatron", str(source), str(tmp_path / "a"), *TP4PP2VPP2])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(script, run_name="__main__")
+    assert not end.value.code and capsys.readouterr().out.rstrip().endswith(str(tmp_path / "a"))
+    monkeypatch.setattr(sys, "argv", [script, "hf-to-hf", str(tmp_path / "nowhere"), str(tmp_path / "b")])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(script, run_name="__main__")
+    assert end.value.code == 2 and "nowhere" in capsys.readouterr().err

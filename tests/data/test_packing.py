@@ -7,23 +7,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapo_megatron.data.packing import PADDING_PIECE, assign_micro_batches, pack, packed_length, packing_efficiency
-from dapo_megatron.data.records import offsets_of, sequence_batch
+from dapo_megatron.data.records import repeated, sequence_batch
 from dapo_megatron.errors import RequestError
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=40)
-FLAT = ("tokens_T", "loss_weights_T", "advantages_T", "old_logprobs_T")
 
 
 def batch_of(prompts: list[int], responses: list[int]):
-    """Tokens 1, 2, 3 … through the whole batch; every other number distinct and never 0."""
+    """Tokens 1, 2, 3 … through the whole batch; the numbers of a response follow from its tokens, and none is 0."""
     total = sum(prompts) + sum(responses)
     tokens = np.arange(1, total + 1, dtype=np.int32)
     cuts = np.cumsum([n for pair in zip(prompts, responses, strict=True) for n in pair])[:-1]
     parts = np.split(tokens, cuts)
     batch = sequence_batch(parts[0::2], parts[1::2])
-    batch.advantages_T = torch.arange(total) + 1000.0
-    batch.old_logprobs_T = -torch.arange(total) - 2000.0
+    batch.loss_weights = [numbers_of(r, "loss_weights") for r in batch.responses]
+    batch.advantages = [numbers_of(r, "advantages") for r in batch.responses]
+    batch.old_logprobs = [numbers_of(r, "old_logprobs") for r in batch.responses]
+    batch.reference_logprobs = [numbers_of(r, "reference_logprobs") for r in batch.responses]
     return batch
+
+
+def numbers_of(tokens: np.ndarray, name: str) -> np.ndarray:
+    scale, start = {
+        "loss_weights": (0.5, 0), "advantages": (1, 1000), "old_logprobs": (-1, -2000), "reference_logprobs": (2, 0.5)
+    }[name]  # fmt: skip
+    return (scale * tokens + start).astype(np.float32)
 
 
 SHAPES = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=8)
@@ -96,14 +104,21 @@ def test_pack(shapes, spare, data):
     packed = pack(batch, chosen, length=total)
     assert packed.tokens_T.numel() == total
 
-    rows = packed.rows_T[:used]
-    assert rows.tolist() == [r for i in chosen for r in range(*batch.offsets[i : i + 2].tolist())]
-    assert (packed.rows_T[used:] == -1).all()
-    for name in FLAT:
-        values = getattr(packed, name)
-        assert values.dtype == (torch.int64 if name == "tokens_T" else torch.float32)
-        assert torch.equal(values[:used], getattr(batch, name)[rows].to(values.dtype)), name
-        assert not values[used:].any(), name
+    tokens = [t for i in chosen for t in (*batch.prompts[i].tolist(), *batch.responses[i].tolist())]
+    assert packed.tokens_T.tolist() == tokens + [0] * (total - used) and packed.tokens_T.dtype == torch.int64
+    # row t predicts token t + 1: the last rows of a prompt and of a response differ from their tokens by that
+    trained = [(prompt - 1 <= p < prompt - 1 + response) for prompt, response in (shapes[i] for i in chosen)
+               for p in range(prompt + response)]  # fmt: skip
+    assert packed.trained.tolist() == [row for row, is_trained in enumerate(trained) if is_trained]
+    predicted = packed.tokens_T[packed.trained + 1].numpy()
+    for name in ("loss_weights", "advantages", "old_logprobs", "reference_logprobs"):
+        values = getattr(packed, f"{name}_T")
+        assert values.dtype == torch.float32 and len(values) == total
+        assert np.array_equal(values[packed.trained].numpy(), numbers_of(predicted, name)), name
+        assert int(values.count_nonzero()) == len(predicted), name
+    assert [i for i, _ in packed.responses] == chosen
+    for i, rows in packed.responses:
+        assert packed.targets_T[rows].tolist() == batch.responses[i].tolist()
 
     whole_pieces, remainder = divmod(total - used, PADDING_PIECE)
     with_padding = lengths + [PADDING_PIECE] * whole_pieces + [remainder] * (remainder > 0)
@@ -112,12 +127,6 @@ def test_pack(shapes, spare, data):
     assert packed.positions_T.tolist() == [p for n in with_padding for p in range(n)]
     assert packed.longest == max(with_padding)
 
-    # each row that is trained predicts the next token of its own sequence
-    for row in packed.loss_weights_T.nonzero().squeeze(1).tolist():
-        assert packed.targets_T[row] == batch.tokens_T[packed.rows_T[row] + 1]
-        assert packed.rows_T[row + 1] == packed.rows_T[row] + 1
-        assert packed.positions_T[row + 1] == packed.positions_T[row] + 1
-    assert packed.loss_weights_T.sum() == sum(shapes[i][1] for i in chosen)
     assert packed.targets_T.min() >= 0  # a target of a row of weight 0 may be any real token id
     assert packed.targets_T.numel() == total and packed.targets_T.dtype == packed.positions_T.dtype == torch.int64
 
@@ -125,7 +134,7 @@ def test_pack(shapes, spare, data):
 def test_pack_of_nothing_is_padding_without_weight():
     packed = pack(batch_of([2], [3]), [], length=4)
     assert packed.tokens_T.tolist() == [0] * 4 and packed.cu_seqlens.tolist() == [0, 4]
-    assert not packed.loss_weights_T.any() and (packed.rows_T == -1).all()
+    assert not packed.loss_weights_T.any() and packed.responses == () and packed.trained.tolist() == []
 
 
 def test_a_pack_too_short_for_its_sequences_is_refused():
@@ -143,37 +152,24 @@ def test_a_batch_by_hand():
     batch = sequence_batch(
         [np.array([7, 8], np.int32), np.array([5], np.int32)], [np.array([9], np.int32), np.array([1, 2], np.int32)]
     )
-    assert batch.tokens_T.tolist() == [7, 8, 9, 5, 1, 2] and batch.tokens_T.dtype == torch.int32
-    assert batch.offsets.tolist() == [0, 3, 6] and batch.offsets.dtype == torch.int64
-    assert batch.loss_weights_T.tolist() == [0, 1, 0, 1, 1, 0]
-    assert len(batch) == 2 and batch.lengths.tolist() == [3, 3] and batch.rows(1) == slice(3, 6)
+    assert len(batch) == 2 and batch.lengths == [3, 3] and batch.length(1) == 3 and batch.weight_sum == 3.0
+    packed = pack(batch, [0, 1], length=6)
+    assert packed.tokens_T.tolist() == [7, 8, 9, 5, 1, 2] and packed.targets_T.tolist() == [8, 9, 5, 1, 2, 0]
+    assert packed.loss_weights_T.tolist() == [0, 1, 0, 1, 1, 0]
+    assert not packed.advantages_T.any() and not packed.old_logprobs_T.any() and packed.reference_logprobs_T is None
+    assert packed.responses == ((0, slice(1, 2)), (1, slice(3, 5)))
 
 
-@given(SHAPES)
-@settings(deadline=None, max_examples=60)
-def test_weights_cover_exactly_the_rows_that_predict_response_tokens(shapes):
-    prompts, responses = map(list, zip(*shapes, strict=True))
-    batch = batch_of(prompts, responses)
-    for b, (prompt, response) in enumerate(shapes):
-        rows = batch.rows(b)
-        trained = [0.0] * (prompt - 1) + [1.0] * response + [0.0]
-        assert batch.loss_weights_T[rows].tolist() == trained
+def test_a_batch_takes_no_memory_of_its_own():
+    response = np.arange(5, dtype=np.int32)
+    batch = sequence_batch([response[:2]], [response])
+    assert batch.responses[0] is response
+    for values in (batch.loss_weights[0], batch.advantages[0], repeated(0.5, 9)):
+        assert values.strides == (0,) and values.dtype == np.float32
+        with pytest.raises(ValueError, match="read-only"):
+            values[0] = 2.0
 
 
-@given(SHAPES, st.data())
-@settings(deadline=None, max_examples=60)
-def test_select_copies_sequences_in_the_given_order(shapes, data):
-    batch = batch_of(*map(list, zip(*shapes, strict=True)))
-    chosen = data.draw(st.lists(st.sampled_from(range(len(shapes))), max_size=10))
-    before = {name: tensor.clone() for name, tensor in batch.state().items()}
-    part = batch.select(chosen)
-    assert part.offsets.tolist() == [0, *np.cumsum([sum(shapes[i]) for i in chosen]).tolist()]
-    for name in FLAT:
-        for place, i in enumerate(chosen):
-            assert torch.equal(getattr(part, name)[part.rows(place)], getattr(batch, name)[batch.rows(i)]), name
-        getattr(part, name).zero_()  # a copy: the original stays
-    assert all(torch.equal(tensor, before[name]) for name, tensor in batch.state().items())
-
-
-def test_offsets_of_nothing():
-    assert offsets_of([]).tolist() == [0]
+def test_tokens_that_are_not_integers_are_refused():
+    with pytest.raises(TypeError):
+        pack(sequence_batch([np.array([1.5])], [np.array([2], np.int32)]), [0], length=2)

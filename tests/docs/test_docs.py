@@ -1,4 +1,5 @@
-"""README.md, ARCHITECTURE.md and docs/recipe.md say what the code does: names, options, links and imports agree."""
+"""README.md, ARCHITECTURE.md, docs/recipe.md and docs/methods.md say what the code does: names, options, links and
+imports agree."""
 
 import ast
 import importlib.util
@@ -19,7 +20,7 @@ from dapo_megatron.errors import RequestError
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "docs/recipe.md")
+DOCUMENTS = ("README.md", "ARCHITECTURE.md", "docs/recipe.md", "docs/methods.md")
 SOURCES = {"dapo_megatron": ROOT / "dapo_megatron", "dapo_kernels": ROOT / "kernels" / "dapo_kernels"}
 KNOWN_KEYS = set(known_names(Recipe))
 GROUPS = ("convert",)  # commands that only hold others
@@ -89,8 +90,8 @@ def test_values_listed_as_refused_are_refused():
 def test_commands_in_the_readme_exist_with_their_options():
     commands = _commands(README)
     assert {" ".join(names) for names, _ in commands} == {
-        "train", "plan", "serve", "evaluate", "report", "convert hf-to-megatron", "convert megatron-to-hf",
-        "convert hf-to-hf", "convert megatron-to-megatron",
+        "train", "check-method", "plan", "serve", "evaluate", "report", "convert hf-to-megatron",
+        "convert megatron-to-hf", "convert hf-to-hf", "convert megatron-to-megatron",
     }  # fmt: skip
     for names, words in commands:
         unknown = _options(" ".join(words)) - _options(_help(names))

@@ -9,6 +9,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "kernels" / "benchmarks"
+STAND_INS = Path(__file__).parent / "stand_ins"
 OPS = {"clipped loss + gradient", "log-probs", "linear loss + gradients", "linear log-probs"}
 
 
@@ -44,10 +45,17 @@ def test_the_benchmark_writes_its_table_and_picture(tmp_path):
 
 
 def test_the_kernels_themselves_run_through_it_in_the_interpreter(tmp_path):
-    """What a GPU does, but for events and the card's own numbers."""
+    """What a GPU does, but for events and the card's own numbers; with a Liger-Kernel that can be imported."""
     pytest.importorskip("triton")
-    rows = bench(tmp_path, "--rows", "16", "--columns", "256", "--hidden", "16", TRITON_INTERPRET="1")
+    path = os.pathsep.join([str(STAND_INS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    rows = bench(tmp_path, "--rows", "16", "--columns", "256", "--hidden", "16", TRITON_INTERPRET="1", PYTHONPATH=path)
     assert {row["op"] for row in rows if row["implementation"] == "triton"} == OPS
+    # a peer is only listed when its loss agrees with ours
+    peers = {(row["op"], row["implementation"]) for row in rows if row["implementation"] != "triton"}
+    assert peers == {
+        ("clipped loss + gradient", "torch eager"), ("clipped loss + gradient", "liger"),
+        ("linear loss + gradients", "torch eager"), ("linear loss + gradients", "liger, chunk 1"),
+    }  # fmt: skip
 
 
 @pytest.fixture

@@ -8,15 +8,16 @@ from dapo_megatron.config.optimizer import Optimizer
 from dapo_megatron.errors import RequestError
 from dapo_megatron.learner.checkpoint import load_checkpoint
 from dapo_megatron.learner.losses import policy_loss
+from tests.learner.batches import load_batch
 from tests.learner.layouts import build
 from tests.learner.saving import save_as
-from tests.learner.update_cases import CLIP, load_batch, save_whole
+from tests.learner.update_cases import CLIP, save_whole
 
 SETTINGS = {"learning_rate": 1e-3, "weight_decay": 0.1, "gradient_clip": 0.5}
 
 
 def _update(learner, batch) -> float:
-    denominator = float(batch.loss_weights_T.sum())
+    denominator = batch.weight_sum
     learner.gradients(batch, range(len(batch)), policy_loss(learner.head, denominator=denominator, **CLIP))
     return learner.step(SETTINGS["learning_rate"], SETTINGS["weight_decay"])
 

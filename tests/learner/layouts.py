@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from dapo_megatron.config import Layout, read_architecture
+from dapo_megatron.config.architecture import critic_of
 from dapo_megatron.config.optimizer import Optimizer
 from dapo_megatron.learner.distributed import form_groups
 from dapo_megatron.learner.learner import Learner
@@ -36,9 +37,18 @@ def layout_of(name: str, layers: int, vocab: int) -> Layout:
     )
 
 
-def build(folder: str, name: str, *, budget: int = 512, train: Optimizer | None = None, **options: object) -> Learner:
-    """A learner with the folder's weights under the named layout, fp32."""
+def build(
+    folder: str,
+    name: str,
+    *,
+    budget: int = 512,
+    train: Optimizer | None = None,
+    critic: bool = False,
+    **options: object,
+) -> Learner:
+    """A learner, or a critic, with the folder's weights under the named layout, fp32."""
     architecture = read_architecture(Path(folder))
+    architecture = critic_of(architecture) if critic else architecture
     layout = layout_of(name, architecture.layers, architecture.vocab)
     form_groups(layout, seed=0, time_limit_s=120)
     return Learner(

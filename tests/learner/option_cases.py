@@ -3,10 +3,12 @@
 import torch
 
 from dapo_megatron.config.optimizer import Optimizer
+from dapo_megatron.data.records import repeated
 from dapo_megatron.learner.losses import policy_loss, supervised_loss
 from dapo_megatron.supervised import supervised_update
+from tests.learner.batches import load_batch
 from tests.learner.layouts import build
-from tests.learner.update_cases import CLIP, load_batch, main_gradients
+from tests.learner.update_cases import CLIP, main_gradients
 
 
 def recomputation_gaps(payload: dict) -> dict[str, float]:
@@ -57,6 +59,6 @@ def nothing_to_train(payload: dict) -> list[float]:
     """Loss sum and largest gradient of a mini-batch in which one micro-batch, and then every one, is masked."""
     batch = load_batch(payload["batch"])
     learner = build(payload["model"], payload["layout"], budget=90, train=Optimizer(distributed=False))
-    batch.loss_weights_T.zero_()
+    batch.loss_weights = [repeated(0.0, len(response)) for response in batch.responses]
     sums = learner.gradients(batch, range(len(batch)), supervised_loss(learner.head, denominator=1.0))
     return [float(sums[0]), max(float(g.abs().max()) for g in main_gradients(learner).values())]

@@ -1,5 +1,7 @@
 """Run on ranks: logits of the learner under many layouts against transformers."""
 
+from itertools import accumulate
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -50,11 +52,13 @@ def _packed(learner: Learner, budget: int) -> list[torch.Tensor]:
     learner.tokens_per_micro_batch = budget
     tokens = sequences()
     batch = sequence_batch([t[:1].numpy() for t in tokens], [t[1:].numpy() for t in tokens])
-    flat = torch.zeros(sum(LENGTHS), VOCAB)
+    flat, starts = torch.zeros(sum(LENGTHS), VOCAB), [0, *accumulate(LENGTHS)]
 
     def keep(logits_TV, packed):
-        rows = packed.rows_T >= 0
-        flat[packed.rows_T[rows]] = _whole_rows(logits_TV.detach())[rows]
+        logits_TV = _whole_rows(logits_TV.detach())
+        for (sequence, _), first in zip(packed.responses, packed.cu_seqlens.tolist(), strict=False):
+            rows = slice(starts[sequence], starts[sequence + 1])
+            flat[rows] = logits_TV[first : first + LENGTHS[sequence]]
         return logits_TV.new_zeros(())
 
     learner.forward_backward(learner.packs(batch, range(len(tokens))), keep, forward_only=True)

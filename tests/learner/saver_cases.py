@@ -23,9 +23,9 @@ from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.manifest import checkpoint_folder, newest_checkpoint
 from dapo_megatron.learner.random_states import read_random_states, restore_random_states
 from tests.data.test_group_files import group
+from tests.learner.batches import load_batch
 from tests.learner.checkpoint_cases import _update
 from tests.learner.layouts import build
-from tests.learner.update_cases import load_batch
 
 SETTINGS = {"learning_rate": 1e-3, "weight_decay": 0.1, "gradient_clip": 0.5}
 

@@ -1,38 +1,24 @@
 """A checkpoint continues exactly under its own layout, and to rounding under every other one."""
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from dapo_megatron.data.records import SequenceBatch, sequence_batch
+from tests.learner.batches import random_batch, save_batch
 from tests.ranks import run_ranks
 from tests.tiny_models import write_model
 
 pytestmark = pytest.mark.distributed
-
-
-def make_batch() -> SequenceBatch:
-    generator = torch.Generator().manual_seed(7)
-
-    def draw(low: int, high: int) -> np.ndarray:
-        length = int(torch.randint(low, high, (1,), generator=generator))
-        return torch.randint(0, 100, (length,), generator=generator).numpy()
-
-    batch = sequence_batch([draw(3, 9) for _ in range(8)], [draw(5, 30) for _ in range(8)])
-    batch.advantages_T = torch.randn(batch.advantages_T.shape, generator=generator)
-    batch.old_logprobs_T = -4 + torch.randn(batch.old_logprobs_T.shape, generator=generator)
-    return batch
+SHAPES = [(3, 14), (8, 29), (5, 5), (7, 22), (4, 9), (6, 26), (3, 11), (5, 18)]
 
 
 @pytest.fixture(scope="module")
 def payload(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoint")
-    save_file(make_batch().state(), root / "batch.safetensors")
     return {
         "model": str(write_model(root / "model", "qwen2", tied=True)),
         "other": str(write_model(root / "other", "qwen2", tied=True, intermediate_size=128)),
-        "batch": str(root / "batch.safetensors"),
+        "batch": save_batch(random_batch(SHAPES, seed=7), root / "batch.safetensors"),
     }
 
 

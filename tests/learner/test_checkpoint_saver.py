@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import save_file
 
 from dapo_megatron.errors import RequestError
 from dapo_megatron.learner.manifest import check_manifest, newest_checkpoint, set_aside_later, tidy_up
-from tests.learner.test_checkpoint import make_batch
+from tests.learner.batches import random_batch, save_batch
+from tests.learner.test_checkpoint import SHAPES
 from tests.ranks import run_ranks
 from tests.tiny_models import write_model
 
@@ -24,8 +24,8 @@ def world(tmp_path_factory):
     """What the ranks found, and where their runs are."""
     root = tmp_path_factory.mktemp("saver")
     model = write_model(root / "model", "qwen2", tied=True, num_hidden_layers=2)
-    save_file(make_batch().state(), root / "batch.safetensors")
-    payload = {"model": str(model), "batch": str(root / "batch.safetensors"), "out": str(root)}
+    batch = save_batch(random_batch(SHAPES, seed=7), root / "batch.safetensors")
+    payload = {"model": str(model), "batch": batch, "out": str(root)}
     return run_ranks(2, "tests.learner.saver_cases:save_beside_training", payload), root
 
 

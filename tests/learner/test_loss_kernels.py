@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from dapo_megatron.data.records import sequence_batch
+from tests.learner.batches import random_batch, save_batch
 from tests.learner.kernel_cases import VARIANTS
 from tests.ranks import run_ranks
 from tests.tiny_models import write_model
@@ -14,17 +13,8 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def batch_file(tmp_path_factory):
-    generator = torch.Generator().manual_seed(3)
-    lengths = [(5, 12), (9, 30), (3, 21), (11, 7), (6, 40)]
-    batch = sequence_batch(
-        [torch.randint(0, 100, (p,), generator=generator).numpy() for p, _ in lengths],
-        [torch.randint(0, 100, (r,), generator=generator).numpy() for _, r in lengths],
-    )
-    batch.advantages_T = torch.randn(batch.advantages_T.shape, generator=generator)
-    batch.old_logprobs_T = -4.6 + torch.randn(batch.old_logprobs_T.shape, generator=generator) * 0.3
-    path = tmp_path_factory.mktemp("batch") / "batch.safetensors"
-    save_file(batch.state(), path)
-    return str(path)
+    batch = random_batch([(5, 12), (9, 30), (3, 21), (11, 7), (6, 40)], seed=3, old=(-4.6, 0.3))
+    return save_batch(batch, tmp_path_factory.mktemp("batch") / "batch.safetensors")
 
 
 @pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])

@@ -1,10 +1,8 @@
 """Recomputation changes nothing, bf16 trains with fp32 main gradients and weights, masked batches give zero."""
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from dapo_megatron.data.records import sequence_batch
+from tests.learner.batches import random_batch, save_batch
 from tests.ranks import run_ranks
 from tests.tiny_models import write_model
 
@@ -14,14 +12,9 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def payload(tmp_path_factory):
     root = tmp_path_factory.mktemp("options")
-    generator = torch.Generator().manual_seed(11)
-    parts = [torch.randint(0, 100, (n,), generator=generator).numpy() for n in (4, 20, 7, 31, 3, 12, 9, 40)]
-    batch = sequence_batch(parts[::2], parts[1::2])
-    batch.advantages_T = torch.randn(batch.advantages_T.shape, generator=generator)
-    batch.old_logprobs_T = -4 + torch.randn(batch.old_logprobs_T.shape, generator=generator)
-    save_file(batch.state(), root / "batch.safetensors")
+    batch = random_batch([(4, 20), (7, 31), (3, 12), (9, 40)], seed=11)
     model = write_model(root / "model", "qwen2", tied=False)
-    return {"model": str(model), "batch": str(root / "batch.safetensors")}
+    return {"model": str(model), "batch": save_batch(batch, root / "batch.safetensors")}
 
 
 @pytest.mark.parametrize("world, layout", [(1, "tp1pp1"), (4, "tp2pp2vpp2sp")])

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -10,24 +11,24 @@ from torch import Tensor
 
 from dapo_megatron.config.optimizer import Optimizer
 from dapo_megatron.data.records import SequenceBatch, sequence_batch
+from dapo_megatron.learner.critic import copy_decoder
 from dapo_megatron.learner.learner import Learner
-from dapo_megatron.learner.losses import POLICY_SUMS, policy_loss
+from dapo_megatron.learner.losses import POLICY_SUMS, VALUE_SUMS, policy_loss, value_loss
 from dapo_megatron.supervised import supervised_update
 from dapo_megatron.weight_sync import whole_on_rank_zero
+from tests.learner.batches import load_batch
 from tests.learner.layouts import build
 
 CLIP = {"eps_low": 0.2, "eps_high": 0.28, "eps_dual": 3.0, "entropy_coefficient": 0.01}
-
-
-def load_batch(path: str) -> SequenceBatch:
-    return SequenceBatch(**load_file(path))
+VALUE_CLIP = 0.5
 
 
 def gradients(payload: dict) -> dict[str, list[float]]:
-    """For each "model layout budget": write the whole gradient to a file; returns the policy sums."""
+    """For each "model layout budget": write the whole gradient to a file; returns the policy sums. With "critic" also
+    what `critic_gradients` returns of it, under that name."""
     results = {}
     batch = load_batch(payload["batch"])
-    denominator = float(batch.loss_weights_T.sum())
+    denominator = batch.weight_sum
     for model_name, folder in payload["models"].items():
         for layout in payload["layouts"]:
             for budget in payload["budgets"]:
@@ -43,14 +44,60 @@ def gradients(payload: dict) -> dict[str, list[float]]:
                 count = max(len(rank) for rank in learner.packing(batch, range(len(batch))))
                 results[name] = [*sums.tolist(), count, learner.layout.data]
     assert len(sums) == len(POLICY_SUMS)
+    if "critic" in payload:
+        results["critic"] = critic_gradients(payload | {"batch": payload["critic_batch"]})
     return results
+
+
+def critic_gradients(payload: dict) -> dict[str, dict]:
+    """For each "layout budget" of a critic: write the whole gradient to a file; returns the sums and the values. For a
+    layout of stages also whether a critic that begins as the policy "copied", of the same decoder, has these values."""
+    results = {}
+    batch = load_batch(payload["batch"])
+    for layout in payload["layouts"]:
+        for budget in payload["budgets"] if dist.get_world_size() == 1 else payload["budgets"][-1:]:
+            settings = Optimizer(distributed=False)
+            critic = build(payload["critic"], layout, budget=budget, train=settings, critic=True)
+            values = critic.values(batch)
+            loss = value_loss(denominator=batch.weight_sum, clip=VALUE_CLIP)
+            sums = critic.gradients(batch, range(len(batch)), loss)
+            name = f"{dist.get_world_size()}|critic|{layout}|{budget}"
+            save_whole(critic, main_gradients(critic), Path(payload["out"]) / name)
+            results[name] = {
+                "sums": dict(zip(VALUE_SUMS, sums.tolist(), strict=True)),
+                "values": [v.tolist() for v in values],
+                "norm": critic.step(0.0, 0.0),
+                "kept by copying": True,
+            }
+            if layout == "tp1pp2":
+                for key, weight in critic.weights.items():
+                    if "output_layer" not in key:
+                        weight.zero_()
+                copy_decoder(build(payload["copied"], layout), critic)
+                same = zip(critic.values(batch), values, strict=True)
+                results[name]["kept by copying"] = all(np.array_equal(a, b) for a, b in same) and _copied_in_bf16(
+                    payload, layout, batch
+                )
+    return results
+
+
+def _copied_in_bf16(payload: dict, layout: str, batch: SequenceBatch) -> bool:
+    """Whether an optimizer step at rate 0, from fp32 copies, leaves a critic's bf16 decoder at the policy's."""
+    policy = build(payload["copied"], layout, dtype=torch.bfloat16)
+    for weight in policy.weights.values():
+        weight.mul_(2)
+    critic = build(payload["critic"], layout, train=Optimizer(), critic=True, dtype=torch.bfloat16)
+    copy_decoder(policy, critic)
+    critic.gradients(batch, range(len(batch)), value_loss(denominator=batch.weight_sum, clip=None))
+    critic.step(0.0, 0.0)
+    return all(torch.equal(w, policy.weights[key]) for key, w in critic.weights.items() if "output_layer" not in key)
 
 
 def updated_weights(payload: dict) -> dict[str, list[float]]:
     """Three policy updates with a distributed or an ordinary optimizer; writes the weights, returns the gradient
     norms."""
     batch = load_batch(payload["batch"])
-    denominator = float(batch.loss_weights_T.sum())
+    denominator = batch.weight_sum
     results = {}
     for layout in payload["layouts"]:
         for distributed in (True, False):

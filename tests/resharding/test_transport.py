@@ -52,6 +52,8 @@ def test_every_element_arrives_and_no_byte_too_many_travels(world):
     for case, found in zip(cases, reports, strict=True):
         assert found["wrong"] == 0, (case, found)
         assert found["sent"] == found["planned"], (case, found)
+        # no gather, no broadcast: torch.distributed saw these sends, and nothing else
+        assert found["seen"] == found["sent"] and found["collectives"] == 0, (case, found)
         assert found["sent"] + found["copied"] == found["all"], (case, found)
         replicated = case.source == (1, 1, 1, world)
         assert (found["messages"] == 0) == (found["sent"] == 0) == replicated, (case, found)

@@ -8,6 +8,7 @@ from dapo_megatron.resharding.hf_layout import whole_layout
 from dapo_megatron.resharding.megatron_layout import megatron_layout
 from dapo_megatron.resharding.plan import Plan, make_plan
 from dapo_megatron.resharding.transport import Transport
+from tests.resharding.collectives import Collectives
 from tests.resharding.worlds import PADDING, architecture, layout_for, numbered, shards
 
 
@@ -21,7 +22,8 @@ def transport(
 
 
 def move(payload: dict) -> list[dict]:
-    """One dictionary a case: "wrong" elements, bytes "sent", "planned" and "copied", "messages"; of all ranks."""
+    """One dictionary a case: "wrong" elements, bytes "sent", "planned" and "copied", "messages", bytes that passed
+    through "collectives"; of all ranks."""
     return [_move(case) for case in payload["cases"]]
 
 
@@ -40,26 +42,30 @@ def _move(case: dict) -> dict:
     plan = make_plan(source, target)
     dtype = getattr(torch, case["dtype"])
     carrier = transport(plan, bucket_bytes=case["bucket_bytes"], window=case["window"], dtype=dtype)
-    totals = torch.zeros(4, dtype=torch.float64)
+    totals = torch.zeros(6, dtype=torch.float64)
     # twice: the same plan serves every policy version
     for version in (0, 1):
         weights = {key: tensor.to(dtype) + version for key, tensor in mine.items()}
         into = {key: torch.full(tensor.shape, -7).to(dtype) for key, tensor in wanted.items()}
-        report = carrier.run(weights, into)
+        with Collectives() as passed:
+            report = carrier.run(weights, into)
         wrong = sum(
             int((into[key] != torch.where(t == PADDING, -7, t + version).to(dtype)).sum()) for key, t in wanted.items()
         )
+        seen = [sum(passed.bytes.values()), passed.sent["send"]]
         totals += torch.tensor(
-            [wrong, report.bytes_sent, report.messages_sent, report.bytes_copied], dtype=torch.float64
+            [wrong, report.bytes_sent, report.messages_sent, report.bytes_copied, *seen], dtype=torch.float64
         )
     dist.all_reduce(totals)
-    wrong, sent, messages, copied = (int(n) for n in totals)
+    wrong, sent, messages, copied, collectives, seen = (int(n) for n in totals)
     return {
         "wrong": wrong,
         "sent": sent // 2,
         "messages": messages // 2,
         "planned": plan.elements_moved * dtype.itemsize,
         "copied": copied // 2,
+        "collectives": collectives,
+        "seen": seen // 2,
         "all": sum(m.elements for m in plan.moves) * dtype.itemsize,
     }
 

@@ -22,6 +22,7 @@ from dapo_megatron.supervised import supervised_update
 from dapo_megatron.weight_sync import export_hugging_face
 from tests.command_line import RECIPE
 from tests.learner.layouts import build
+from tests.resharding.collectives import Collectives
 from tests.rollout.served import START_LIMIT_S, VOCAB, greedy_requests, is_greedy, settings_for
 from tests.tiny_models import load_model
 
@@ -32,22 +33,23 @@ def trained_weights(payload: dict) -> dict:
     learner = build(str(folder), "tp2pp2", train=Optimizer())
     engines, sync, dispatcher = _rollout_side(learner, payload)
     before = {key: tensor.clone() for key, tensor in learner.weights.items()}
-    found: dict = {"greedy": [], "gaps": [], "bytes": [], "moved": True, "versions": []}
+    found: dict = {"greedy": [], "gaps": [], "bytes": [], "moved": True, "versions": [], "collectives": []}
     try:
         for version in range(2):
             for step in range(3):
                 supervised_update(learner, _random_batch(10 * version + step), 1e-2, 0.0)
             moved = all(not torch.equal(before[key], tensor) for key, tensor in learner.weights.items())
             found["moved"] &= moved and version == sync.version + 1
-            found["bytes"].append(sync.push(version).bytes_sent)
+            with Collectives() as passed:
+                found["bytes"].append(sync.push(version).bytes_sent)
+            found["collectives"].append(passed.bytes)
             requests = greedy_requests(first_ticket=100 * version)
             sampled = [_sampled(r) for r in requests]
             completions = dispatcher.generate([*requests, *sampled])
             greedy, drawn = completions[:16], completions[16:]
             found["versions"].append(sorted({int(v) for c in completions for v in c.policy_versions}))
             batch = sequence_batch([r.prompt_tokens for r in sampled], [c.tokens for c in drawn])
-            scores, _ = learner.score(batch)
-            mine = scores[batch.loss_weights_T > 0].numpy()
+            mine = np.concatenate(learner.score(batch)[0])
             found["gaps"].append(float(np.abs(mine - np.concatenate([c.logprobs for c in drawn])).max()))
             export_hugging_face(learner, scratch / f"hf{version}", side_files=folder, time_limit_s=60)
             model = load_model(scratch / f"hf{version}")

@@ -19,6 +19,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dapo_megatron.launch import free_port
+from dapo_megatron.rollout.launcher import RunningEngine
 from dapo_megatron.rollout.vllm_secret import HEADER, VARIABLE
 from tests.command_line import RECIPE, ROOT, SMALL, command, environment
 
@@ -80,7 +82,7 @@ class Run:
         return [process for process, group in group_of.items() if group in self.groups]
 
     def server(self) -> psutil.Process:
-        return next(p for p in self.processes() if "vllm.entrypoints.openai.api_server" in p.cmdline())
+        return next(p for p in self.processes() if "dapo_megatron.rollout.vllm_server" in p.cmdline())
 
     def workers(self) -> list[psutil.Process]:
         return [p for p in self.processes() if any(word.startswith("VLLM::Worker") for word in p.cmdline())]
@@ -146,18 +148,49 @@ def started(folder: Path, *arguments: str) -> Iterator[Run]:
 
 
 def check_finished(run: Run, steps: int) -> None:
+    check_steps(run, steps)
+    assert run.nothing_left(), run.processes()
+
+
+def check_steps(run: Run, steps: int) -> None:
     assert run.finish() == 0, run.output()
     assert [line["step"] for line in run.metrics() if line["step"]] == list(range(1, steps + 1))
     gaps = [line["mismatch/logprob_abs_mean"] for line in run.metrics() if line["step"]]
     assert max(gaps) < 1e-5, gaps
     assert "Traceback" not in run.output()
-    assert run.nothing_left(), run.processes()
+
+
+@contextmanager
+def serving(run: Run, port: int) -> Iterator[subprocess.Popen]:
+    """`dapo-megatron serve` for a run that has laid out its model."""
+    with open(run.folder.with_suffix(".server.log"), "w") as output:
+        server = subprocess.Popen(
+            command("serve", RECIPE, f"run.directory={run.folder}", *VLLM, "--port", port),
+            cwd=ROOT,
+            env={**environment(), VARIABLE: run.secret},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield server
+    finally:
+        server.terminate()
+        server.wait(30)
 
 
 @pytest.mark.slow
 def test_a_run_with_vllm_needs_no_embedded_engine(tmp_path):
-    with started(tmp_path / "run", "run.steps=2") as run:
-        check_finished(run, 2)
+    """Its engine is one that somebody else has started, and outlives it."""
+    folder, port = tmp_path / "run", free_port()
+    apart = ("rollout.placement=disaggregated", f'rollout.servers=["http://127.0.0.1:{port}"]')
+    with started(folder, "run.steps=2", *apart) as run:
+        run.wait_for((folder / "model" / "config.json").is_file, "laid out")
+        with serving(run, port) as server:
+            check_steps(run, 2)
+            assert not (folder / "engines").exists(), "the run starts none"
+            assert server.poll() is None and RunningEngine(f"http://127.0.0.1:{port}", run.secret).answers()
+        assert run.nothing_left(), run.processes()
     trained = [line for line in run.metrics() if line.get("tokens/trained")]
     assert trained and all(line["resharding/bytes_sent"] > 0 for line in trained)
     with started(tmp_path / "other", "run.steps=2", "rollout.engine=hf") as run:

@@ -78,7 +78,7 @@ def test_nothing_is_compared_when_a_contender_computes_something_else(tool):
 def test_operations_of_a_step_are_those_of_its_products(tool):
     """Counted one product at a time: 2·m·n·k forward and twice that backward."""
     shape = tool.SHAPES["tiny"]
-    lengths = torch.tensor([5, 17])
+    lengths = [5, 17]
     for tied in (True, False):
         config = tool.model_config(shape, 3) | {"tie_word_embeddings": tied}
         architecture = architecture_from_dict(config, "a test")

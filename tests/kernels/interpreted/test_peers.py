@@ -1,7 +1,8 @@
-"""The peers of the benchmark compute what we compute: loss and gradients on the same inputs. Those of Liger where it is
-installed."""
+"""The peers of the benchmark compute what we compute: loss and gradients on the same inputs. Liger's own where it is
+installed, elsewhere a stand-in of it."""
 
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from dapo_kernels import clipped_policy_loss, linear_clipped_policy_loss
 sys.path.append(str(Path(__file__).parents[3] / "kernels" / "benchmarks"))
 import peers
 
-liger = pytest.mark.skipif(find_spec("liger_kernel") is None, reason="liger_kernel is not installed")
+if find_spec("liger_kernel") is None:
+    sys.path.append(str(Path(__file__).parents[1] / "stand_ins"))
 SEQUENCES, LENGTH, COLUMNS, WIDTH = 3, 7, 72, 16
 ROWS = SEQUENCES * LENGTH
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
@@ -52,7 +54,22 @@ def test_plain_torch(batch):
     torch.testing.assert_close(*torch.autograd.grad(found, leaf), gradient, **CLOSE)
 
 
-@liger
+def test_compiled_torch(batch, monkeypatch):
+    """As a GPU has it, but for the code that the compiler would write last; for several N, and for another V."""
+    monkeypatch.setattr(peers.torch, "compile", partial(torch.compile, backend="aot_eager"))
+    leaf, loss, gradient = ours_on_logits(batch)
+    total = float(batch[2][3].sum())
+    compiled = peers.torch_losses(torch.device("cuda"), COLUMNS)["torch.compile"]
+    assert compiled is peers.torch_losses(torch.device("cuda"), COLUMNS)["torch.compile"] is not peers.plain_loss
+    found = compiled(leaf, *batch[2], total)
+    torch.testing.assert_close(found, loss, **CLOSE)
+    torch.testing.assert_close(*torch.autograd.grad(found, leaf), gradient, **CLOSE)
+    fewer = [vector[:9] for vector in batch[2]]
+    torch.testing.assert_close(compiled(leaf[:9], *fewer, total), peers.plain_loss(leaf[:9], *fewer, total), **CLOSE)
+    assert peers.torch_losses(torch.device("cuda"), COLUMNS + 1)["torch.compile"] is not compiled
+    assert set(peers.torch_losses(torch.device("cpu"), COLUMNS)) == {"torch eager"}
+
+
 def test_liger_on_logits(batch):
     leaf, loss, gradient = ours_on_logits(batch)
     whole = torch.full((SEQUENCES, LENGTH + 1, COLUMNS), 5.0)
@@ -64,7 +81,6 @@ def test_liger_on_logits(batch):
     torch.testing.assert_close(theirs[:, :-1].reshape(ROWS, COLUMNS), gradient, **CLOSE)
 
 
-@liger
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_liger_on_hidden_states(batch, chunk):
     hidden, weight, vectors = batch

@@ -1,0 +1,49 @@
+"""`algorithm.extensions`: files of the user's that register advantages and policy losses.
+
+They are run as they are, in the launching process and on every rank: trusted code, as `reward.custom` is.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dapo_megatron.algorithms.registry import advantages, policy_losses, raised
+from dapo_megatron.errors import RequestError
+
+_loaded: set[Path] = set()
+
+
+def load_extensions(files: Sequence[str]) -> None:
+    """Run each file once a process; relative ones are looked up in the working directory.
+
+    Raises:
+        RequestError: a file is missing or no Python, raises, or registers nothing.
+    """
+    for file in files:
+        path = Path(file).resolve()
+        if path not in _loaded:
+            _run(path, f"algorithm.extensions: {file}")
+            _loaded.add(path)
+
+
+def _run(path: Path, told: str) -> None:
+    if path.suffix != ".py" or not path.is_file():
+        raise RequestError(f"{told} is not a Python file; give the path of a file that ends in .py")
+    before = {**advantages(), **policy_losses()}
+    spec = importlib.util.spec_from_file_location(f"dapo_extension_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(path.parent))  # the file may import what lies beside it
+    try:
+        spec.loader.exec_module(module)
+    except RequestError as error:
+        raise RequestError(f"{told}: {error}") from None
+    except SyntaxError as error:
+        raise RequestError(f"{told} line {error.lineno} is not valid Python: {error.msg}") from None
+    except (Exception, SystemExit) as error:
+        raise RequestError(f"{told} cannot be imported: {raised(error)}") from None
+    finally:
+        sys.path.remove(str(path.parent))
+    if {**advantages(), **policy_losses()} == before:
+        raise RequestError(f"{told} registers nothing; use @register_advantage or @register_policy_loss in it")

@@ -1,0 +1,205 @@
+"""The names that a recipe's `algorithm.advantage` and `algorithm.policy_loss` may take, and what stands behind them.
+
+Built-in methods register here as a user's own do, from a file named in `algorithm.extensions`:
+
+    @register_advantage("mine", "A_i = R_i − max of the others")
+    def mine(group: GroupRewards) -> np.ndarray: ...
+
+    @register_policy_loss("mine", "−r·A without a clip")
+    def mine(tokens: TokenBatch) -> TokenLosses | Tensor: ...
+
+Names are looked up before ranks start: nothing here imports torch.
+"""
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from dapo_megatron.errors import RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+AGGREGATIONS = ("token-mean", "sequence-mean", "constant-length")
+BUILT_IN = ("advantage_rules", "policy_losses")  # files of this room that register
+
+Function = TypeVar("Function", bound=Callable)
+
+
+@dataclass(frozen=True)
+class GroupRewards:
+    """What an advantage rule sees: the G responses to one prompt.
+
+    rewards_G: fp64, in the order of the responses, shaping and penalties included.
+    lengths_G: int64 tokens. epsilon: `algorithm.advantage_epsilon`.
+    """
+
+    rewards_G: np.ndarray
+    lengths_G: np.ndarray
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """What a policy loss sees: the N trained tokens of one micro-batch, whole sequences of them; N may be 0.
+
+    logprobs_N, entropy_N: fp32, of the present policy, with gradient; nats.
+    old_logprobs_N, advantages_N, penalties_N: fp32. penalties: 0 but on tokens that a method singled out (KL-Cov).
+    loss_weights_N: fp32 > 0; aggregation and importance weights. A loss need not look at them: they are applied to it.
+    sequences_N: int64, which of the micro-batch's `sequences` a token belongs to.
+    eps_low, eps_high, eps_dual: settings of the recipe's section `algorithm`; clips_low: its `cispo.lower_clip`.
+    """
+
+    logprobs_N: "Tensor"
+    entropy_N: "Tensor"
+    old_logprobs_N: "Tensor"
+    advantages_N: "Tensor"
+    penalties_N: "Tensor"
+    loss_weights_N: "Tensor"
+    sequences_N: "Tensor"
+    sequences: int
+    eps_low: float = 0.2
+    eps_high: float = 0.28
+    eps_dual: float | None = None
+    clips_low: bool = False
+
+    def log_ratio(self) -> "Tensor":
+        """log π − log π_old [N], clamped to ±20, gradient 0 where the clamp is active."""
+        return (self.logprobs_N - self.old_logprobs_N).clamp(-20.0, 20.0)
+
+    def mean_of_sequence(self, values_N: "Tensor") -> "Tensor":
+        """[N]: on each token the mean of `values_N` over the trained tokens of its sequence."""
+        empty = values_N.new_zeros(self.sequences)
+        sums = empty.index_add(0, self.sequences_N, values_N)
+        counts = empty.index_add(0, self.sequences_N, values_N.new_ones(values_N.shape))
+        return (sums / counts.clamp(min=1))[self.sequences_N]
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """losses_N: fp32, differentiable; the update's loss is Σ weight · (loss − entropy bonus + KL) / denominator.
+
+    For metrics alone: ratio_N, the importance ratio (None: exp of the log-ratio); clipped_…_N bool, where a bound cut
+    it (None: nowhere).
+    """
+
+    losses_N: "Tensor"
+    ratio_N: "Tensor | None" = None
+    clipped_low_N: "Tensor | None" = None
+    clipped_high_N: "Tensor | None" = None
+    clipped_dual_N: "Tensor | None" = None
+
+
+AdvantageRule = Callable[[GroupRewards], np.ndarray]
+LossRule = Callable[[TokenBatch], "TokenLosses | Tensor"]
+
+
+@dataclass(frozen=True)
+class AdvantageMethod:
+    """A registered advantage rule: one number a response, finite. `least_samples`: responses a prompt it needs."""
+
+    name: str
+    description: str
+    compute: AdvantageRule
+    least_samples: int
+
+
+@dataclass(frozen=True)
+class LossMethod:
+    """A registered policy loss. `aggregations`: values of algorithm.loss_aggregation it makes sense with, and `reason`
+    why no others; `dual_clip`: whether algorithm.eps_dual means anything to it."""
+
+    name: str
+    description: str
+    compute: LossRule
+    aggregations: tuple[str, ...]
+    reason: str
+    dual_clip: bool
+
+
+_advantages: dict[str, AdvantageMethod] = {}
+_policy_losses: dict[str, LossMethod] = {}
+
+
+def register_advantage(name: str, description: str, *, least_samples: int = 2) -> Callable[[Function], Function]:
+    """Decorator: `function(GroupRewards) → [G]` becomes `algorithm.advantage: name`.
+
+    Raises:
+        RequestError: the name is taken.
+    """
+
+    def register(function: Function) -> Function:
+        _add(_advantages, "advantage", AdvantageMethod(name, description, function, least_samples))
+        return function
+
+    return register
+
+
+def register_policy_loss(
+    name: str,
+    description: str,
+    *,
+    aggregations: tuple[str, ...] = AGGREGATIONS,
+    reason: str = "",
+    dual_clip: bool = False,
+) -> Callable[[Function], Function]:
+    """Decorator: `function(TokenBatch) → TokenLosses` or a loss a token [N] becomes `algorithm.policy_loss: name`.
+
+    Arguments as in `LossMethod`.
+
+    Raises:
+        RequestError: the name is taken, or an aggregation is not known.
+    """
+    if unknown := set(aggregations) - set(AGGREGATIONS):
+        raise RequestError(
+            f"policy loss {name!r}: aggregation {min(unknown)!r} is not known; use {', '.join(AGGREGATIONS)}"
+        )
+
+    def register(function: Function) -> Function:
+        _add(_policy_losses, "policy loss", LossMethod(name, description, function, aggregations, reason, dual_clip))
+        return function
+
+    return register
+
+
+def advantages() -> dict[str, AdvantageMethod]:
+    """All registered advantage rules by name, built-in ones first."""
+    _register_built_in()
+    return dict(_advantages)
+
+
+def policy_losses() -> dict[str, LossMethod]:
+    """All registered policy losses by name, built-in ones first."""
+    _register_built_in()
+    return dict(_policy_losses)
+
+
+def raised(error: BaseException) -> str:
+    """What a method raised and where, in a few words: "KeyError('x') at mine.py:12"."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{error!r}{place}"
+
+
+def _add(known: dict, kind: str, method: AdvantageMethod | LossMethod) -> None:
+    if not isinstance(method.name, str) or not method.name:
+        raise RequestError(f"{kind}: the name {method.name!r} must be text")
+    before = known.get(method.name)
+    if before is not None and _origin(before.compute) != _origin(method.compute):
+        raise RequestError(f"{kind} {method.name!r} is registered already, by {_origin(before.compute)[0]}; rename it")
+    known[method.name] = method
+
+
+def _origin(function: Callable) -> tuple[str, str]:
+    code = getattr(function, "__code__", None)
+    return (code.co_filename if code else repr(function), getattr(function, "__qualname__", ""))
+
+
+def _register_built_in() -> None:
+    for file in BUILT_IN:  # a file registers when it is first imported
+        import_module(f"dapo_megatron.algorithms.{file}")

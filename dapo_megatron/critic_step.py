@@ -1,0 +1,93 @@
+"""The critic's part of one rollout step (`algorithm.advantage=gae`): values and advantages a token before the policy
+moves, then the critic's own gradient updates."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dapo_megatron.algorithms.gae import explained_variance, generalized_advantages, token_rewards
+from dapo_megatron.algorithms.mini_batch import mini_batches, scoring_batch
+from dapo_megatron.config import Recipe
+from dapo_megatron.data.completions import PromptGroup
+from dapo_megatron.data.records import SequenceBatch
+from dapo_megatron.divergence import token_penalties
+from dapo_megatron.learner.learner import Learner
+from dapo_megatron.learner.losses import VALUE_SUMS, value_loss
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """What the critic says of a step's completions, `samples` to a group, group after group. batch: with its values and
+    returns. advantages: fp32 [L] each; those of a response without a loss weight mean nothing. seconds: spent on it."""
+
+    batch: SequenceBatch
+    samples: int
+    advantages: list[np.ndarray]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CriticStep:
+    """loss, grad_norm: means over updates. clipped: share of tokens beyond the clip. value, target, explained_variance:
+    over the step's trained tokens, before the updates. seconds: estimates and updates."""
+
+    loss: float
+    grad_norm: float
+    clipped: float
+    value: float
+    target: float
+    explained_variance: float
+    updates: int
+    seconds: float
+
+
+def estimate(critic: Learner, groups: Sequence[PromptGroup], recipe: Recipe) -> Estimates:
+    """Values of the critic as it is, and GAE over every response; after `score_old_policy`.
+
+    The reward is at the last token, less, with algorithm.kl.place=reward, each token's own divergence.
+    """
+    started = time.perf_counter()
+    algorithm = recipe.algorithm
+    batch = scoring_batch(groups, overlong_filtering=algorithm.overlong_filtering)
+    batch.old_values = critic.values(batch)
+    rewards = [float(reward) for group in groups for reward in group.rewards]
+    penalties = token_penalties(groups, algorithm.kl) or [None] * len(rewards)
+    advantages, batch.returns = [], []
+    for reward, penalties_L, values_L in zip(rewards, penalties, batch.old_values, strict=True):
+        rewards_L = token_rewards(reward, len(values_L), penalties_L)
+        found = generalized_advantages(rewards_L, values_L, gamma=algorithm.gae.gamma, lam=algorithm.gae.lam)
+        advantages.append(found[0])
+        batch.returns.append(found[1])
+    return Estimates(batch, len(groups[0].completions), advantages, time.perf_counter() - started)
+
+
+def critic_step(critic: Learner, estimates: Estimates, recipe: Recipe) -> CriticStep:
+    """`critic.epochs` passes over the step, an update for each mini-batch on the mean over its trained tokens."""
+    started = time.perf_counter()
+    settings, algorithm, batch = recipe.critic, recipe.algorithm, estimates.batch
+    samples = estimates.samples
+    sums, norms = torch.zeros(len(VALUE_SUMS), dtype=torch.float64), []
+    for _ in range(settings.epochs):
+        for sequences in mini_batches(len(batch) // samples, samples, algorithm.mini_batch_prompts):
+            tokens = sum(np.count_nonzero(batch.loss_weights[s]) for s in sequences)
+            if tokens:
+                loss = value_loss(denominator=float(tokens), clip=settings.value_clip)
+                sums += critic.gradients(batch, sequences, loss)
+                norms.append(critic.step(settings.learning_rate, recipe.optimizer.weight_decay))
+    named = dict(zip(VALUE_SUMS, sums.tolist(), strict=True))
+    trained = [i for i, weights in enumerate(batch.loss_weights) if weights.any()]
+    values, returns = ([column[i] for i in trained] for column in (batch.old_values, batch.returns))
+    count = max(1, sum(map(len, values)))
+    return CriticStep(
+        loss=named["loss"] / max(1, len(norms)),
+        grad_norm=sum(norms) / max(1, len(norms)),
+        clipped=named["clipped"] / max(1.0, named["tokens"]),
+        value=sum(float(v.sum(dtype=np.float64)) for v in values) / count,
+        target=sum(float(r.sum(dtype=np.float64)) for r in returns) / count,
+        explained_variance=explained_variance(returns, values),
+        updates=len(norms),
+        seconds=estimates.seconds + time.perf_counter() - started,
+    )

@@ -1,0 +1,154 @@
+"""What a critic's values become, without one: rewards and penalties a token, returns, what counts; refusals."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dapo_megatron.config import Recipe, dump_recipe, load_recipe
+from dapo_megatron.critic_step import critic_step, estimate
+from dapo_megatron.errors import RequestError
+from dapo_megatron.files import write_text_atomically
+from dapo_megatron.prepare import check_request
+from dapo_megatron.run_directory import claim_run_directory
+from tests.command_line import RECIPE, SMALL
+from tests.policy_step_cases import groups
+from tests.tiny_models import write_critic, write_model
+
+
+def recipe(**algorithm: object) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "run": {"directory": "out"},
+            "model": {"path": "hf"},
+            "algorithm": {"advantage": "gae", "mini_batch_prompts": 1, **algorithm},
+            "critic": {"epochs": 2, "value_clip": None},
+        }
+    )
+
+
+class Values:
+    """A critic whose values are drawn at random, 0 without a loss weight; remembers its updates."""
+
+    def __init__(self) -> None:
+        self.updates: list[tuple[list[int], float]] = []
+
+    def values(self, batch):
+        generator = np.random.default_rng(0)
+        return [generator.normal(size=len(w)).astype(np.float32) * (w > 0) for w in batch.loss_weights]
+
+    def gradients(self, batch, sequences, loss):
+        self.updates.append((list(sequences), float(np.mean([batch.returns[s].mean() for s in sequences]))))
+        return torch.tensor([0.5, 1.0, 4.0], dtype=torch.float64)
+
+    def step(self, learning_rate, weight_decay):
+        return 2.0
+
+
+def scored(count: int):
+    made = groups(0, count)
+    generator = np.random.default_rng(1)
+    for group in made:
+        lengths = [len(c.tokens) for c in group.completions]
+        group.old_logprobs, group.reference_logprobs = (
+            [generator.normal(size=n).astype(np.float32) for n in lengths] for _ in range(2)
+        )
+    return made
+
+
+@pytest.mark.parametrize("kl", [{}, {"coefficient": 0.1, "place": "reward", "estimator": "k1"}])
+def test_the_reward_is_at_the_end_and_each_token_is_charged_its_own_divergence(kl):
+    made = scored(2)
+    found = estimate(Values(), made, recipe(gae={"gamma": 1.0, "lam": 1.0}, overlong_filtering=False, kl=kl))
+    completions = [(g, i) for g in made for i in range(3)]
+    for (group, i), advantages, returns, values in zip(
+        completions, found.advantages, found.batch.returns, found.batch.old_values, strict=True
+    ):
+        charged = 0.1 * (group.old_logprobs[i] - group.reference_logprobs[i]) if kl else np.zeros(len(returns))
+        expected = group.rewards[i] - np.cumsum(charged[::-1].astype(float))[::-1]  # what is still to come
+        np.testing.assert_allclose(returns, expected, atol=1e-5)
+        np.testing.assert_allclose(advantages, expected - values, atol=1e-5)
+
+
+def test_filtered_responses_are_left_out_and_every_update_is_a_mini_batch():
+    made, critic = scored(2), Values()
+    found = estimate(critic, made, recipe())
+    step = critic_step(critic, found, recipe())
+    assert [s for s, _ in critic.updates] == [[0, 1, 2], [3, 4, 5]] * 2 and step.updates == 4
+    assert (step.loss, step.grad_norm, step.clipped) == (0.5, 2.0, 0.25)
+    kept = [0, 1, 3, 4]  # the last of each group is truncated
+    values, returns = (np.concatenate([c[i] for i in kept]) for c in (found.batch.old_values, found.batch.returns))
+    assert step.value == pytest.approx(values.mean(), rel=1e-5) and step.target == pytest.approx(
+        returns.mean(), rel=1e-5
+    )
+    assert step.explained_variance == pytest.approx(1 - (returns - values).var() / returns.var(), rel=1e-4)
+
+
+def test_a_mini_batch_without_a_trained_token_is_skipped():
+    made, critic = scored(1), Values()
+    group = made[0]
+    group.completions = [
+        SimpleNamespace(**{**vars(c), "finish_reason": "length"}) for c in group.completions
+    ]  # all are filtered
+    step = critic_step(critic, estimate(critic, made, recipe()), recipe())
+    assert critic.updates == [] and step.updates == 0 and step.loss == 0.0
+    assert np.isnan(step.explained_variance)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("critics")
+    policy = write_model(root / "policy", "qwen2", tied=True, vocab_size=120)
+    return {
+        "fits": write_critic(root / "fits", policy),
+        "policy": policy,
+        "small vocabulary": write_model(root / "small", "qwen2", tied=True, vocab_size=10),
+        "three heads": write_model(root / "heads", "qwen2", tied=True, vocab_size=120, num_attention_heads=3,
+                                   num_key_value_heads=3, hidden_size=48),
+        "short": write_model(root / "short", "qwen2", tied=True, vocab_size=120, max_position_embeddings=16),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("critic", "told"),
+    [
+        ("fits", None),
+        ("policy", None),  # a value head that it lacks is 0
+        ("nowhere", "does not exist"),
+        ("small vocabulary", "has 10 vocabulary rows"),
+        ("three heads", "critic.path=.*does not divide 3 attention heads"),
+        ("short", "has 16 positions"),
+    ],
+)
+def test_a_critic_of_its_own_is_checked_before_launch(folders, tmp_path, critic, told):
+    path = folders.get(critic, tmp_path / "nowhere")
+    settings = [f"run.directory={tmp_path / 'run'}", *SMALL, "algorithm.advantage=gae", f"critic.path={path}"]
+    settings += ["parallel={tensor: 2}"]
+    if told is None:
+        check_request(load_recipe(RECIPE, settings))
+        return
+    with pytest.raises(RequestError, match=told):
+        check_request(load_recipe(RECIPE, settings))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "refused"),
+    [
+        (["algorithm.advantage=gae"], ["algorithm.advantage=gae", "critic.learning_rate=1.0e-6"], False),
+        (["algorithm.advantage=gae"], ["algorithm.advantage=group"], False),
+        ([], ["algorithm.advantage=gae"], True),
+        (["algorithm.advantage=gae"], ["algorithm.advantage=gae", "critic.path=other"], True),
+    ],
+)
+def test_a_resumed_run_gets_no_other_critic(tmp_path, before, now, refused):
+    run = tmp_path / "run"
+    run.mkdir()
+    own = f"run.directory={run}"
+    write_text_atomically(run / "config.yaml", dump_recipe(load_recipe(RECIPE, [own, *before])))
+    recipe = load_recipe(RECIPE, [own, *now])
+    if not refused:
+        claim_run_directory(recipe, resume=True, overwrite=False)
+        return
+    with pytest.raises(RequestError, match="only a new run may begin with another critic"):
+        claim_run_directory(recipe, resume=True, overwrite=False)

@@ -1,0 +1,58 @@
+"""Cells of the comparison: the ladder's task under each method's algorithm, kept and continued as the ladder's are."""
+
+from pathlib import Path
+
+import pytest
+
+from dapo_megatron.config import load_recipe
+from dapo_megatron.errors import RequestError
+from dapo_megatron.prepare import check_request
+from tests.tools.test_ladder import SETTINGS, FakeTrain
+from tools.compare import COMPARED, DAPO, METHODS, rungs_of, write_recipes
+from tools.ladder import run_ladder
+from tools.ladder_table import draw_curves, rows_csv, table_markdown
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("compare") / "recipes"
+    write_recipes(rungs_of([]), folder)
+    return folder
+
+
+def test_a_cell_is_the_ladders_recipe_with_the_methods_algorithm(recipes):
+    base = load_recipe(DAPO)
+    for rung in rungs_of([]):
+        recipe, name = load_recipe(recipes / f"{rung.recipe}.yaml"), rung.recipe.partition("-")[2]
+        check_request(recipe)
+        for section in ("model", "data", "supervised", "rollout", "optimizer", "learner", "evaluation", "reward"):
+            assert getattr(recipe, section) == getattr(base, section), (name, section)
+        if name == "dapo":
+            assert recipe.algorithm == base.algorithm
+            continue
+        method = load_recipe(METHODS / f"{name}.yaml").algorithm
+        assert recipe.algorithm.mini_batch_prompts == (32 if name == "rloo" else 4)
+        for key in ("advantage", "policy_loss", "token_selection", "eps_low", "eps_high", "loss_aggregation", "kl_cov"):
+            assert getattr(recipe.algorithm, key) == getattr(method, key), (name, key)
+
+
+def test_names_choose_cells_in_one_order():
+    assert [rung.recipe for rung in rungs_of([])] == [f"{i}-{name}" for i, name in enumerate(COMPARED)]
+    assert [rung.recipe for rung in rungs_of(["kl-cov", "dapo"])] == ["0-dapo", "8-kl-cov"]
+    with pytest.raises(RequestError, match="--methods kl-kov: not known; did you mean kl-cov"):
+        rungs_of(["kl-kov"])
+
+
+def test_cells_are_kept_and_told_without_a_last_less_first(recipes, tmp_path):
+    rungs = rungs_of([])
+    cells, failures = run_ladder(tmp_path, [1, 2], SETTINGS, FakeTrain(), jobs=2, rungs=rungs, recipes=recipes)
+    assert failures == [] and len(cells) == 2 * len(rungs)
+    again = FakeTrain()
+    run_ladder(tmp_path, [1, 2], SETTINGS, again, jobs=1, rungs=rungs, recipes=recipes)
+    assert again.calls == []
+    table = table_markdown(cells, of="method", last_less_first=False)
+    assert all(f"| {title} | 2 |" in table for title in COMPARED.values()) and " less " not in table
+    assert table.startswith("| method | seeds |")
+    assert rows_csv(cells).count("\n") == 1 + 3 * len(cells)
+    draw_curves(cells, tmp_path / "compare.png")
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
