@@ -8,6 +8,7 @@ from dapo_megatron.algorithms.token_selection import SELECTIONS, STATISTICS
 from dapo_megatron.config import Recipe
 from dapo_megatron.config.problems import nearest_name
 from dapo_megatron.errors import RequestError
+from dapo_megatron.rewards.grader import GRADERS
 
 
 def check_methods(recipe: Recipe) -> None:
@@ -31,6 +32,8 @@ def list_methods() -> str:
     for setting, kinds in (("token_selection.kind", SELECTIONS), ("statistics", STATISTICS)):
         lines.append(f"algorithm.{setting}")
         lines += [f"  {name:<15} {description}" for name, description in kinds.items()]
+    lines.append("reward.grader")
+    lines += [f"  {name:<15} {description}" for name, description in GRADERS.items()]
     return "\n".join(lines)
 
 
