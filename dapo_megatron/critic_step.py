@@ -20,7 +20,7 @@ from dapo_megatron.learner.losses import VALUE_SUMS, value_loss
 
 @dataclass(frozen=True)
 class Estimates:
-    """What the critic says of a step's completions, `samples` of each group, in order. batch: with its values and
+    """What the critic says of a step's completions, group after group, `samples` of each. batch: with its values and
     returns. advantages: fp32 [L] each; those of a response without a loss weight mean nothing. seconds: spent on it."""
 
     batch: SequenceBatch

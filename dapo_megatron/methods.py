@@ -9,6 +9,7 @@ from dapo_megatron.config import Recipe
 from dapo_megatron.config.problems import nearest_name
 from dapo_megatron.config.shape import SHAPES
 from dapo_megatron.errors import RequestError
+from dapo_megatron.rewards.grader import GRADERS
 
 
 def check_methods(recipe: Recipe) -> None:
@@ -32,8 +33,9 @@ def list_methods() -> str:
     for setting, kinds in (("token_selection.kind", SELECTIONS), ("statistics", STATISTICS)):
         lines.append(f"algorithm.{setting}")
         lines += [f"  {name:<15} {description}" for name, description in kinds.items()]
-    lines.append("rollout.shape")
-    lines += [f"  {name:<15} {description}" for name, description in SHAPES.items()]
+    for setting, kinds in (("rollout.shape", SHAPES), ("reward.grader", GRADERS)):
+        lines.append(setting)
+        lines += [f"  {name:<15} {description}" for name, description in kinds.items()]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from dapo_megatron.algorithms.advantage_rules import advantages_of
 from dapo_megatron.algorithms.extensions import load_extensions
 from dapo_megatron.algorithms.registry import GroupRewards, policy_losses, register_policy_loss
 from dapo_megatron.config import Recipe
+from dapo_megatron.config.reward import Reward
 from dapo_megatron.errors import RequestError, RunError
 from dapo_megatron.methods import check_methods, list_methods
+from dapo_megatron.rewards.grader import GRADERS
 from tests.ranks import ROOT
 
 OWN = """
@@ -171,6 +174,7 @@ def test_names_are_checked_without_torch():
         "gspo",
         "cispo",
         "kl-cov",
+        "judge",
         "high-entropy",
         "clip-cov",
         "micro_batch",
@@ -218,3 +222,8 @@ def test_pairs_that_go_together(settings):
 def test_pairs_that_make_no_sense(settings, told):
     with pytest.raises(RequestError, match=told):
         check_methods(pairs_recipe(**settings))
+
+
+def test_every_grader_is_listed():
+    assert set(GRADERS) == set(get_args(Reward.model_fields["grader"].annotation))
+    assert all(f"  {name:<15} {told}" in list_methods() for name, told in GRADERS.items())

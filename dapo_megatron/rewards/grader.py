@@ -18,6 +18,14 @@ from dapo_megatron.rewards.pool import GraderPool, Scores
 if TYPE_CHECKING:
     import torch
 
+GRADERS = {
+    "rule": "R = right where the final answer equals the reference: as integer, as text, by mathematics (DAPO)",
+    "code": "R by the test cases that a program passes",
+    "model": "R = scale · score of a sequence classifier",
+    "judge": "R by P(YES) of a language model on question, final answer and reference, beside the rule",
+}
+"""What `reward.grader` may be; `reward.custom` is one's own."""
+
 SPARE_S = 10.0  # of a program's tests, beyond the limits of each
 
 

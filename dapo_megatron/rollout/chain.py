@@ -22,6 +22,7 @@ Reward = Callable[[Sequence[int], Sequence[np.ndarray]], np.ndarray]
 """(the group's number, the response's tokens) of each → rewards [n], shaping included."""
 
 
+GRADED_AT_ONCE = 1 << 14  # whole texts of all continuations of a large step would not fit into memory
 Cut = tuple[int, int, int]  # group, response, tokens of the response before it
 
 
@@ -84,23 +85,28 @@ def _continue(
         return []
     count = rollout.chain.continuations
     prefixes = [groups[i].completions[j].tokens[:length] for i, j, length in cuts]
+    prompts = [np.concatenate([groups[cut[0]].prompt_tokens, p]) for cut, p in zip(cuts, prefixes, strict=True)]
     requests = [
         RolloutRequest(
             ticket=n * count + k,
-            prompt_tokens=np.concatenate([groups[cut[0]].prompt_tokens, prefix]),
+            prompt_tokens=prompts[n],  # one array for all draws
             seed=sample_seed(*seed_key, *cut, k),
-            max_new_tokens=rollout.max_response_length - len(prefix),
+            max_new_tokens=rollout.max_response_length - cut[2],
             temperature=rollout.temperature,
             top_p=rollout.top_p,
         )
-        for n, (cut, prefix) in enumerate(zip(cuts, prefixes, strict=True))
+        for n, cut in enumerate(cuts)
         for k in range(count)
     ]
     drawn = generate(requests, count)
-    whole = [np.concatenate([prefixes[n // count], completion.tokens]) for n, completion in enumerate(drawn)]
-    rewards = reward([cuts[n // count][0] for n in range(len(drawn))], whole).reshape(-1, count)
-    lengths = np.array([len(completion.tokens) for completion in drawn]).reshape(-1, count)
-    return [_Valued(float(r.mean(dtype=np.float64)), int(n.sum())) for r, n in zip(rewards, lengths, strict=True)]
+    rewards = []
+    for first in range(0, len(drawn), GRADED_AT_ONCE):
+        part = range(first, min(first + GRADED_AT_ONCE, len(drawn)))
+        whole = [np.concatenate([prefixes[n // count], drawn[n].tokens]) for n in part]
+        rewards.append(reward([cuts[n // count][0] for n in part], whole))
+    rewards_CN = np.concatenate(rewards).reshape(-1, count)
+    tokens_CN = np.array([len(completion.tokens) for completion in drawn]).reshape(-1, count)
+    return [_Valued(float(r.mean(dtype=np.float64)), int(n.sum())) for r, n in zip(rewards_CN, tokens_CN, strict=True)]
 
 
 def _fill(

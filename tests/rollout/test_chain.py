@@ -8,6 +8,7 @@ import pytest
 
 from dapo_megatron.config.rollout import Chain, Partition, Rollout
 from dapo_megatron.data.completions import PromptGroup
+from dapo_megatron.rollout import chain
 from dapo_megatron.rollout.chain import boundaries, value_chains
 from dapo_megatron.rollout.engine import sample_seed
 from tests.rollout.engines import request
@@ -63,6 +64,14 @@ def test_one_wave_continues_every_cut(groups, kind):
     assert found == expected and len(found) > 20
     assert {(r.temperature, r.top_p) for r in engine.waves[0]} == {(0.8, 1.0)}
     assert len({r.seed for r in engine.waves[0]}) == len(found)
+
+
+def test_grading_in_parts_changes_nothing(groups, monkeypatch):
+    value(groups, PARTITIONS["fixed"])
+    whole = [a.tolist() for g in groups.values() for a in g.advantages]
+    monkeypatch.setattr(chain, "GRADED_AT_ONCE", 7)
+    value(groups, PARTITIONS["fixed"])
+    assert [a.tolist() for g in groups.values() for a in g.advantages] == whole
 
 
 @pytest.mark.parametrize("kind", PARTITIONS)
