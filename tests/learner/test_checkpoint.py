@@ -39,8 +39,10 @@ def test_continuing_under_any_layout(payload, tmp_path, updates):
             assert norms[f"{layout}|{distributed}"] == pytest.approx(norms[f"straight|{distributed}"], rel=1e-4)
             for name, tensor in straight.items():
                 moved = float((tensor - before[name]).abs().max())
-                # Adam's first steps turn a gradient of rounding noise into a full step: a few elements may differ more
-                assert float((found[name] - tensor).abs().quantile(0.99)) <= 2e-3 * moved, (layout, name)
+                # Adam's first steps turn a gradient of rounding noise into a full step: a few elements may differ more,
+                # more of them in a key's bias, whose gradient cancels in the softmax where RoPE turns slowly
+                share = 0.9 if name.endswith("k_proj.bias") else 0.99
+                assert float((found[name] - tensor).abs().quantile(share)) <= 2e-3 * moved, (layout, name)
 
 
 def test_a_checkpoint_of_another_model_is_refused(payload, tmp_path):

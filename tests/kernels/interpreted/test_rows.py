@@ -63,7 +63,8 @@ def test_values_and_gradient(rows, columns, padding, dtype, seed, sigma, tempera
     scale = temperature if isinstance(temperature, float) else temperature[:, None]
     size = 4 * 2**-23 * (1 + (logits.masked_fill(~mask[:, None], 0)[:, :columns].float().abs() / scale).amax(1))
     assert not l_N[~mask].any() and not h_N[~mask].any() and not gradient[~mask].any()
-    assert ((l_N - wanted[0]).abs() <= size)[mask].all()
+    rounding = 2**-23 * wanted[0].abs()  # of the log-prob itself: log V counts, which no logit shows
+    assert ((l_N - wanted[0]).abs() <= size + rounding)[mask].all()
     assert ((h_N - wanted[1]).abs() <= 2 * size)[mask].all()
     strength = size * (g_l.abs() + g_h.abs() * (4 + 2**21 * size)) / torch.as_tensor(scale).reshape(-1)
     bound = strength[:, None] + wanted[2].abs() * 2 * PEAK[dtype] + 2**-24
