@@ -77,6 +77,17 @@ def write_recipes(rungs: Sequence[Rung], folder: Path) -> None:
         write_text_atomically(folder / f"{rung.recipe}.yaml", to_yaml(settings))
 
 
+def write_warm_recipe(folder: Path) -> Path:
+    """The recipe of the warm starts: the ladder's with a KL term, for a reference, which DPO must have from the start.
+
+    A cell without one may go on from it; no update is made before the cells part."""
+    settings = load_recipe(DAPO).model_dump()
+    settings["algorithm"]["kl"]["coefficient"] = 1.0
+    settings["run"] |= {"name": "warm", "directory": str(Path("runs") / "compare" / "warm")}
+    write_text_atomically(folder / "warm.yaml", to_yaml(settings))
+    return folder / "warm.yaml"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
@@ -94,7 +105,14 @@ def main() -> None:
         return run_train(arguments, log, limit_s=given.cell_limit_s)
 
     cells, failures = run_ladder(
-        given.out, given.seeds, given.set, train, jobs=given.jobs, rungs=rungs, recipes=recipes
+        given.out,
+        given.seeds,
+        given.set,
+        train,
+        jobs=given.jobs,
+        rungs=rungs,
+        recipes=recipes,
+        warm=write_warm_recipe(recipes),
     )
     if cells:
         table = table_markdown(cells, of="method", last_less_first=False)

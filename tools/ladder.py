@@ -120,13 +120,16 @@ def run_ladder(
     jobs: int,
     rungs: Sequence[Rung] = RUNGS,
     recipes: Path = RECIPES,
+    warm: Path | None = None,
 ) -> tuple[list[Cell], list[str]]:
-    """All cells, `jobs` at a time, seed after seed; and a line for each that failed. `recipes`: the rungs' folder."""
+    """All cells, `jobs` at a time, seed after seed; and a line for each that failed. `recipes`: the rungs' folder;
+    `warm`: the recipe of the warm starts, the first rung's if None."""
     recipe_of = {rung: recipes / f"{rung.recipe}.yaml" for rung in rungs}
+    start_recipe = warm or recipe_of[rungs[0]]
     cells: list[Cell] = []
     failures: list[str] = []
     with ThreadPoolExecutor(jobs) as pool, _nothing_more_after_an_error(pool):
-        starts = {seed: pool.submit(warm_start, out, seed, recipe_of[rungs[0]], overrides, train) for seed in seeds}
+        starts = {seed: pool.submit(warm_start, out, seed, start_recipe, overrides, train) for seed in seeds}
         ready = []
         for seed, start in starts.items():
             try:

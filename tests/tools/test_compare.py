@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from dapo_megatron.config import load_recipe
+from dapo_megatron.config import dump_recipe, load_recipe
 from dapo_megatron.errors import RequestError
 from dapo_megatron.prepare import check_request
+from dapo_megatron.run_directory import claim_run_directory
 from tests.tools.test_ladder import SETTINGS, FakeTrain
-from tools.compare import COMPARED, DAPO, METHODS, rungs_of, write_recipes
+from tools.compare import COMPARED, DAPO, METHODS, rungs_of, write_recipes, write_warm_recipe
 from tools.ladder import run_ladder
 from tools.ladder_table import draw_curves, rows_csv, table_markdown
 
@@ -34,6 +35,30 @@ def test_a_cell_is_the_ladders_recipe_with_the_methods_algorithm(recipes):
         assert recipe.algorithm.mini_batch_prompts == (32 if name == "rloo" else 4)
         for key in ("advantage", "policy_loss", "token_selection", "eps_low", "eps_high", "loss_aggregation", "kl_cov"):
             assert getattr(recipe.algorithm, key) == getattr(method, key), (name, key)
+
+
+def test_every_cell_may_go_on_from_the_warm_start(recipes, tmp_path):
+    run = [f"run.directory={tmp_path / 'run'}", "run.seed=1"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(dump_recipe(load_recipe(write_warm_recipe(recipes), run)))
+    needing = 0
+    for rung in rungs_of([]):
+        recipe = load_recipe(recipes / f"{rung.recipe}.yaml", run)
+        needing += recipe.algorithm.needs_reference
+        claim_run_directory(recipe, resume=True, overwrite=False)
+    assert needing == 1
+
+
+def test_the_warm_start_has_a_recipe_of_its_own(recipes, tmp_path):
+    asked = []
+
+    def train(arguments: list[str], log: Path) -> int:
+        asked.append(Path(arguments[0]).stem)
+        return FakeTrain()(arguments, log)
+
+    warm = write_warm_recipe(recipes)
+    run_ladder(tmp_path, [1], SETTINGS, train, jobs=1, rungs=rungs_of(["grpo"]), recipes=recipes, warm=warm)
+    assert asked == ["warm", "1-grpo"]
 
 
 def test_names_choose_cells_in_one_order():
