@@ -66,7 +66,7 @@ def choose_tokens(
     parts = [list(range(len(sequences)))]
     if algorithm.statistics == "micro_batch":
         place = {s: i for i, s in enumerate(sequences)}
-        parts = [[place[s] for s in m] for rank in learner.packing(batch, sequences) for m in rank]
+        parts = [[place[s] for s in m] for rank in learner.packing(batch, sequences) for m in rank if m]
     trained = [batch.loss_weights[s] > 0 for s in sequences]
     values = [_values(batch, sequences, samples, part, (logprobs, entropies), trained, algorithm) for part in parts]
     kept, penalised = ([np.zeros(len(flags), bool) for flags in trained] for _ in range(2))
