@@ -89,7 +89,7 @@ def weigh(
     """Fold choice and aggregation into the weights and penalties of a mini-batch, once; returns its denominator.
 
     0 where no token is left to train on. Tokens that lose their gradient leave the denominator too, but for
-    `denominator: all` and for Clip-Cov.
+    `denominator: all`, for Clip-Cov, and for `loss_aggregation: constant-length`, whose denominator counts responses.
     """
     divide_by_all = algorithm.token_selection.kind == "clip-cov" or algorithm.token_selection.denominator == "all"
     if choice is not None and not divide_by_all:

@@ -113,7 +113,8 @@ class TokenSelection(Section):
     """Tokens of low-probability have less than this probability."""
 
     denominator: Literal["kept", "all"] = "kept"
-    """Whether tokens without a gradient leave the loss's denominator; clip-cov always divides by all."""
+    """Whether tokens without a gradient leave the loss's denominator; clip-cov always divides by all, and
+    with loss_aggregation=constant-length kept is as all."""
 
     cov_ratio: float = Field(2e-4, gt=0, le=1)
     """Share of the trained tokens that clip-cov draws; at least one where there is a candidate."""
