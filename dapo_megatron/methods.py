@@ -115,6 +115,7 @@ def _pairs(recipe: Recipe) -> Iterator[str]:
     for setting, value, off in (
         ("kl.coefficient", algorithm.kl.coefficient, 0.0),
         ("token_selection.kind", algorithm.token_selection.kind, "none"),
+        ("entropy_coefficient", algorithm.entropy_coefficient, 0.0),
         ("importance_bound", algorithm.importance_bound, None),
         ("whiten", str(algorithm.whiten).lower(), "false"),
     ):

@@ -197,7 +197,8 @@ def pairs_recipe(*, shape: str = "independent", samples: int = 8, prompts: int =
     [
         {},
         {"shape": "preferences", "samples": 2},
-        {"statistics": "current", "prompts": 512, "dynamic_sampling": {}, "entropy_coefficient": 0.01},
+        {"statistics": "current", "prompts": 512, "dynamic_sampling": {}},
+        {"dpo": {"beta": 0.3}},
     ],
 )
 def test_pairs_that_go_together(settings):
@@ -213,6 +214,7 @@ def test_pairs_that_go_together(settings):
         ({"kl": {"coefficient": 0.1}}, r"kl.coefficient=0.1 does not go with .*=dpo.* use 0.0"),
         ({"token_selection": {"kind": "high-entropy"}}, "token_selection.kind=high-entropy does not go with"),
         ({"whiten": True}, "whiten=true does not go with .* use false"),
+        ({"entropy_coefficient": 0.01}, "entropy_coefficient=0.01 does not go with .* use 0.0"),
         ({"importance_bound": 2.0}, "importance_bound=2.0 does not go with .* use null"),
         ({"statistics": "micro_batch"}, "micro_batch means nothing to .*=dpo; use current"),
         ({"prompts": 64}, "in the first of 2 updates alone; use statistics=current, or mini_batch_prompts=64"),
