@@ -71,7 +71,7 @@ def whiten(advantages: Sequence[np.ndarray], trained: Sequence[np.ndarray]) -> l
     if count == 0:
         return list(advantages)
     mean = sum(float(part.sum(dtype=np.float64)) for part in parts) / count
-    lowest, highest = (f(f(part) for part in parts if len(part)) for f in (min, max))
+    lowest, highest = _extremes(parts)
     if lowest == highest:  # compared, not subtracted: the std of equal floats may be a rounding error above 0
         return [np.zeros_like(a) for a in advantages]
     variance = sum(float(np.square(part.astype(np.float64) - mean).sum()) for part in parts) / count
@@ -82,7 +82,7 @@ def whiten(advantages: Sequence[np.ndarray], trained: Sequence[np.ndarray]) -> l
 def explained_variance(returns: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> float:
     """1 − Var(R − V) / Var(R) over all tokens: 1 for perfect values, 0 for a constant; NaN where R is constant."""
     count = sum(map(len, returns))
-    lowest, highest = (f((f(r) for r in returns if len(r)), default=0.0) for f in (min, max))
+    lowest, highest = _extremes(returns)
     if lowest == highest:
         return float("nan")
 
@@ -92,3 +92,9 @@ def explained_variance(returns: Sequence[np.ndarray], values: Sequence[np.ndarra
 
     errors = variance(lambda: (r.astype(np.float64) - v for r, v in zip(returns, values, strict=True)))
     return 1.0 - errors / variance(lambda: (r.astype(np.float64) for r in returns))
+
+
+def _extremes(arrays: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Lowest and highest number of all; (0, 0) without any."""
+    some = [array for array in arrays if len(array)]
+    return min((float(a.min()) for a in some), default=0.0), max((float(a.max()) for a in some), default=0.0)
