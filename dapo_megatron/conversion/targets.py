@@ -19,7 +19,7 @@ from dapo_megatron.conversion.shard_writer import Piece, Written
 from dapo_megatron.conversion.sources import Source, open_hugging_face, open_megatron, weight_name
 from dapo_megatron.conversion.workspace import Workspace
 from dapo_megatron.files import HashedFile, write_text_atomically
-from dapo_megatron.learner.manifest import MANIFEST, read_state, write_manifest
+from dapo_megatron.learner.manifest import CRITIC, MANIFEST, UPDATES, read_state, write_manifest
 from dapo_megatron.resharding.hf_files import copy_side_files, dtype_name
 
 
@@ -108,8 +108,9 @@ class MegatronTarget:
         shard_writer.write_index(shards, self.pieces, places)
         state: dict[str, Any] = {"step": 0, "updates": 0}
         if self.source_folder is not None:
-            # random states of each rank and kept groups are left behind, and what is known of them
-            state = {k: v for k, v in read_state(self.source_folder).items() if k not in ("layout", "groups")}
+            # random states of each rank, kept groups and a critic are left behind, and what is known of them
+            left = ("layout", "groups", UPDATES[CRITIC])
+            state = {k: v for k, v in read_state(self.source_folder).items() if k not in left}
         if self.optimizer and self.source_folder is not None:
             shutil.copyfile(self.source_folder / "shards" / shard_writer.COMMON, shards / shard_writer.COMMON)
         else:

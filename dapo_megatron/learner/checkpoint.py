@@ -24,7 +24,7 @@ def load_checkpoint(folder: Path, learner: Learner, part: str = POLICY) -> None:
         RequestError: the checkpoint is of another model, has no such part, or no optimizer state where one is wanted.
     """
     if not (folder / part).is_dir():
-        raise RequestError(f"{folder} holds no {part}: the run that wrote it had none")
+        raise RequestError(f"{folder} holds no {part}: its run had none, or it was converted, which leaves one behind")
     optimizer = learner.optimizer
     if optimizer is not None:
         ensure_state(optimizer)

@@ -1,6 +1,7 @@
 """Converted checkpoints and the learner: what one writes the other reads, with the same bits."""
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from dapo_megatron.conversion.command import convert
 from dapo_megatron.conversion.options import Options
 from dapo_megatron.conversion.sources import open_megatron
 from dapo_megatron.errors import RequestError
-from dapo_megatron.learner.manifest import read_state
+from dapo_megatron.learner.checkpoint import load_checkpoint
+from dapo_megatron.learner.manifest import CRITIC, read_state, write_manifest
 from dapo_megatron.resharding.layout import whole
 from tests.learner.batches import random_batch, save_batch
 from tests.ranks import run_ranks
@@ -63,6 +65,7 @@ def test_checkpoints_of_a_training_run(tmp_path, batch, monkeypatch, capsys):
     run_ranks(4, f"{CASES}:write_trained", payload)
     for dtype, distributed in KINDS:
         name = f"{dtype}-{distributed}"
+        add_a_critic(tmp_path / name)
         convert("megatron-to-hf", tmp_path / name, tmp_path / f"{name}-hf")
         found = load_file(tmp_path / f"{name}-hf" / "model.safetensors")
         expected = load_file(tmp_path / f"{name}.safetensors")
@@ -72,7 +75,11 @@ def test_checkpoints_of_a_training_run(tmp_path, batch, monkeypatch, capsys):
         convert("megatron-to-megatron", tmp_path / name, tmp_path / f"{name}-converted", ["parallel.tensor=4"])
         told = capsys.readouterr().out
         assert "optimizer state is carried over" in told and "groups kept for the next step are left behind" in told
+        assert "the critic is left behind" in told and not (tmp_path / f"{name}-converted" / CRITIC).exists()
+        with pytest.raises(RequestError, match="holds no critic: its run had none, or it was converted"):
+            load_checkpoint(tmp_path / f"{name}-converted", None, CRITIC)
         state = read_state(tmp_path / name)
+        del state["critic_updates"]
         del state["layout"]  # that of random states, which are not converted: the run goes on as at another layout
         assert read_state(tmp_path / f"{name}-converted") == state
     light, options = tmp_path / "light", Options(weights_only=True, dtype="fp32")
@@ -85,6 +92,14 @@ def test_checkpoints_of_a_training_run(tmp_path, batch, monkeypatch, capsys):
     norms = run_ranks(4, f"{CASES}:continue_converted", {**payload, "layout": "tp1pp2"})
     for name, (original, converted, equal) in norms.items():
         assert original == converted and equal, name
+
+
+def add_a_critic(folder: Path) -> None:
+    """As a run with one leaves it, as far as a conversion looks at it."""
+    (folder / CRITIC).mkdir()
+    (folder / CRITIC / "metadata.json").write_text("{}")
+    (folder / "state.json").write_text(json.dumps(read_state(folder) | {"critic_updates": 2}))
+    write_manifest(folder)
 
 
 def compare_with_the_learners(written: Path, model: Path, streamed: Path) -> None:
