@@ -6,10 +6,14 @@ from dapo_megatron.algorithms.extensions import load_extensions
 from dapo_megatron.algorithms.registry import advantages, policy_losses
 from dapo_megatron.algorithms.token_selection import SELECTIONS, STATISTICS
 from dapo_megatron.config import Recipe
+from dapo_megatron.config.algorithm import Algorithm
 from dapo_megatron.config.problems import nearest_name
 from dapo_megatron.config.shape import SHAPES
 from dapo_megatron.errors import RequestError
 from dapo_megatron.rewards.grader import GRADERS
+
+READ_BY = {"cispo": "cispo", "kl_cov": "kl-cov", "dpo": "dpo"}  # sections of one policy loss
+OURS = ("clip", "gspo", "cispo", "kl-cov", "dpo")
 
 
 def check_methods(recipe: Recipe) -> None:
@@ -20,6 +24,7 @@ def check_methods(recipe: Recipe) -> None:
     """
     load_extensions(recipe.algorithm.extensions)
     problems = [*_advantage(recipe), *_policy_loss(recipe), *_token_selection(recipe), *_pairs(recipe)]
+    problems += _unread(recipe.algorithm)
     if problems:
         raise RequestError("\n".join(problems))
 
@@ -124,6 +129,13 @@ def _pairs(recipe: Recipe) -> Iterator[str]:
                 f"algorithm.{setting}={value} does not go with algorithm.policy_loss=dpo, whose loss is of whole "
                 f"responses beside the reference's; use {'null' if off is None else off}"
             )
+    for setting in ("advantage", "loss_aggregation"):
+        value, default = getattr(algorithm, setting), Algorithm.model_fields[setting].default
+        if value != default:
+            yield (
+                f"algorithm.{setting}={value} would not act: algorithm.policy_loss=dpo is a mean over pairs, made by "
+                f"which reward is higher; use {default}"
+            )
     sampling = algorithm.dynamic_sampling
     updates = rollout.prompts_per_step // algorithm.mini_batch_prompts
     if algorithm.statistics == "micro_batch":
@@ -138,6 +150,18 @@ def _pairs(recipe: Recipe) -> Iterator[str]:
             f"algorithm.statistics=old does not go with algorithm.policy_loss=dpo here: {why}; use statistics=current"
             + (f", or mini_batch_prompts={rollout.prompts_per_step}" if updates > 1 else ", or keep_surplus=false")
         )
+
+
+def _unread(algorithm: Algorithm) -> Iterator[str]:
+    name = algorithm.policy_loss
+    for section, reader in READ_BY.items():
+        if section == "cispo" and name not in OURS:
+            continue  # a loss of one's own may look at `clips_low`
+        if name != reader and getattr(algorithm, section) != Algorithm.model_fields[section].default:
+            yield (
+                f"algorithm.{section} is a section of algorithm.policy_loss={reader}; with policy_loss={name} "
+                "leave it out"
+            )
 
 
 def _unknown(setting: str, name: str, known: Mapping[str, object]) -> str:

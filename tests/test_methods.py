@@ -79,6 +79,8 @@ def test_what_goes_together(algorithm):
         (8, {"policy_loss": "kl-cov", "eps_dual": 3.0}, ["algorithm.eps_dual=3.0", "kl-cov", "use null"]),
         (8, {"policy_loss": "kl-cov", "token_selection": {"kind": "clip-cov"}}, ["clip-cov", "kl-cov", "one of"]),
         (8, {"token_selection": {"kind": "clip-cov", "cov_low": 5.0}}, ["cov_low=5.0", "cov_high=5.0", "use 1.0"]),
+        (8, {"dpo": {"beta": 0.5}}, ["algorithm.dpo is a section of algorithm.policy_loss=dpo", "leave it out"]),
+        (8, {"cispo": {"lower_clip": True}}, ["algorithm.cispo is a section", "policy_loss=clip leave it out"]),
         (8, {"statistics": "current"}, ["algorithm.statistics=current", "token_selection", "use old"]),
     ],
 )
@@ -215,6 +217,9 @@ def test_pairs_that_go_together(settings):
         ({"token_selection": {"kind": "high-entropy"}}, "token_selection.kind=high-entropy does not go with"),
         ({"whiten": True}, "whiten=true does not go with .* use false"),
         ({"entropy_coefficient": 0.01}, "entropy_coefficient=0.01 does not go with .* use 0.0"),
+        ({"advantage": "leave-one-out"}, "advantage=leave-one-out would not act: .*; use group"),
+        ({"loss_aggregation": "sequence-mean"}, "loss_aggregation=sequence-mean would not act: .*; use token-mean"),
+        ({"kl_cov": {"beta": 2.0}}, "algorithm.kl_cov is a section of .*=kl-cov; with policy_loss=dpo leave it out"),
         ({"importance_bound": 2.0}, "importance_bound=2.0 does not go with .* use null"),
         ({"statistics": "micro_batch"}, "micro_batch means nothing to .*=dpo; use current"),
         ({"prompts": 64}, "in the first of 2 updates alone; use statistics=current, or mini_batch_prompts=64"),
