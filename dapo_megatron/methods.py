@@ -95,6 +95,11 @@ def _token_selection(recipe: Recipe) -> Iterator[str]:
             "algorithm.token_selection.kind=clip-cov takes the gradient from tokens that algorithm.policy_loss=kl-cov "
             "would hold back by a penalty; use one of the two"
         )
+    if selection.kind != "none" and algorithm.policy_loss == "gspo":
+        yield (
+            f"algorithm.token_selection.kind={selection.kind} would take tokens out of the mean that is the ratio of "
+            "algorithm.policy_loss=gspo; use policy_loss=clip, or kind=none"
+        )
     looks = selection.kind != "none" or algorithm.policy_loss in ("kl-cov", "dpo")
     if algorithm.statistics != "old" and not looks:
         yield (

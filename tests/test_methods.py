@@ -79,6 +79,11 @@ def test_what_goes_together(algorithm):
         (8, {"policy_loss": "kl-cov", "eps_dual": 3.0}, ["algorithm.eps_dual=3.0", "kl-cov", "use null"]),
         (8, {"policy_loss": "kl-cov", "token_selection": {"kind": "clip-cov"}}, ["clip-cov", "kl-cov", "one of"]),
         (8, {"token_selection": {"kind": "clip-cov", "cov_low": 5.0}}, ["cov_low=5.0", "cov_high=5.0", "use 1.0"]),
+        (
+            8,
+            {"policy_loss": "gspo", "loss_aggregation": "sequence-mean", "token_selection": {"kind": "high-entropy"}},
+            ["token_selection.kind=high-entropy", "gspo", "use policy_loss=clip, or kind=none"],
+        ),
         (8, {"dpo": {"beta": 0.5}}, ["algorithm.dpo is a section of algorithm.policy_loss=dpo", "leave it out"]),
         (8, {"cispo": {"lower_clip": True}}, ["algorithm.cispo is a section", "policy_loss=clip leave it out"]),
         (8, {"statistics": "current"}, ["algorithm.statistics=current", "token_selection", "use old"]),
