@@ -86,6 +86,8 @@ def test_pairs_of_a_file_and_a_resumed_run_agree_to_the_bit(tmp_path):
         keys = {key for key in one if not key.startswith(("time/", "entropy/"))}
         assert {key: one[key] for key in keys} == {key: other[key] for key in keys}
     first, second = whole[1:]
+    assert first["tokens/generated"] == first["responses/generated"] == 0 < first["response_length/mean"]
+    assert not [key for key in first if key.startswith(("accuracy/", "reward/", "groups/all_"))]
     assert first["pairs/trained"] == 16 and first["mismatch/logprob_abs_max"] == 0
     # before its first update the policy is the reference
     assert first["pairs/margin"] == pytest.approx(0, abs=1e-3) and first["loss/pairs"] == pytest.approx(

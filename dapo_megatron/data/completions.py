@@ -72,6 +72,13 @@ class PromptGroup:
     counts: SegmentCounts | None = None
 
     @property
+    def drawn(self) -> bool:
+        """Whether a policy drew its completions, which come from a file otherwise."""
+        return not any(len(c.tokens) and c.policy_versions[0] == NOT_DRAWN for c in self.completions)
+
+    @property
     def generated_tokens(self) -> int:
-        """Tokens drawn for the group."""
-        return sum(len(c.tokens) for c in self.completions) if self.counts is None else self.counts.generated
+        """Tokens drawn for the group; 0 where its completions come from a file."""
+        if self.counts is not None:
+            return self.counts.generated
+        return sum(len(c.tokens) for c in self.completions) if self.drawn else 0

@@ -36,7 +36,8 @@ class Clock:
 
 
 def rollout_metrics(sampled: SampledStep) -> dict[str, Any]:
-    """Over all generated responses, those of dropped groups included."""
+    """Over all generated responses, those of dropped groups included. Of groups from a file, which nobody drew or
+    graded, lengths alone."""
     groups = sampled.generated
     counts = {
         "groups/trained": float(len(sampled.trained)),
@@ -53,22 +54,32 @@ def rollout_metrics(sampled: SampledStep) -> dict[str, Any]:
         return counts | {"tokens/generated": 0.0}
     completions = [c for g in groups for c in g.completions]
     lengths = np.array([len(c.tokens) for c in completions])
-    right = np.array([g.accuracies.mean() for g in groups])
-    rewards = np.concatenate([g.rewards for g in groups])
     return counts | {
-        "accuracy/train": float(right.mean()),
-        "reward/mean": float(rewards.mean(dtype=np.float64)),
+        **_grades(sampled),
         "response_length/mean": float(lengths.mean()),
         **{f"response_length/p{q}": float(np.percentile(lengths, q)) for q in QUANTILES},
         "response_length/max": float(lengths.max()),
         "histogram/response_length": histogram(lengths),
-        "histogram/reward": histogram(rewards),
-        "groups/all_right": float((right == 1).mean()),
-        "groups/all_wrong": float((right == 0).mean()),
-        "responses/generated": float(len(completions)),
-        "reward/std": float(rewards.std()),
+        "responses/generated": float(sum(len(g.completions) for g in groups if g.drawn)),
         "truncated_fraction": float(np.mean([c.finish_reason == "length" for c in completions])),
         "tokens/generated": float(sum(g.generated_tokens for g in groups)),
+    }
+
+
+def _grades(sampled: SampledStep) -> dict[str, Any]:
+    """Nothing where no group was drawn."""
+    groups = [g for g in sampled.generated if g.drawn]
+    if not groups:
+        return {}
+    right = np.array([g.accuracies.mean() for g in groups])
+    rewards = np.concatenate([g.rewards for g in groups])
+    return {
+        "accuracy/train": float(right.mean()),
+        "groups/all_right": float((right == 1).mean()),
+        "groups/all_wrong": float((right == 0).mean()),
+        "reward/mean": float(rewards.mean(dtype=np.float64)),
+        "reward/std": float(rewards.std()),
+        "histogram/reward": histogram(rewards),
     }
 
 

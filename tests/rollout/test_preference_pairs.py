@@ -3,7 +3,9 @@ import numpy as np
 from dapo_megatron.data.completions import NOT_DRAWN
 from dapo_megatron.data.preferences import Preference
 from dapo_megatron.data.prompts import Prompt
+from dapo_megatron.monitoring.step_metrics import rollout_metrics
 from dapo_megatron.rollout import preference_pairs
+from dapo_megatron.rollout.dynamic_sampling import SampledStep
 from dapo_megatron.rollout.preference_pairs import PreferencePairs
 
 
@@ -26,6 +28,19 @@ def test_groups_are_the_rows_asked_for():
     assert [c.tokens.tolist() for c in group.completions] == [[0, 1, 2, 3], [7, 8]]
     assert all((c.policy_versions == NOT_DRAWN).all() and c.finish_reason == "stop" for c in group.completions)
     assert group.reference_logprobs == []
+
+
+def test_nothing_of_a_file_counts_as_drawn_or_graded():
+    groups = pairs().draw_for_training(np.array([3, 0]), step=4, wave=0)
+    metrics = rollout_metrics(SampledStep(trained=groups, generated=groups, waves=1))
+    assert metrics["tokens/generated"] == metrics["responses/generated"] == 0
+    assert metrics["response_length/max"] == 4
+    assert not [key for key in metrics if key.startswith(("accuracy/", "reward/", "groups/all_", "histogram/reward"))]
+    for completion in (c for g in groups for c in g.completions):
+        completion.policy_versions[:] = 0
+    metrics = rollout_metrics(SampledStep(trained=groups, generated=groups, waves=1))
+    assert (metrics["tokens/generated"], metrics["responses/generated"]) == (4 + 2 + 1 + 2, 4)
+    assert (metrics["accuracy/train"], metrics["reward/mean"]) == (0.5, 0.0)
 
 
 def test_the_reference_is_asked_once_and_in_the_order_of_the_file(monkeypatch):
