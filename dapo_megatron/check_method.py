@@ -19,6 +19,7 @@ from dapo_megatron.config import Recipe
 from dapo_megatron.config.architecture import architecture_from_dict
 from dapo_megatron.config.load import dump_recipe
 from dapo_megatron.config.model import Scratch
+from dapo_megatron.config.shape import SEGMENTED
 from dapo_megatron.errors import RequestError, RunError
 from dapo_megatron.launch import start_ranks
 from dapo_megatron.methods import check_methods
@@ -69,7 +70,7 @@ def check_method(recipe: Recipe, tell: Callable[[str], None]) -> None:
     """Check the recipe's advantage rule, then its policy loss and token selection together; `tell` gets the lines.
 
     Raises:
-        RequestError: the methods are unknown or do not go together, or need a critic.
+        RequestError: the methods are unknown or do not go together, or need a critic or rollouts.
         RunError: an update differs between two cuts, the rule depends on the order of responses, a method raised, or a
             world took more than TIME_LIMIT_S.
     """
@@ -78,6 +79,11 @@ def check_method(recipe: Recipe, tell: Callable[[str], None]) -> None:
         raise RequestError(
             "algorithm.advantage=gae needs a critic, and check-method trains none; use another advantage to check the "
             "policy loss and the token selection"
+        )
+    if recipe.rollout.shape in SEGMENTED:
+        raise RequestError(
+            f"rollout.shape={recipe.rollout.shape} values segments by rollouts, and check-method makes none; use "
+            "independent to check the policy loss and the token selection"
         )
     small = small_recipe(recipe)
     algorithm = small.algorithm

@@ -7,10 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from dapo_megatron.algorithms.extensions import load_extensions
-from dapo_megatron.check_method import CUTS, Outcome, check_advantage, gap, judge, small_recipe
+from dapo_megatron.check_method import CUTS, Outcome, check_advantage, check_method, gap, judge, small_recipe
 from dapo_megatron.cli import app
 from dapo_megatron.config import Recipe
-from dapo_megatron.errors import RunError
+from dapo_megatron.errors import RequestError, RunError
 from tests.ranks import ROOT
 
 OWN = """
@@ -76,6 +76,13 @@ def test_the_small_recipe_keeps_the_algorithm():
     asked = recipe(policy_loss="cispo", token_selection={"kind": "clip-cov"}, mini_batch_prompts=32, eps_high=0.5)
     small = small_recipe(asked).algorithm
     assert small == asked.algorithm.model_copy(update={"mini_batch_prompts": 2})
+
+
+@pytest.mark.parametrize("shape", ["chain", "tree"])
+def test_a_shape_that_needs_rollouts_is_refused(shape):
+    settings = recipe().model_dump() | {"rollout": {"shape": shape, "samples_per_prompt": 8}}
+    with pytest.raises(RequestError, match=f"rollout.shape={shape} .* makes none; use independent"):
+        check_method(Recipe.model_validate(settings), print)
 
 
 @pytest.mark.slow
