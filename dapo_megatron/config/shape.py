@@ -84,6 +84,12 @@ def _advantages(recipe: Recipe) -> Iterator[str]:
             f"algorithm.policy_loss={algorithm.policy_loss} takes a response as a whole, and rollout.shape={shape} "
             "values its segments apart; use clip, or rollout.shape=independent"
         )
+    judge = recipe.reward.judge
+    if shape == "chain" and recipe.reward.method == "judge" and judge.normalise != "none":
+        yield (
+            f"reward.judge.normalise={judge.normalise} puts responses and the continuations of rollout.shape=chain, "
+            "which are graded apart, on two scales; use none"
+        )
     if recipe.reward.shuffle:
         yield f"reward.shuffle=true mixes rewards after rollout.shape={shape} has used them; use false"
     if shape == "tree" and algorithm.loss_aggregation == "sequence-mean":

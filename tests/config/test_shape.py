@@ -26,6 +26,8 @@ def problems(*overrides: str) -> list[str]:
         (CHAIN,),
         (CHAIN, "rollout.partition={kind: fixed, tokens: 47}", "rollout.chain.continuations=1"),
         (CHAIN, "algorithm.loss_aggregation=sequence-mean"),
+        (CHAIN, "reward.grader=judge", "reward.judge.mode=binary"),
+        (TREE, LEAVES, BRANCHING, SHORT, "reward.grader=judge", "reward.judge.normalise=z-score"),
         (TREE, LEAVES, BRANCHING, SHORT),
         (TREE, LEAVES, BRANCHING, "rollout.partition={cutpoints: 2, tokens: 23}", "rollout.tree.normalise=std"),
         (TREE, LEAVES, "rollout.tree.branching=[8]"),
@@ -62,6 +64,10 @@ def test_what_is_allowed(overrides):
         (
             (CHAIN, "algorithm.policy_loss=gspo", "algorithm.loss_aggregation=sequence-mean"),
             ["algorithm.policy_loss=gspo", CHAIN, "use clip"],
+        ),
+        (
+            (CHAIN, "reward.grader=judge", "reward.judge.normalise=z-score"),
+            ["reward.judge.normalise=z-score", CHAIN, "two scales", "use none"],
         ),
         ((CHAIN, "reward.shuffle=true"), ["reward.shuffle=true", "use false"]),
         (
