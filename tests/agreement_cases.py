@@ -1,5 +1,6 @@
 """Run on two ranks: what rank 0 alone fails at ends both alike."""
 
+from types import SimpleNamespace
 
 import numpy as np
 import torch.distributed as dist
@@ -9,6 +10,7 @@ from dapo_megatron.config import load_recipe
 from dapo_megatron.data.prompts import Prompt
 from dapo_megatron.errors import RunError
 from dapo_megatron.rollout.groups import GroupSampler
+from dapo_megatron.train import save
 from tests.command_line import RECIPE
 from tests.rollout.scripted import ScriptedEngine
 
@@ -37,11 +39,24 @@ def told(work) -> list[list]:
     return everyone(["", False], dist.get_world_size())
 
 
-def grading(_: dict) -> list[list]:
+def grading_and_saving(_: dict) -> dict[str, list]:
+    calls: list[str] = []
+    saved = told(lambda: saving(calls))
+    return {"grading": told(grading), "saving": saved, "calls": everyone(calls, dist.get_world_size())}
+
+
+def saving(calls: list[str]) -> None:
+    saver = SimpleNamespace(save=lambda *_: calls.append("save"), wait=lambda: calls.append("wait"))
+    grader = Failing() if dist.get_rank() == 0 else None
+    world = SimpleNamespace(size=dist.get_world_size())
+    save(SimpleNamespace(saver=saver, grader=grader, world=world, step=7, surplus=[], state=dict))
+
+
+def grading() -> None:
     dispatcher = ScriptedEngine()
     dispatcher.world = dist.get_world_size()
     sampler = GroupSampler(
         load_recipe(RECIPE, []), Tokenizer(), [Prompt(0, "1+1=", "2")], [np.array([3], np.int32)], dispatcher,
         Failing() if dist.get_rank() == 0 else None,
     )  # fmt: skip
-    return told(lambda: sampler.draw([0], samples=2, temperature=1.0, top_p=1.0, seed_key=(0,)))
+    sampler.draw([0], samples=2, temperature=1.0, top_p=1.0, seed_key=(0,))

@@ -5,6 +5,7 @@ Each (question, answer, reference) stands there once, with the first verdict on 
 """
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,12 +102,18 @@ def check_collect(path: Path) -> None:
     """Refuse a `reward.judge.collect` that could not be written, or that holds something else.
 
     Raises:
-        RequestError: no .parquet name, a folder, a file with other columns.
+        RequestError: no .parquet name, a folder, none to write it in, a file with other columns.
     """
     if path.suffix != ".parquet":
         raise RequestError(f"reward.judge.collect={path} must end in .parquet")
     if path.is_dir():
         raise RequestError(f"reward.judge.collect={path} is a folder; name a file in it")
+    nearest = next((folder for folder in path.parents if folder.exists()), Path())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise RequestError(
+            f"reward.judge.collect={path} could not be written: {nearest} is no folder that may be written to; name a "
+            "file in one that is"
+        )
     if path.exists():
         _check_columns(path)
 

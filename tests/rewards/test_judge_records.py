@@ -13,7 +13,7 @@ from dapo_megatron.errors import RequestError, RunError
 from dapo_megatron.rewards.grader import check_grader
 from dapo_megatron.rewards.judge import JudgeReward
 from dapo_megatron.rewards.judge_prompt import Case
-from dapo_megatron.rewards.judge_records import COLUMNS, Judged, JudgeRecords, read_judged
+from dapo_megatron.rewards.judge_records import COLUMNS, Judged, JudgeRecords, check_collect, read_judged
 from dapo_megatron.rewards.pool import GraderPool
 from tests.rewards.judges import ScriptedJudge
 
@@ -76,6 +76,14 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     assert len(read_judged(file)) == 1 and [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
 
 
+def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    check_collect(tmp_path / "new" / "a.parquet")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
+    with pytest.raises(RequestError, match=f"could not be written: {tmp_path} is no folder that may be written to"):
+        check_collect(tmp_path / "new" / "a.parquet")
+
+
 def test_other_files_are_refused_before_launch(tmp_path: Path):
     def refused(path: Path, message: str) -> None:
         settings = Judge(url="http://h/v1", model="m", collect=str(path))
@@ -86,6 +94,7 @@ def test_other_files_are_refused_before_launch(tmp_path: Path):
     (tmp_path / "folder.parquet").mkdir()
     refused(tmp_path / "folder.parquet", "is a folder")
     (tmp_path / "text.parquet").write_text("no")
+    refused(tmp_path / "text.parquet" / "a" / "b.parquet", r"text\.parquet is no folder that may be written to")
     refused(tmp_path / "text.parquet", "no parquet file")
     pyarrow.parquet.write_table(pyarrow.table({"question": ["q"], "answer": ["a"]}), tmp_path / "other.parquet")
     refused(tmp_path / "other.parquet", "holds the columns question, answer; a file of judged cases has question, ")
