@@ -81,7 +81,7 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
 def train_from_files(run: Run, journal: Journal, stop: StopSignal, files: Sequence[Path]) -> None:
     """Learn from batches that `--debug-rollout-only` saved; no engine is asked for anything."""
     begin_learning(run)
-    for groups in load_batches(files):
+    for groups in load_batches(files, shape=run.recipe.rollout.shape):
         if stop.requested():
             break
         clock = Clock()
