@@ -60,6 +60,29 @@ def test_nothing_new_is_not_written_again(tmp_path: Path):
     assert [row.verdict for row in read_judged(tmp_path / "a.parquet")] == ["NO"]
 
 
+def test_two_runs_that_share_a_file_keep_each_others_verdicts(tmp_path: Path):
+    file = tmp_path / "a.parquet"
+    one, other = JudgeRecords(file), JudgeRecords(file)
+    one.add([judged("a", 0.1), judged("b", 0.2)])
+    one.write()
+    other.add([judged("b", 0.9), judged("c", 0.3)])
+    other.write()
+    assert [(row.case.answer, row.p_yes) for row in read_judged(file)] == [("a", 0.1), ("b", 0.2), ("c", 0.3)]
+    one.add([judged("d", 0.4)])
+    one.write()
+    assert [row.case.answer for row in read_judged(file)] == ["a", "b", "c", "d"]
+
+
+def test_a_file_that_became_another_is_left_alone(tmp_path: Path):
+    file = tmp_path / "a.parquet"
+    records = JudgeRecords(file)
+    file.write_text("no")
+    records.add([judged("a", 0.5)])
+    with pytest.raises(RunError, match=r"cannot be written: .* is no parquet file"):
+        records.write()
+    assert file.read_text() == "no"
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "a.parquet"
     records = JudgeRecords(file)
