@@ -5,7 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dapo_megatron.errors import RequestError
+from dapo_megatron.errors import RequestError, RunError
 
 
 def everyone(value: Any, world: int) -> list[Any]:
@@ -23,6 +23,24 @@ def from_rank_zero(value: Any, world: int) -> Any:
     if world > 1:
         dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def done_on_rank_zero(work: Callable[[], Any] | None, world: int) -> Any:
+    """What `work` returns on rank 0, which alone calls it; None where it has none.
+
+    Raises:
+        RunError: rank 0's, on every rank alike.
+    """
+    result = failure = None
+    if work is not None:
+        try:
+            result = work()
+        except RunError as error:
+            failure = str(error)
+    result, failure = from_rank_zero((result, failure), world)
+    if failure is not None:
+        raise RunError(failure, on_every_rank=True)
+    return result
 
 
 def checked_on_rank_zero(check: Callable[[], None], rank: int, world: int) -> None:

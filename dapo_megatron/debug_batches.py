@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dapo_megatron.config.shape import SEGMENTED
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.group_files import load_groups, save_groups
 from dapo_megatron.errors import RequestError
@@ -29,6 +30,18 @@ def find_batches(path: Path) -> list[Path]:
     return files
 
 
-def load_batches(files: Sequence[Path]) -> Iterator[list[PromptGroup]]:
-    """The groups of each file. Raises RequestError for a file that `save_batch` did not write."""
-    yield from map(load_groups, files)
+def load_batches(files: Sequence[Path], *, shape: str) -> Iterator[list[PromptGroup]]:
+    """The groups of each file, for a recipe of that `rollout.shape`.
+
+    Raises:
+        RequestError: a file that `save_batch` did not write, or wrote in a run of another shape.
+    """
+    for file in files:
+        groups = load_groups(file)
+        if any(bool(group.advantages) != (shape in SEGMENTED) for group in groups):
+            drawn = "rollout.shape=independent" if shape in SEGMENTED else "rollout.shape=chain or tree"
+            raise RequestError(
+                f"--debug-train-only {file} was drawn with {drawn}, whose advantages are other ones than those of "
+                f"rollout.shape={shape}; use a recipe with {drawn}, or draw anew by --debug-rollout-only"
+            )
+        yield groups

@@ -24,7 +24,7 @@ from dapo_megatron.config.architecture import architecture_from_dict, critic_of
 from dapo_megatron.config.check import cpu_engine_problem
 from dapo_megatron.config.data import Data
 from dapo_megatron.config.derive import derive_engines
-from dapo_megatron.config.supervised import Stage
+from dapo_megatron.config.supervised import GENERATED, Stage
 from dapo_megatron.data.arithmetic import build_tokenizer, check_task, longest_example
 from dapo_megatron.data.preferences import Preference, read_preferences
 from dapo_megatron.data.prompt_template import apply_template
@@ -43,7 +43,6 @@ from dapo_megatron.rollout.vllm_secret import VARIABLE as SECRET_VARIABLE
 from dapo_megatron.scratch import ARITHMETIC, scratch_config, vocabulary_of
 
 PREFERENCE_COLUMNS = ("prompt_column", "chosen_column", "rejected_column")
-GENERATED = ("worked", "mixed")  # supervised sets that `data.generate` writes
 
 
 @dataclass(frozen=True)

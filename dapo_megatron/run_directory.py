@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dapo_megatron.config import Recipe, dump_recipe, load_recipe
+from dapo_megatron.config.supervised import GENERATED
 from dapo_megatron.data.arithmetic import generate_task
 from dapo_megatron.errors import RequestError
 from dapo_megatron.files import write_text_atomically
-from dapo_megatron.prepare import GENERATED, RunPaths, run_paths
+from dapo_megatron.prepare import RunPaths, run_paths
 from dapo_megatron.scratch import ARITHMETIC, build_scratch_model
 
 

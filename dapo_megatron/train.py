@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from dapo_megatron.agreement import done_on_rank_zero
 from dapo_megatron.assemble import Run, append_samples
 from dapo_megatron.critic_step import critic_step, estimate
 from dapo_megatron.data.completions import PromptGroup
@@ -80,7 +81,7 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
 def train_from_files(run: Run, journal: Journal, stop: StopSignal, files: Sequence[Path]) -> None:
     """Learn from batches that `--debug-rollout-only` saved; no engine is asked for anything."""
     begin_learning(run)
-    for groups in load_batches(files):
+    for groups in load_batches(files, shape=run.recipe.rollout.shape):
         if stop.requested():
             break
         clock = Clock()
@@ -221,7 +222,15 @@ def improved(run: Run, metrics: Mapping[str, float]) -> bool:
 
 
 def save(run: Run) -> None:
-    """Begin a checkpoint of where the run stands; collective."""
-    if run.grader is not None:
-        run.grader.write_records()
+    """Begin a checkpoint of where the run stands, and write what a judge was asked; collective.
+
+    Raises:
+        RunError: as `CheckpointSaver.save`; the judge's file could not be written, and then the checkpoint is.
+    """
     run.saver.save(run.state(), run.surplus)
+    try:
+        done_on_rank_zero(None if run.grader is None else run.grader.write_records, run.world.size)
+    except RunError as error:
+        run.saver.wait()
+        told = f"{error}\nthe state after step {run.step} is saved; continue with --resume"
+        raise RunError(told, on_every_rank=True) from None

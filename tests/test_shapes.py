@@ -11,7 +11,7 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
-SEGMENTS = {"segments/trained", "segments/dropped", "segments/repeated_tokens", "segments/continuations"}
+SEGMENTS = {"segments/valued", "segments/dropped", "segments/repeated_tokens", "segments/continuations"}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_a_run_learns_from_segments_and_tells_what_they_cost(folder, shape):
     for line in lines:
         assert set(line) >= SEGMENTS | {"tokens/generated_per_trained"}
         assert line["grad_norm"] > 0 and line["mismatch/logprob_abs_mean"] < 1e-5
-        assert line["segments/trained"] > 8 and 0 <= line["segments/dropped"] < 1
+        assert line["segments/valued"] > 8 and 0 <= line["segments/dropped"] < 1
         ratio = line["tokens/generated"] / line["tokens/trained"]
         assert line["tokens/generated_per_trained"] == pytest.approx(ratio)
     assert all(line["segments/continuations"] > 0 for line in lines) == (shape == "chain")

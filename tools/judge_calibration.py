@@ -7,6 +7,7 @@ A file that knows its teacher's P(YES) (column p_yes, as reward.judge.collect wr
 """
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from dapo_megatron.judging.calibration import TEACHER, calibrate, read_cases, su
 from dapo_megatron.rewards.judge import check_judge, open_judge
 from dapo_megatron.rewards.verdicts import Judging
 
+LEAST_S = 300.0  # of a few cases, whose server may first have to start
+
 
 def calibration(
     cases: Annotated[Path, typer.Argument(help="question, answer, reference and a truth: .parquet, .jsonl, .json.")],
@@ -29,6 +32,12 @@ def calibration(
     url: Annotated[str | None, typer.Option(help="OpenAI-compatible server of one more judge.")] = None,
     served: Annotated[str | None, typer.Option(help="Its model's name there.")] = None,
     key_variable: Annotated[str | None, typer.Option(help="Environment variable with its key.")] = None,
+    timeout_s: Annotated[float, typer.Option(min=0.001, help="Longest wait for one of its replies.")] = 30.0,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests to it under way at once.")] = 16,
+    limit_s: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Longest time for all; by default as long as their replies may take."),
+    ] = None,
     truth_column: Annotated[str | None, typer.Option(help="By default the teacher's verdict.")] = None,
     subject_column: Annotated[str | None, typer.Option(help="Compared subject by subject.")] = None,
     subjects: Annotated[Path | None, typer.Option(help="Prompt file that has this column, if not CASES.")] = None,
@@ -54,7 +63,15 @@ def calibration(
         name: Judge(model=folder, prompt=wording, chat_template=chat_template) for name, folder in _named(judge or [])
     }
     if url is not None:
-        settings["server"] = Judge(url=url, model=served, key_variable=key_variable, prompt=wording)
+        settings["server"] = Judge(
+            url=url,
+            model=served,
+            key_variable=key_variable,
+            prompt=wording,
+            timeout_s=timeout_s,
+            concurrency=concurrency,
+            limit_s=limit_s or max(LEAST_S, timeout_s * math.ceil(len(data.cases) / concurrency)),
+        )
     for chosen in settings.values():
         check_judge(chosen)
     report = {"data": str(cases), **calibrate(data, {name: _open(chosen) for name, chosen in settings.items()})}
@@ -71,7 +88,8 @@ def describe(report: dict[str, Any]) -> list[str]:
     """The report in a few lines for people."""
     lines = [f"{report['cases']} cases, {len(report['subjects'])} subjects; rule: {_numbers(report['rule'])}"]
     for name, judge in report["judges"].items():
-        without = f", {judge['without_verdict']} without a verdict" if judge["without_verdict"] else ""
+        counts = {"without a verdict": judge["without_verdict"], "unreached": judge["unreached"]}
+        without = "".join(f", {count} {what}" for what, count in counts.items() if count)
         lines.append(f"{name}: {_numbers(judge['quality'])}{without}")
         lines += [f"  {mode} reward: {_numbers(judge['rewards'][mode])}" for mode in ("binary", "soft")]
         if "teacher" in judge:

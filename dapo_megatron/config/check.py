@@ -5,7 +5,9 @@ from collections.abc import Iterator
 
 from dapo_megatron.config.architecture import Architecture
 from dapo_megatron.config.recipe import Recipe
+from dapo_megatron.config.reward import Judge
 from dapo_megatron.config.shape import shape_problems
+from dapo_megatron.config.supervised import GENERATED, Stage
 from dapo_megatron.errors import RequestError
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # of vLLM 0.32's CPU attention
@@ -21,10 +23,12 @@ def check_recipe(recipe: Recipe, architecture: Architecture) -> None:
         *_sampling(recipe),
         *_lengths(recipe, architecture),
         *_overlong(recipe),
+        *_judge(recipe),
         *_algorithm(recipe),
         *_critic(recipe),
         *shape_problems(recipe),
         *_data(recipe),
+        *_stages(recipe),
     ]
     if problems:
         raise RequestError("\n".join(problems))
@@ -125,6 +129,16 @@ def _overlong(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _judge(recipe: Recipe) -> Iterator[str]:
+    reward = recipe.reward
+    if reward.method == "judge":
+        return
+    for name, value in reward.judge:
+        if value != Judge.model_fields[name].default:
+            other = f"reward.grader={reward.grader}" if reward.custom is None else "reward.custom"
+            yield f"reward.judge.{name}={value!r} would not act with {other}; leave it out, or use reward.grader=judge"
+
+
 def _algorithm(recipe: Recipe) -> Iterator[str]:
     algorithm = recipe.algorithm
     if algorithm.eps_dual is not None and algorithm.eps_dual <= 1:
@@ -167,3 +181,19 @@ def _data(recipe: Recipe) -> Iterator[str]:
         yield "reward.grader=code needs test cases, and data.generate makes integers; use data.train, or grader=rule"
     if template is not None and generate is not None:
         yield f"data.prompt_template={template!r} does not go with data.generate, whose questions stand alone; use null"
+
+
+def _stages(recipe: Recipe) -> Iterator[str]:
+    """Settings of a file's columns do nothing to a stage whose data the run writes."""
+    if recipe.data.generate is None:
+        return
+    for number, stage in enumerate(recipe.supervised.stages):
+        if stage.data not in GENERATED:
+            continue
+        for name in ("prompt_column", "response_column", "weight_column"):
+            value = getattr(stage, name)
+            if value != Stage.model_fields[name].default:
+                yield (
+                    f"supervised.stages.{number}.{name}={value!r} would not act on data={stage.data}, which the run "
+                    "writes itself; leave it out"
+                )

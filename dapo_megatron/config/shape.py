@@ -50,10 +50,22 @@ def _tree(rollout: Rollout) -> Iterator[str]:
     if leaves == 1:
         nearest = [*branching[:-1], 2]
         yield f"rollout.tree.branching={branching} branches nowhere: every advantage would be 0; use {nearest}"
+    elif branching[-1] == 1:
+        yield (
+            f"rollout.tree.branching={branching} branches nowhere on its last level, whose advantages would be 0; "
+            f"use {[*branching[:-1], 2]}"
+        )
     elif rollout.samples_per_prompt != leaves:
         yield (
             f"rollout.samples_per_prompt={rollout.samples_per_prompt} is not the {leaves} leaves of "
             f"rollout.tree.branching={branching}; use {leaves}"
+        )
+    partition = rollout.partition
+    if cuts and partition.kind == "cutpoint" and partition.cutpoints >= tokens:
+        nearest = f"cutpoints={tokens - 1} or less, or kind=fixed" if tokens > 1 else "kind=fixed"
+        yield (
+            f"rollout.partition.cutpoints={partition.cutpoints} never ends a segment before its "
+            f"rollout.partition.tokens={tokens} do; use {nearest}"
         )
     if cuts * tokens >= longest:
         told = (
@@ -83,6 +95,12 @@ def _advantages(recipe: Recipe) -> Iterator[str]:
         yield (
             f"algorithm.policy_loss={algorithm.policy_loss} takes a response as a whole, and rollout.shape={shape} "
             "values its segments apart; use clip, or rollout.shape=independent"
+        )
+    judge = recipe.reward.judge
+    if shape == "chain" and recipe.reward.method == "judge" and judge.normalise != "none":
+        yield (
+            f"reward.judge.normalise={judge.normalise} puts responses and the continuations of rollout.shape=chain, "
+            "which are graded apart, on two scales; use none"
         )
     if recipe.reward.shuffle:
         yield f"reward.shuffle=true mixes rewards after rollout.shape={shape} has used them; use false"

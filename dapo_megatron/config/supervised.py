@@ -6,6 +6,9 @@ from pydantic import Field
 
 from dapo_megatron.config.section import Section
 
+GENERATED = ("worked", "mixed")
+"""Supervised sets that `data.generate` writes."""
+
 
 class Stage(Section):
     """One stage of supervised training with its own data and schedule."""

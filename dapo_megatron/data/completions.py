@@ -31,7 +31,7 @@ class Completion:
 class SegmentCounts:
     """What a rollout shape with segments did for one group.
 
-    segments: of all its responses, a shared one once; dropped: those of them whose advantage is 0.
+    segments: of its responses that are not filtered, a shared one once; dropped: those of them whose advantage is 0.
     continuations: drawn to estimate values. generated: tokens drawn, for values too. repeated: tokens of its rows that
     are another row's, and go through the learner again.
     """

@@ -19,7 +19,7 @@ from dapo_megatron.errors import RequestError
 from dapo_megatron.judging.agreement import as_json, likeness, quality, reliability
 from dapo_megatron.rewards.judge_prompt import Case
 from dapo_megatron.rewards.pool import GraderPool
-from dapo_megatron.rewards.verdicts import Judging
+from dapo_megatron.rewards.verdicts import Judging, Opinions
 
 ALL = "all"  # the subject of cases without one
 OTHER = "other"
@@ -80,29 +80,33 @@ def calibrate(data: Cases, judges: Mapping[str, Judging]) -> dict[str, Any]:
     """The report on `judges` by name, and on the teacher where the file knows its P(YES).
 
     {"cases", "subjects": {subject: cases}, "rule": quality, "judges": {name: judge}} with a judge = {"without_verdict",
-    "quality", "reliability", "teacher": likeness, "rewards": {"binary": quality, "soft": quality}, "by_subject":
-    {subject: {"quality", "teacher"}}}. All but the rewards are over the cases with a verdict.
+    "unreached", "quality", "reliability", "teacher": likeness, "rewards": {"binary": quality, "soft": quality},
+    "by_subject": {subject: {"quality", "teacher"}}}. without_verdict: the reply was neither YES nor NO; unreached: no
+    reply. All but the rewards are over the cases with a verdict.
 
     Raises:
         RunError: as the judges.
     """
     rule_B = _rule(data.cases)
-    opinions = {TEACHER: data.teacher_B} if data.teacher_B is not None else {}
-    opinions |= {name: judge.ask(data.cases).p_yes_B for name, judge in judges.items()}
+    opinions = {name: judge.ask(data.cases) for name, judge in judges.items()}
+    if data.teacher_B is not None:
+        opinions = {TEACHER: Opinions(data.teacher_B, np.ones(len(data.cases), bool), "")} | opinions
     return {
         "cases": len(data.cases),
         "subjects": {subject: data.subjects.count(subject) for subject in sorted(set(data.subjects))},
         "rule": as_json(quality(rule_B.astype(float), data.truth_B)),
-        "judges": {name: _report(name, p_B, rule_B, data) for name, p_B in opinions.items()},
+        "judges": {name: _report(name, said, rule_B, data) for name, said in opinions.items()},
     }
 
 
-def _report(name: str, p_B: np.ndarray, rule_B: np.ndarray, data: Cases) -> dict[str, Any]:
+def _report(name: str, opinions: Opinions, rule_B: np.ndarray, data: Cases) -> dict[str, Any]:
+    p_B, reached_B = opinions.p_yes_B, opinions.reached_B
     said_B = ~np.isnan(p_B)
     values = {"binary": (p_B > 0.5).astype(float), "soft": p_B}
     rewards = {mode: np.where(rule_B, 1.0, np.where(said_B, value_B, 0.0)) for mode, value_B in values.items()}
     report = {
-        "without_verdict": int((~said_B).sum()),
+        "without_verdict": int((reached_B & ~said_B).sum()),
+        "unreached": int((~reached_B).sum()),
         "reliability": as_json(reliability(p_B[said_B], data.truth_B[said_B])),
         "rewards": {mode: as_json(quality(reward_B, data.truth_B)) for mode, reward_B in rewards.items()},
         **_compared(name, p_B, said_B, data),

@@ -90,7 +90,7 @@ def _segment_metrics(sampled: SampledStep) -> dict[str, float]:
         return {}
     segments = sum(c.segments for c in trained)
     return {
-        "segments/trained": float(segments),
+        "segments/valued": float(segments),
         "segments/dropped": sum(c.dropped for c in trained) / max(1, segments),
         "segments/repeated_tokens": float(sum(c.repeated for c in trained)),
         "segments/continuations": float(sum(g.counts.continuations for g in sampled.generated if g.counts is not None)),

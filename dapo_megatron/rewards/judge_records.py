@@ -5,6 +5,7 @@ Each (question, answer, reference) stands there once, with the first verdict on 
 """
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ class Judged:
 
 
 class JudgeRecords:
-    """The rows of a file and what comes after them; a file that is there already is gone on with.
+    """The rows of a file and what comes after them; a file that is there already is gone on with, and what another
+    run has written into it since is kept.
 
     Raises:
         RequestError: as `read_judged`.
@@ -50,16 +52,21 @@ class JudgeRecords:
             self._rows.setdefault(row.case, row)
 
     def write(self) -> None:
-        """Write the file, whole or not at all, if there is something new.
+        """Write the file, whole or not at all, if there is something new; the rows that stand in it go first.
 
         Raises:
-            RunError: the disk is full, or the file cannot be written.
+            RunError: the disk is full, the file cannot be written, or holds something else by now.
         """
         if len(self._rows) == self._written:
             return
         try:
+            on_disk = read_judged(self._path) if self._path.exists() else []
+            rows = {judged.case: judged for judged in on_disk}
+            for case, judged in self._rows.items():
+                rows.setdefault(case, judged)
+            self._rows = rows
             write_judged(self._path, self._rows.values())
-        except OSError as error:
+        except (OSError, RequestError) as error:
             raise RunError(f"reward.judge.collect={self._path} cannot be written: {error}") from error
         self._written = len(self._rows)
 
@@ -101,12 +108,18 @@ def check_collect(path: Path) -> None:
     """Refuse a `reward.judge.collect` that could not be written, or that holds something else.
 
     Raises:
-        RequestError: no .parquet name, a folder, a file with other columns.
+        RequestError: no .parquet name, a folder, none to write it in, a file with other columns.
     """
     if path.suffix != ".parquet":
         raise RequestError(f"reward.judge.collect={path} must end in .parquet")
     if path.is_dir():
         raise RequestError(f"reward.judge.collect={path} is a folder; name a file in it")
+    nearest = next((folder for folder in path.parents if folder.exists()), Path())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise RequestError(
+            f"reward.judge.collect={path} could not be written: {nearest} is no folder that may be written to; name a "
+            "file in one that is"
+        )
     if path.exists():
         _check_columns(path)
 

@@ -62,14 +62,20 @@ class JudgeServer:
         """See `Judging`.
 
         Raises:
-            RunError: the server has refused every case since the start, or sends no log-probs.
+            RunError: since the start the server has refused every case, or sent log-probs with none of its replies.
         """
         replies = self._server.ask([self._body(case) for case in cases], _first_token)
         failed = [reply for reply in replies if isinstance(reply, NoReply)]
         refused = [reply for reply in failed if reply.status is not None]
         if cases and len(refused) == len(cases) and not self._answered:
             raise RunError(f"reward.judge.url={self.settings.url} refuses every request: {refused[-1].reason}")
-        self._answered |= len(failed) < len(cases)
+        answered = [reply for reply in replies if not isinstance(reply, NoReply)]
+        if answered and not any(answered) and not self._answered:
+            raise RunError(
+                f"reward.judge.url={self.settings.url}: the server sends no log-probs of the first token, of which "
+                "P(YES) is made; use one that knows logprobs and top_logprobs"
+            )
+        self._answered |= any(answered)
         return Opinions(
             np.array([math.nan if isinstance(reply, NoReply) else p_yes(reply) for reply in replies], np.float64),
             np.array([not isinstance(reply, NoReply) for reply in replies], bool),
@@ -88,16 +94,12 @@ class JudgeServer:
 
 
 def _first_token(answer: bytes) -> list[tuple[str, float]]:
-    """(token, log-prob) of the most probable first tokens in a chat completion."""
+    """(token, log-prob) of the most probable first tokens in a chat completion; none where it tells none, as of a
+    refusal."""
     try:
         choice = json.loads(answer)["choices"][0]
         content = (choice.get("logprobs") or {}).get("content")
-        if not content:
-            raise RunError(
-                "reward.judge.url: the server sends no log-probs of the first token, of which P(YES) is made; use one "
-                "that knows logprobs and top_logprobs"
-            )
-        tokens = [(entry["token"], float(entry["logprob"])) for entry in content[0]["top_logprobs"]]
+        tokens = [(entry["token"], float(entry["logprob"])) for entry in content[0]["top_logprobs"]] if content else []
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Mishap(f"not a chat completion with log-probs: {type(error).__name__}") from None
     if not all(isinstance(token, str) and not math.isnan(logprob) for token, logprob in tokens):

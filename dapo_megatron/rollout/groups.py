@@ -1,11 +1,12 @@
 """Prompts → scored groups: draw G completions a prompt, decode, grade, shape."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 
 import numpy as np
 
-from dapo_megatron.agreement import from_rank_zero
+from dapo_megatron.agreement import done_on_rank_zero
 from dapo_megatron.config import Recipe
 from dapo_megatron.data.completions import Completion, PromptGroup
 from dapo_megatron.data.prompt_template import bare_question
@@ -167,13 +168,17 @@ class GroupSampler:
     def _grade(
         self, prompts: Sequence[Prompt], tokens: Sequence[np.ndarray], collect: bool
     ) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """(texts, right or wrong, rewards) of responses, one a prompt."""
+        """(texts, right or wrong, rewards) of responses, one a prompt.
+
+        Raises:
+            RunError: rank 0's grader could not, on every rank alike.
+        """
         responses = self.tokenizer.batch_decode([t.tolist() for t in tokens], skip_special_tokens=True)
-        scores = None
+        score = None
         if self.grader is not None:
             asked, answers = [self._asked(p) for p in prompts], [p.answer for p in prompts]
-            scores = self.grader.score(responses, answers, asked, collect=collect)
-        return responses, *from_rank_zero(scores, self.dispatcher.world)
+            score = partial(self.grader.score, responses, answers, asked, collect=collect)
+        return responses, *done_on_rank_zero(score, self.dispatcher.world)
 
     def _shaped(self, rewards: np.ndarray, tokens: Sequence[np.ndarray]) -> np.ndarray:
         """With the punishment of long responses, where the recipe has one."""

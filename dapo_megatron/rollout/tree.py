@@ -137,9 +137,10 @@ def value_tree(group: PromptGroup, tree: Tree, rows: Sequence[TreeRow], rollout:
 
     group.advantages = on_tokens(lambda row: advantages[row.nodes])
     group.weights = on_tokens(lambda row: np.array(row.owned) & (advantages[row.nodes] != 0))
+    owned = [node for row in rows for node, mine in zip(row.nodes, row.owned, strict=True) if mine]
     group.counts = SegmentCounts(
-        segments=len(sizes),
-        dropped=int((advantages == 0).sum()),
+        segments=len(owned),
+        dropped=int((advantages[owned] == 0).sum()),
         continuations=0,
         generated=tree.drawn,
         repeated=sum(int(sizes[row.nodes].sum()) for row in rows) - int(sizes.sum()),

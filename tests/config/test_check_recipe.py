@@ -12,6 +12,7 @@ SHAPE = Architecture(
     qkv_bias=True, qk_norm=False, rms_eps=1e-5, rope_theta=1e6, rope_scaling=None, max_positions=131072,
     sliding_window=None, eos_token_ids=(151643,), init_std=0.02, torch_dtype="bfloat16",
 )  # fmt: skip
+STAGE = {"data": "worked", "steps": 1, "batch_sequences": 1, "learning_rate": 1e-3}
 
 
 def recipe(**sections: dict) -> Recipe:
@@ -43,6 +44,10 @@ def refusal(shape: Architecture = SHAPE, **sections: dict) -> str:
         {"learner": {"tokens_per_micro_batch": 22528}},
         {"run": {"directory": "out", "steps": 0}, "data": {}},
         {"data": {"generate": {}}},
+        {"data": {"generate": {}}, "supervised": {"stages": [STAGE | {"response_template": "A: {response}"}]}},
+        {"data": {"generate": {}}, "supervised": {"stages": [STAGE | {"data": "own.jsonl", "weight_column": "w"}]}},
+        {"reward": {"grader": "judge", "judge": {"model": "judge", "mode": "binary"}}},
+        {"reward": {"judge": {"mode": "soft"}}},  # the default, written out
     ],
 )
 def test_what_is_allowed(sections):
@@ -53,6 +58,18 @@ def test_what_is_allowed(sections):
     ("sections", "words"),
     [
         ({"rollout": {"top_p": 0.7}}, ["rollout.top_p=0.7", "could not reproduce", "use 1.0", "evaluation.top_p"]),
+        (
+            {"reward": {"judge": {"model": "judge"}}},
+            ["reward.judge.model='judge'", "would not act", "reward.grader=rule", "use reward.grader=judge"],
+        ),
+        (
+            {"reward": {"grader": "judge", "custom": "a.py:f", "judge": {"fallback": "stop"}}},
+            ["reward.judge.fallback='stop'", "reward.custom"],
+        ),
+        (
+            {"data": {"generate": {}}, "supervised": {"stages": [STAGE | {"weight_column": "w"}]}},
+            ["supervised.stages.0.weight_column='w'", "data=worked", "leave it out"],
+        ),
         ({"rollout": {"temperature": 0.0}}, ["rollout.temperature=0.0", "more than 0", "use 1.0"]),
         (
             {"algorithm": {"kl": {"coefficient": 0.1, "estimator": "k1"}}},

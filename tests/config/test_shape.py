@@ -26,8 +26,10 @@ def problems(*overrides: str) -> list[str]:
         (CHAIN,),
         (CHAIN, "rollout.partition={kind: fixed, tokens: 47}", "rollout.chain.continuations=1"),
         (CHAIN, "algorithm.loss_aggregation=sequence-mean"),
+        (CHAIN, "reward.grader=judge", "reward.judge.mode=binary"),
+        (TREE, LEAVES, BRANCHING, SHORT, "reward.grader=judge", "reward.judge.normalise=z-score"),
         (TREE, LEAVES, BRANCHING, SHORT),
-        (TREE, LEAVES, BRANCHING, "rollout.partition={cutpoints: 2, tokens: 23}", "rollout.tree.normalise=std"),
+        (TREE, LEAVES, BRANCHING, "rollout.partition={cutpoints: 22, tokens: 23}", "rollout.tree.normalise=std"),
         (TREE, LEAVES, "rollout.tree.branching=[8]"),
         (TREE, LEAVES, "rollout.tree.branching=[1, 8]", SHORT, "algorithm.kl={coefficient: 0.1, place: loss}"),
     ],
@@ -48,13 +50,22 @@ def test_what_is_allowed(overrides):
         ),
         ((CHAIN, "rollout.partition.cutpoints=90"), ["rollout.partition.cutpoints=90", "use 47 or less"]),
         ((TREE, "rollout.samples_per_prompt=2", "rollout.tree.branching=[1, 1]", SHORT), ["[1, 1]", "use [1, 2]"]),
+        (
+            (TREE, "rollout.samples_per_prompt=4", "rollout.tree.branching=[2, 2, 1]", SHORT),
+            ["[2, 2, 1]", "last level", "use [2, 2, 2]"],
+        ),
+        (
+            (TREE, LEAVES, BRANCHING, "rollout.partition={cutpoints: 10, tokens: 10}"),
+            ["rollout.partition.cutpoints=10", "rollout.partition.tokens=10", "cutpoints=9 or less, or kind=fixed"],
+        ),
+        ((TREE, LEAVES, BRANCHING, "rollout.partition={cutpoints: 1, tokens: 1}"), ["use kind=fixed"]),
         ((TREE, LEAVES, "rollout.tree.branching=[3, 3]", SHORT), ["rollout.samples_per_prompt=8", "9 leaves", "use 9"]),
         (
             (TREE, LEAVES, BRANCHING, "rollout.partition.tokens=24"),
             ["rollout.partition.tokens=24", "2 levels", "tokens=23 or less"],
         ),
         (
-            (TREE, LEAVES, BRANCHING, "rollout.partition.tokens=1", "rollout.max_response_length=2"),
+            (TREE, LEAVES, BRANCHING, "rollout.partition={kind: fixed, tokens: 1}", "rollout.max_response_length=2"),
             ["rollout.max_response_length=2", "branching of 2 levels or fewer"],
         ),
         ((CHAIN, "algorithm.advantage=group-mean"), ["algorithm.advantage=group-mean", CHAIN, "use group"]),
@@ -62,6 +73,10 @@ def test_what_is_allowed(overrides):
         (
             (CHAIN, "algorithm.policy_loss=gspo", "algorithm.loss_aggregation=sequence-mean"),
             ["algorithm.policy_loss=gspo", CHAIN, "use clip"],
+        ),
+        (
+            (CHAIN, "reward.grader=judge", "reward.judge.normalise=z-score"),
+            ["reward.judge.normalise=z-score", CHAIN, "two scales", "use none"],
         ),
         ((CHAIN, "reward.shuffle=true"), ["reward.shuffle=true", "use false"]),
         (

@@ -11,7 +11,7 @@ from dapo_megatron.judging.calibration import Cases, calibrate, read_cases, subj
 from dapo_megatron.judging.calibration_figure import draw_calibration
 from dapo_megatron.rewards.judge_prompt import Case
 from tests.rewards.judges import ScriptedJudge
-from tools.judge_calibration import _named, describe
+from tools.judge_calibration import _named, calibration, describe
 
 # answer, reference, truth, teacher's P(YES), student's P(YES)
 ROWS = [
@@ -63,6 +63,25 @@ def test_the_report(file: Path, tmp_path: Path):
     draw_calibration(report, tmp_path / "calibration.png")
     assert (tmp_path / "calibration.png").read_bytes()[:4] == b"\x89PNG"
     assert any("1 without a verdict" in line for line in describe(report))
+
+
+def test_a_judge_that_is_not_reached_is_no_judge_without_a_verdict(file: Path):
+    data = read_cases(file)
+    report = calibrate(data, {"student": ScriptedJudge(lambda case: None if case.answer == "six" else student(case))})
+    found = report["judges"]["student"]
+    assert (found["without_verdict"], found["unreached"], found["quality"]["cases"]) == (1, 1, 3)
+    assert report["judges"]["teacher"]["unreached"] == 0
+    assert any(line.endswith(", 1 without a verdict, 1 unreached") for line in describe(report))
+
+
+@pytest.mark.parametrize(("limits", "expected"), [({}, 600.0), ({"limit_s": 7.0}, 7.0)])
+def test_a_server_has_the_time_that_its_cases_may_take(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limits: dict, expected: float
+):
+    opened = []
+    monkeypatch.setattr("tools.judge_calibration._open", lambda chosen: opened.append(chosen) or ScriptedJudge(student))
+    calibration(file, tmp_path, url="http://h/v1", served="m", timeout_s=200.0, concurrency=2, **limits)
+    assert [(s.timeout_s, s.concurrency, s.limit_s) for s in opened] == [(200.0, 2, expected)]
 
 
 def test_subjects_from_a_prompt_file(file: Path, tmp_path: Path):

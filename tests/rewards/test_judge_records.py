@@ -13,7 +13,7 @@ from dapo_megatron.errors import RequestError, RunError
 from dapo_megatron.rewards.grader import check_grader
 from dapo_megatron.rewards.judge import JudgeReward
 from dapo_megatron.rewards.judge_prompt import Case
-from dapo_megatron.rewards.judge_records import COLUMNS, Judged, JudgeRecords, read_judged
+from dapo_megatron.rewards.judge_records import COLUMNS, Judged, JudgeRecords, check_collect, read_judged
 from dapo_megatron.rewards.pool import GraderPool
 from tests.rewards.judges import ScriptedJudge
 
@@ -60,6 +60,29 @@ def test_nothing_new_is_not_written_again(tmp_path: Path):
     assert [row.verdict for row in read_judged(tmp_path / "a.parquet")] == ["NO"]
 
 
+def test_two_runs_that_share_a_file_keep_each_others_verdicts(tmp_path: Path):
+    file = tmp_path / "a.parquet"
+    one, other = JudgeRecords(file), JudgeRecords(file)
+    one.add([judged("a", 0.1), judged("b", 0.2)])
+    one.write()
+    other.add([judged("b", 0.9), judged("c", 0.3)])
+    other.write()
+    assert [(row.case.answer, row.p_yes) for row in read_judged(file)] == [("a", 0.1), ("b", 0.2), ("c", 0.3)]
+    one.add([judged("d", 0.4)])
+    one.write()
+    assert [row.case.answer for row in read_judged(file)] == ["a", "b", "c", "d"]
+
+
+def test_a_file_that_became_another_is_left_alone(tmp_path: Path):
+    file = tmp_path / "a.parquet"
+    records = JudgeRecords(file)
+    file.write_text("no")
+    records.add([judged("a", 0.5)])
+    with pytest.raises(RunError, match=r"cannot be written: .* is no parquet file"):
+        records.write()
+    assert file.read_text() == "no"
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "a.parquet"
     records = JudgeRecords(file)
@@ -76,6 +99,14 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     assert len(read_judged(file)) == 1 and [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
 
 
+def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    check_collect(tmp_path / "new" / "a.parquet")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
+    with pytest.raises(RequestError, match=f"could not be written: {tmp_path} is no folder that may be written to"):
+        check_collect(tmp_path / "new" / "a.parquet")
+
+
 def test_other_files_are_refused_before_launch(tmp_path: Path):
     def refused(path: Path, message: str) -> None:
         settings = Judge(url="http://h/v1", model="m", collect=str(path))
@@ -86,6 +117,7 @@ def test_other_files_are_refused_before_launch(tmp_path: Path):
     (tmp_path / "folder.parquet").mkdir()
     refused(tmp_path / "folder.parquet", "is a folder")
     (tmp_path / "text.parquet").write_text("no")
+    refused(tmp_path / "text.parquet" / "a" / "b.parquet", r"text\.parquet is no folder that may be written to")
     refused(tmp_path / "text.parquet", "no parquet file")
     pyarrow.parquet.write_table(pyarrow.table({"question": ["q"], "answer": ["a"]}), tmp_path / "other.parquet")
     refused(tmp_path / "other.parquet", "holds the columns question, answer; a file of judged cases has question, ")

@@ -1,5 +1,6 @@
 """A judge behind an address: what is sent, what is made of the replies, and what happens when there are none."""
 
+import json
 import math
 import threading
 
@@ -64,6 +65,21 @@ def test_mishaps_are_retried_and_what_stays_out_is_told():
     with serving(lambda prompt: 401) as (url, _):
         judge._server.url = url
         assert not judge.ask(cases("a")).reached_B.any(), "a server that has answered may refuse for a while"
+
+
+def test_a_reply_without_log_probs_is_no_verdict_once_others_had_some():
+    def completion(logprobs: dict | None) -> bytes:
+        message = {"role": "assistant", "content": None, "refusal": "I will not."}
+        return json.dumps({"choices": [{"index": 0, "message": message, "logprobs": logprobs}]}).encode()
+
+    without = {"null": None, "refusal": {"content": None, "refusal": []}, "empty": {"content": []}}
+    replies = {name: completion(logprobs) for name, logprobs in without.items()}
+    with serving(lambda prompt: replies.get(word(prompt)) or chat_answer(first_token(0.9))) as (url, _):
+        judge = server(url, retries=0)
+        first = judge.ask(cases("null", "good"))
+        later = judge.ask(cases(*replies))
+    assert math.isnan(first.p_yes_B[0]) and first.p_yes_B[1] == pytest.approx(0.9)
+    assert first.reached_B.all() and later.reached_B.all() and all(math.isnan(p) for p in later.p_yes_B)
 
 
 def test_a_server_that_is_down_or_hangs_holds_nothing_up():

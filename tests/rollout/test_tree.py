@@ -126,6 +126,12 @@ def test_a_cutpoint_ends_a_segment_and_what_is_behind_is_drawn_anew():
     assert any(tree.drawn > sum(len(s.tokens) for s in tree.segments) for tree in trees)
 
 
+def _weighted(tree: Tree, nodes: list[int], weights: np.ndarray) -> list[int]:
+    """Of a row's nodes, those whose tokens have a weight."""
+    ends = np.cumsum([len(tree.segments[n].tokens) for n in nodes])
+    return [n for n, end in zip(nodes, ends, strict=True) if weights[end - 1]]
+
+
 def test_a_filtered_row_leaves_its_shared_segments_to_another():
     chosen = rollout([2, 3])
     moved = 0
@@ -142,4 +148,7 @@ def test_a_filtered_row_leaves_its_shared_segments_to_another():
         }
         owned = [n for row in rows for n, mine in zip(row.nodes, row.owned, strict=True) if mine]
         assert sorted(owned) == sorted(with_a_trained_leaf)
+        assert group.counts.segments == len(owned), "segments of filtered responses alone are not valued"
+        weighted = {n for r, w in zip(rows, group.weights, strict=True) for n in _weighted(tree, r.nodes, w)}
+        assert group.counts.dropped == len(set(owned) - weighted)
     assert moved, "no row took over a shared segment: the case was not tried"
