@@ -32,7 +32,8 @@ def command(*arguments: object) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_"))}
+    worlds = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_", "DAPO_MEGATRON_PREPARED")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(worlds)}
     return {**clean, "TRANSFORMERS_VERBOSITY": "error", "COLUMNS": "200"}
 
 

@@ -1,11 +1,9 @@
 """Recipes of recipes/methods/ from prompt to metrics."""
 
 import pytest
-from typer.testing import CliRunner
 
-from dapo_megatron.cli import app
 from dapo_megatron.monitoring.metrics import read_metrics
-from tests.ranks import ROOT
+from tests.command_line import ROOT, run_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -33,8 +31,8 @@ def test_two_steps(name, overrides, tmp_path):
         f"algorithm.extensions=[{own}]", f"algorithm.advantage=best-{name}",
         "algorithm.dynamic_sampling.enabled=false", *overrides,
     ]  # fmt: skip
-    result = CliRunner().invoke(app, ["train", str(ROOT / "recipes" / "methods" / f"{name}.yaml"), *changes])
-    assert result.exit_code == 0, result.output
+    result = run_command("train", str(ROOT / "recipes" / "methods" / f"{name}.yaml"), *changes, time_limit_s=400)
+    assert result.returncode == 0, result.stdout + result.stderr
     rows = [row for row in read_metrics(run / "metrics.jsonl") if row["step"] > 0]
     assert len(rows) == 2
     for row in rows:
@@ -58,10 +56,10 @@ def test_a_critic_warms_up_alone_and_then_the_policy_moves(tmp_path):
         "algorithm.kl={coefficient: 0.01, place: reward, estimator: k3}", "model.dtype=bf16",
         "resharding.max_logprob_gap=null",
     ]  # fmt: skip
-    result = CliRunner().invoke(app, ["train", str(ROOT / "recipes" / "methods" / "ppo.yaml"), *changes])
-    assert result.exit_code == 0, result.output
+    result = run_command("train", str(ROOT / "recipes" / "methods" / "ppo.yaml"), *changes, time_limit_s=400)
+    assert result.returncode == 0, result.stdout + result.stderr
     first, second = (row for row in read_metrics(run / "metrics.jsonl") if row["step"] > 0)
-    assert "loss/policy" not in first and "nothing trained" not in result.output
+    assert "loss/policy" not in first and "nothing trained" not in result.stdout
     assert first["critic/updates"] == second["critic/updates"] == 4 and second["updates"] == 2
     assert first["critic/value_mean"] == 0.0 and second["critic/value_mean"] != 0.0
     # bf16 weights in whole: the reference, swapped in, is the policy itself until that moves
@@ -74,8 +72,8 @@ def test_pairs_of_a_file_and_a_resumed_run_agree_to_the_bit(tmp_path):
 
     def train(run, *more):
         recipe = str(ROOT / "recipes" / "methods" / "dpo.yaml")
-        result = CliRunner().invoke(app, ["train", recipe, f"run.directory={run}", *changes, *more])
-        assert result.exit_code == 0, result.output
+        result = run_command("train", recipe, f"run.directory={run}", *changes, *more, time_limit_s=400)
+        assert result.returncode == 0, result.stdout + result.stderr
 
     train(tmp_path / "whole", "run.steps=2")
     train(tmp_path / "parts", "run.steps=1")
