@@ -31,13 +31,7 @@ def done_on_rank_zero(work: Callable[[], Any] | None, world: int) -> Any:
     Raises:
         RunError: rank 0's, on every rank alike.
     """
-    result = failure = None
-    if work is not None:
-        try:
-            result = work()
-        except RunError as error:
-            failure = str(error)
-    result, failure = from_rank_zero((result, failure), world)
+    result, failure = _on_rank_zero(work, world, RunError)
     if failure is not None:
         raise RunError(failure, on_every_rank=True)
     return result
@@ -45,12 +39,17 @@ def done_on_rank_zero(work: Callable[[], Any] | None, world: int) -> Any:
 
 def checked_on_rank_zero(check: Callable[[], None], rank: int, world: int) -> None:
     """Rank 0 calls `check`; its RequestError is raised on every rank, so that all of them end alike."""
-    refusal = None
-    if rank == 0:
-        try:
-            check()
-        except RequestError as error:
-            refusal = str(error)
-    refusal = from_rank_zero(refusal, world)
+    _, refusal = _on_rank_zero(check if rank == 0 else None, world, RequestError)
     if refusal is not None:
         raise RequestError(refusal)
+
+
+def _on_rank_zero(work: Callable[[], Any] | None, world: int, kind: type[Exception]) -> tuple[Any, str | None]:
+    """Rank 0's result, and the words of an error of that kind that it raised, known to all."""
+    result = told = None
+    if work is not None:
+        try:
+            result = work()
+        except kind as error:
+            told = str(error)
+    return from_rank_zero((result, told), world)

@@ -158,11 +158,11 @@ def _pairs(recipe: Recipe) -> Iterator[str]:
 
 
 def _unread(algorithm: Algorithm) -> Iterator[str]:
-    name = algorithm.policy_loss
+    name, changed = algorithm.policy_loss, algorithm.changed()
     for section, reader in READ_BY.items():
         if section == "cispo" and name not in OURS:
             continue  # a loss of one's own may look at `clips_low`
-        if name != reader and getattr(algorithm, section) != Algorithm.model_fields[section].default:
+        if name != reader and section in changed:
             yield (
                 f"algorithm.{section} is a section of algorithm.policy_loss={reader}; with policy_loss={name} "
                 "leave it out"

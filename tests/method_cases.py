@@ -8,14 +8,14 @@ import torch.distributed as dist
 from dapo_megatron.algorithms.mini_batch import batch_of_groups
 from dapo_megatron.config import Recipe
 from dapo_megatron.config.optimizer import Optimizer
-from dapo_megatron.data.completions import Completion, PromptGroup
+from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.policy_step import learn_step, score_old_policy
 from dapo_megatron.token_choice import choose_tokens, chooses_tokens
 from tests.learner.layouts import build
 from tests.learner.update_cases import main_gradients, save_whole
+from tests.random_groups import SAMPLES, random_groups
 
-SAMPLES = 3
 CLIP_COV = {"kind": "clip-cov", "cov_ratio": 0.05, "cov_low": 0.1, "cov_high": 3.0}
 METHODS = {
     "clip": {},
@@ -61,20 +61,7 @@ def recipe(name: str) -> Recipe:
 
 def groups(seed: int, count: int = 4) -> list[PromptGroup]:
     """Rewards differ within each group; one response of each is truncated."""
-    rng = np.random.default_rng(seed)
-
-    def completion(ticket: int) -> Completion:
-        tokens = rng.integers(0, 100, int(rng.integers(5, 24))).astype(np.int32)
-        reason = "length" if ticket == 2 else "stop"
-        return Completion(ticket, tokens, np.zeros(len(tokens), np.float32), reason, np.zeros(len(tokens), np.int32))
-
-    return [
-        PromptGroup(
-            i, "", "", rng.integers(0, 100, 4).astype(np.int32), [completion(j) for j in range(SAMPLES)],
-            accuracies=np.array([True, False, False]), rewards=rng.normal(size=SAMPLES).astype(np.float32),
-        )
-        for i in range(count)
-    ]  # fmt: skip
+    return random_groups(seed, count, lengths=(5, 24), rewards=lambda rng: rng.normal(size=SAMPLES))
 
 
 def moved_groups(learner: Learner) -> list[PromptGroup]:

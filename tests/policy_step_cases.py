@@ -7,10 +7,11 @@ import numpy as np
 from dapo_megatron.algorithms.mini_batch import batch_of_groups
 from dapo_megatron.config import Recipe
 from dapo_megatron.config.optimizer import Optimizer
-from dapo_megatron.data.completions import Completion, PromptGroup
+from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.learner.reference import ReferenceWeights
 from dapo_megatron.policy_step import PolicyStep, learn_step, score_old_policy
 from tests.learner.layouts import build
+from tests.random_groups import random_groups
 
 RATE = 3e-3
 
@@ -29,20 +30,7 @@ def recipe(**kl: object) -> Recipe:
 
 def groups(seed: int, count: int = 2) -> list[PromptGroup]:
     """Of 3 responses each, rewards 1, −1, −1; the last response of each group is truncated."""
-    rng = np.random.default_rng(seed)
-
-    def completion(ticket: int) -> Completion:
-        tokens = rng.integers(0, 100, int(rng.integers(3, 20))).astype(np.int32)
-        reason = "length" if ticket == 2 else "stop"
-        return Completion(ticket, tokens, np.zeros(len(tokens), np.float32), reason, np.zeros(len(tokens), np.int32))
-
-    return [
-        PromptGroup(
-            i, "", "", rng.integers(0, 100, 4).astype(np.int32), [completion(j) for j in range(3)],
-            accuracies=np.array([True, False, False]), rewards=np.array([1.0, -1.0, -1.0], np.float32),
-        )
-        for i in range(count)
-    ]  # fmt: skip
+    return random_groups(seed, count, lengths=(3, 20), rewards=lambda _: np.array([1.0, -1.0, -1.0]))
 
 
 def steps(payload: dict) -> dict:

@@ -8,7 +8,6 @@ goes on from its last checkpoint, so the command can be stopped and started agai
                             [--methods grpo gspo ...] [--set key.sub=value ...]
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +18,11 @@ sys.path.insert(0, str(ROOT))
 from dapo_megatron.config import load_recipe  # noqa: E402
 from dapo_megatron.config.problems import nearest_name  # noqa: E402
 from dapo_megatron.config.yaml_text import to_yaml  # noqa: E402
-from dapo_megatron.errors import RequestError, RunError, exit_with_message  # noqa: E402
+from dapo_megatron.errors import RequestError, exit_with_message  # noqa: E402
 from dapo_megatron.files import write_text_atomically  # noqa: E402
 from tools.ladder import RECIPES as LADDER  # noqa: E402
-from tools.ladder import run_ladder, run_train  # noqa: E402
-from tools.ladder_table import Rung, draw_curves, rows_csv, table_markdown  # noqa: E402
+from tools.ladder import conclude, options, run_ladder, run_train  # noqa: E402
+from tools.ladder_table import Rung  # noqa: E402
 
 METHODS = ROOT / "recipes" / "methods"
 DAPO = LADDER / "6-dapo.yaml"
@@ -89,13 +88,8 @@ def write_warm_recipe(folder: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
-    parser.add_argument("--cell-limit-s", type=float, default=1800.0)
+    parser = options(__doc__.splitlines()[0], name="compare", cell_limit_s=1800.0)
     parser.add_argument("--methods", nargs="+", default=[], help="some of them (default: all)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY.SUB=VALUE", help="settings changed in every cell")
     given = parser.parse_args()
     rungs = rungs_of(given.methods)
     recipes = given.out / "recipes"
@@ -114,14 +108,7 @@ def main() -> None:
         recipes=recipes,
         warm=write_warm_recipe(recipes),
     )
-    if cells:
-        table = table_markdown(cells, of="method", last_less_first=False)
-        write_text_atomically(given.out / "compare.csv", rows_csv(cells))
-        write_text_atomically(given.out / "compare.md", table)
-        draw_curves(cells, given.out / "compare.png")
-        print(table)
-    if failures:
-        raise RunError("\n".join(failures))
+    conclude(cells, failures, given.out, name="compare", of="method", last_less_first=False)
 
 
 if __name__ == "__main__":

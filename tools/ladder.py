@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -183,26 +184,41 @@ def _now() -> str:
     return time.strftime("%H:%M:%S")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/ladder"))
+def options(description: str, *, name: str, cell_limit_s: float) -> argparse.ArgumentParser:
+    """What a command that fills a table of cells is told; the table lies in runs/{name} by default."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, default=Path("runs") / name)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
-    parser.add_argument("--cell-limit-s", type=float, default=3600.0)
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY.SUB=VALUE", help="settings changed in every rung")
-    given = parser.parse_args()
+    parser.add_argument("--cell-limit-s", type=float, default=cell_limit_s)
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY.SUB=VALUE", help="settings changed in every cell")
+    return parser
+
+
+def conclude(cells: Sequence[Cell], failures: Sequence[str], out: Path, *, name: str, **table: Any) -> None:
+    """Write {name}.csv, .md and .png of the cells there are, and print the table, made with the settings `table`.
+
+    Raises:
+        RunError: the lines of the cells that failed.
+    """
+    if cells:
+        text = table_markdown(cells, **table)
+        write_text_atomically(out / f"{name}.csv", rows_csv(cells))
+        write_text_atomically(out / f"{name}.md", text)
+        draw_curves(cells, out / f"{name}.png")
+        print(text)
+    if failures:
+        raise RunError("\n".join(failures))
+
+
+def main() -> None:
+    given = options(__doc__.splitlines()[0], name="ladder", cell_limit_s=3600.0).parse_args()
 
     def train(arguments: list[str], log: Path) -> int:
         return run_train(arguments, log, limit_s=given.cell_limit_s)
 
     cells, failures = run_ladder(given.out, given.seeds, given.set, train, jobs=given.jobs)
-    if cells:
-        write_text_atomically(given.out / "ladder.csv", rows_csv(cells))
-        write_text_atomically(given.out / "ladder.md", table_markdown(cells))
-        draw_curves(cells, given.out / "ladder.png")
-        print(table_markdown(cells))
-    if failures:
-        raise RunError("\n".join(failures))
+    conclude(cells, failures, given.out, name="ladder")
 
 
 if __name__ == "__main__":

@@ -109,6 +109,7 @@ def _rewriter(
     max_tokens: int,
 ) -> Rewrite:
     """Rewriting by the model asked for, which is opened when there is something to rewrite."""
+    from dapo_megatron.chat_server import ChatServer
     from dapo_megatron.preparation.completers import ChatCompletions, HuggingFaceModel
     from dapo_megatron.preparation.integerize import integerize
     from dapo_megatron.preparation.selection import Item
@@ -116,8 +117,8 @@ def _rewriter(
     server = None
     if url is not None:
         key = os.environ.get(KEY_VARIABLE, "")
-        limits = {"concurrency": concurrency, "time_limit_s": time_limit_s, "max_tokens": max_tokens}
-        server = ChatCompletions(url, served, key=key, **limits)
+        at = ChatServer(url, key, concurrency=concurrency, time_limit_s=time_limit_s)
+        server = ChatCompletions(at, served, max_tokens)
 
     def rewrite(items: Sequence[Item]):
         completer = server or HuggingFaceModel(model, max_tokens=max_tokens)

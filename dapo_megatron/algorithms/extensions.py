@@ -3,13 +3,12 @@
 They are run as they are, in the launching process and on every rank: trusted code, as `reward.custom` is.
 """
 
-import importlib.util
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dapo_megatron.algorithms.registry import advantages, policy_losses, raised
 from dapo_megatron.errors import RequestError
+from dapo_megatron.user_file import run_user_file
 
 _loaded: set[Path] = set()
 
@@ -31,19 +30,13 @@ def _run(path: Path, told: str) -> None:
     if path.suffix != ".py" or not path.is_file():
         raise RequestError(f"{told} is not a Python file; give the path of a file that ends in .py")
     before = {**advantages(), **policy_losses()}
-    spec = importlib.util.spec_from_file_location(f"dapo_extension_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(path.parent))  # the file may import what lies beside it
     try:
-        spec.loader.exec_module(module)
+        run_user_file(path, f"dapo_extension_{path.stem}")
     except RequestError as error:
         raise RequestError(f"{told}: {error}") from None
     except SyntaxError as error:
         raise RequestError(f"{told} line {error.lineno} is not valid Python: {error.msg}") from None
     except (Exception, SystemExit) as error:
         raise RequestError(f"{told} cannot be imported: {raised(error)}") from None
-    finally:
-        sys.path.remove(str(path.parent))
     if {**advantages(), **policy_losses()} == before:
         raise RequestError(f"{told} registers nothing; use @register_advantage or @register_policy_loss in it")

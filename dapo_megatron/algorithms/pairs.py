@@ -43,9 +43,7 @@ def reward_pairs(rewards_G: np.ndarray, usable: Sequence[int], *, pairing: str, 
 def pair_losses(margins_P: np.ndarray, *, beta: float, label_smoothing: float) -> tuple[np.ndarray, np.ndarray]:
     """(losses, slopes) fp64 [P] of the margins m; slope = β·[(1 − ε)·σ(−β·m) − ε·σ(β·m)]."""
     logits = beta * np.asarray(margins_P, np.float64)
-    losses = (1 - label_smoothing) * np.logaddexp(0, -logits) + label_smoothing * np.logaddexp(0, logits)
-    # σ(x) = exp(−log(1 + exp(−x))) overflows nowhere
-    slopes = (1 - label_smoothing) * np.exp(-np.logaddexp(0, logits)) - label_smoothing * np.exp(
-        -np.logaddexp(0, -logits)
-    )
+    agrees, differs = np.logaddexp(0, -logits), np.logaddexp(0, logits)  # −log σ(β·m), −log σ(−β·m)
+    losses = (1 - label_smoothing) * agrees + label_smoothing * differs
+    slopes = (1 - label_smoothing) * np.exp(-differs) - label_smoothing * np.exp(-agrees)
     return losses, beta * slopes

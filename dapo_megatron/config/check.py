@@ -5,9 +5,8 @@ from collections.abc import Iterator
 
 from dapo_megatron.config.architecture import Architecture
 from dapo_megatron.config.recipe import Recipe
-from dapo_megatron.config.reward import Judge
 from dapo_megatron.config.shape import shape_problems
-from dapo_megatron.config.supervised import GENERATED, Stage
+from dapo_megatron.config.supervised import GENERATED
 from dapo_megatron.errors import RequestError
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # of vLLM 0.32's CPU attention
@@ -133,10 +132,9 @@ def _judge(recipe: Recipe) -> Iterator[str]:
     reward = recipe.reward
     if reward.method == "judge":
         return
-    for name, value in reward.judge:
-        if value != Judge.model_fields[name].default:
-            other = f"reward.grader={reward.grader}" if reward.custom is None else "reward.custom"
-            yield f"reward.judge.{name}={value!r} would not act with {other}; leave it out, or use reward.grader=judge"
+    other = f"reward.grader={reward.grader}" if reward.custom is None else "reward.custom"
+    for name, value in reward.judge.changed().items():
+        yield f"reward.judge.{name}={value!r} would not act with {other}; leave it out, or use reward.grader=judge"
 
 
 def _algorithm(recipe: Recipe) -> Iterator[str]:
@@ -154,12 +152,11 @@ def _critic(recipe: Recipe) -> Iterator[str]:
     algorithm, critic, steps = recipe.algorithm, recipe.critic, recipe.run.steps
     if algorithm.advantage != "gae":
         for section, settings in (("critic", critic), ("algorithm.gae", algorithm.gae)):
-            for name, value in settings:
-                if value != type(settings).model_fields[name].default:
-                    yield (
-                        f"{section}.{name}={value} is a setting of algorithm.advantage=gae, and {algorithm.advantage} "
-                        "has no critic; remove it, or use advantage=gae"
-                    )
+            for name, value in settings.changed().items():
+                yield (
+                    f"{section}.{name}={value} is a setting of algorithm.advantage=gae, and {algorithm.advantage} has "
+                    "no critic; remove it, or use advantage=gae"
+                )
         return
     if algorithm.policy_loss == "dpo":
         yield (
@@ -190,9 +187,8 @@ def _stages(recipe: Recipe) -> Iterator[str]:
     for number, stage in enumerate(recipe.supervised.stages):
         if stage.data not in GENERATED:
             continue
-        for name in ("prompt_column", "response_column", "weight_column"):
-            value = getattr(stage, name)
-            if value != Stage.model_fields[name].default:
+        for name, value in stage.changed().items():
+            if name.endswith("_column"):
                 yield (
                     f"supervised.stages.{number}.{name}={value!r} would not act on data={stage.data}, which the run "
                     "writes itself; leave it out"

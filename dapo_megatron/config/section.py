@@ -1,5 +1,7 @@
 """What all sections of a recipe share: unknown keys refused, no silent conversion, no change after loading."""
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -18,3 +20,12 @@ class Section(BaseModel):
         allow_inf_nan=False,
         validate_default=True,
     )
+
+    def changed(self) -> dict[str, Any]:
+        """The settings that differ from their defaults, and those that have none."""
+        fields = type(self).model_fields.items()
+        return {
+            name: value
+            for name, field in fields
+            if (value := getattr(self, name)) != field.get_default(call_default_factory=True)
+        }

@@ -28,8 +28,9 @@ def shape_problems(recipe: Recipe) -> Iterator[str]:
 
 
 def _unread(rollout: Rollout) -> Iterator[str]:
+    changed = rollout.changed()
     for name, shapes in READ_BY.items():
-        if rollout.shape not in shapes and getattr(rollout, name) != Rollout.model_fields[name].default:
+        if rollout.shape not in shapes and name in changed:
             of = " and ".join(shapes)
             yield f"rollout.{name} is a setting of rollout.shape={of}; with shape={rollout.shape} leave it out"
 

@@ -19,7 +19,7 @@ import numpy as np
 from dapo_megatron.errors import RequestError
 from dapo_megatron.files import atomic_path
 from dapo_megatron.rewards.judge_prompt import PROMPT, check_wording, render
-from dapo_megatron.rewards.judge_records import Judged, read_judged, write_judged
+from dapo_megatron.rewards.judge_records import Judged, first_of_each, read_judged, write_judged
 
 OUTPUTS = (".jsonl", ".parquet")
 LEAST_WEIGHT = 1e-3  # of a soft target; less teaches nothing and costs a row
@@ -137,11 +137,7 @@ def _check(request: Export) -> None:
 
 def _read(paths: Sequence[Path]) -> list[Judged]:
     """The cases of all files, each once, with its first verdict."""
-    rows: dict[Any, Judged] = {}
-    for path in paths:
-        for row in read_judged(path):
-            rows.setdefault(row.case, row)
-    return list(rows.values())
+    return list(first_of_each(row for path in paths for row in read_judged(path)).values())
 
 
 def _write(path: Path, examples: Sequence[dict[str, Any]]) -> None:

@@ -22,31 +22,15 @@ class Completer(Protocol):
 
 @dataclass
 class ChatCompletions:
-    """POST {url}/chat/completions of an OpenAI-compatible server, one user turn each, greedy.
+    """Chat completions of an OpenAI-compatible server, one user turn each, greedy. model: its name there."""
 
-    url: "http://host:port/v1". model: its name there. key: sent as bearer token when not empty. concurrency: requests
-    under way at once. time_limit_s: of one try. tries: with waits of backoff_s, doubling, after connection failures,
-    time-outs and the statuses 429 and 5xx.
-
-    Raises:
-        RequestError: url is no http address.
-    """
-
-    url: str
+    server: ChatServer
     model: str
-    key: str = ""
-    concurrency: int = 16
-    time_limit_s: float = 300.0
-    tries: int = 4
-    backoff_s: float = 1.0
     max_tokens: int = 2048
-
-    def __post_init__(self) -> None:
-        self._server = ChatServer(self.url, self.key, self.concurrency, self.time_limit_s, self.tries, self.backoff_s)
 
     @property
     def name(self) -> str:
-        return f"{self.model} at {self.url}"
+        return f"{self.model} at {self.server.url}"
 
     def complete(self, requests: Sequence[str]) -> list[str | None]:
         """See `Completer`.
@@ -55,10 +39,10 @@ class ChatCompletions:
             RequestError: the server refuses the request itself.
             RunError: not one request was answered.
         """
-        replies = self._server.ask([self._body(request) for request in requests], _text_of, raise_refusals=True)
+        replies = self.server.ask([self._body(request) for request in requests], _text_of, raise_refusals=True)
         failures = [reply.reason for reply in replies if isinstance(reply, NoReply)]
         if requests and len(failures) == len(requests):
-            raise RunError(f"{self.url} answered none of {len(requests)} requests: {failures[-1]}")
+            raise RunError(f"{self.server.url} answered none of {len(requests)} requests: {failures[-1]}")
         return [None if isinstance(reply, NoReply) else reply for reply in replies]
 
     def _body(self, request: str) -> dict[str, object]:

@@ -8,14 +8,13 @@ counted; a result of the wrong length or with a number that is none ends the run
 """
 
 import ast
-import importlib.util
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from dapo_megatron.errors import RequestError
 from dapo_megatron.rewards.pool import RewardContractError, Score
+from dapo_megatron.user_file import run_user_file
 
 ARGUMENTS = ("responses", "answers", "prompts")
 
@@ -109,17 +108,10 @@ def _parts(location: str) -> tuple[Path, str]:
 
 
 def _load(path: Path, name: str, location: str) -> Callable:
-    spec = importlib.util.spec_from_file_location("dapo_custom_reward", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(path.parent))  # the file may import what lies beside it
     try:
-        spec.loader.exec_module(module)
-        return getattr(module, name)
+        return getattr(run_user_file(path, "dapo_custom_reward"), name)
     except BaseException as error:
         raise RewardContractError(f"reward.custom={location} cannot be imported: {error!r}") from error
-    finally:
-        sys.path.remove(str(path.parent))
 
 
 def _shown(value: object) -> str:

@@ -40,7 +40,7 @@ class JudgeRecords:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._rows = {judged.case: judged for judged in read_judged(path)} if path.exists() else {}
+        self._rows = first_of_each(read_judged(path) if path.exists() else [])
         self._written = len(self._rows)
 
     def __len__(self) -> int:
@@ -61,14 +61,19 @@ class JudgeRecords:
             return
         try:
             on_disk = read_judged(self._path) if self._path.exists() else []
-            rows = {judged.case: judged for judged in on_disk}
-            for case, judged in self._rows.items():
-                rows.setdefault(case, judged)
-            self._rows = rows
+            self._rows = first_of_each([*on_disk, *self._rows.values()])
             write_judged(self._path, self._rows.values())
         except (OSError, RequestError) as error:
             raise RunError(f"reward.judge.collect={self._path} cannot be written: {error}") from error
         self._written = len(self._rows)
+
+
+def first_of_each(rows: Iterable[Judged]) -> dict[Case, Judged]:
+    """Every case once, with its first verdict, in their order."""
+    found: dict[Case, Judged] = {}
+    for row in rows:
+        found.setdefault(row.case, row)
+    return found
 
 
 def write_judged(path: Path, rows: Iterable[Judged]) -> None:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 
-from dapo_megatron.chat_server import MOST_BYTES
+from dapo_megatron.chat_server import MOST_BYTES, ChatServer
 from dapo_megatron.data.arithmetic import build_tokenizer
 from dapo_megatron.errors import RequestError, RunError
 from dapo_megatron.preparation.completers import ChatCompletions, HuggingFaceModel
@@ -55,7 +55,7 @@ def url():
 
 
 def model(url: str, **changes) -> ChatCompletions:
-    return ChatCompletions(url, "m", **{"backoff_s": 0.01, "time_limit_s": 10.0, "tries": 3, **changes})
+    return ChatCompletions(ChatServer(url, **{"backoff_s": 0.01, "time_limit_s": 10.0, "tries": 3, **changes}), "m")
 
 
 def test_replies_in_order_and_mishaps_retried(url: str):
