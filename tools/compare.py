@@ -1,8 +1,9 @@
 """The methods of recipes/methods/ side by side over several seeds, on the ladder's task: a table, rows and curves.
 
-Each cell is the ladder's base recipe with section `algorithm` of a method's recipe (an update a step where that has
-one, else the ladder's eight) and the same warm start for all of a seed. Finished cells are kept; a cell that was killed
-goes on from its last checkpoint, so the command can be stopped and started again.
+Each cell is the ladder's base recipe with sections `algorithm` and `critic` of a method's recipe (an update a step
+where that has one, else the ladder's eight) and its shape of rollouts, 256 responses a step in all of them, and the
+same warm start for all of a seed. Finished cells are kept; a cell that was killed goes on from its last checkpoint, so
+the command can be stopped and started again.
 
     python tools/compare.py [--out runs/compare] [--seeds 1 2 3] [--jobs 2] [--cell-limit-s 1800]
                             [--methods grpo gspo ...] [--set key.sub=value ...]
@@ -36,8 +37,13 @@ COMPARED = {
     "high-entropy": "high-entropy tokens",
     "clip-cov": "Clip-Cov",
     "kl-cov": "KL-Cov",
+    "ppo": "PPO",
+    "spo-chain": "SPO-chain",
+    "spo-tree": "SPO-tree",
     "iterative-dpo": "iterative DPO",
 }
+OF_A_SHAPE = ("shape", "partition", "chain", "tree")  # the settings of section `rollout` that make a method
+STEPS, EVALUATE_EVERY = 20, 5
 
 
 def rungs_of(names: Sequence[str]) -> list[Rung]:
@@ -59,32 +65,39 @@ def rungs_of(names: Sequence[str]) -> list[Rung]:
 
 
 def write_recipes(rungs: Sequence[Rung], folder: Path) -> None:
-    """The recipe of each cell: the ladder's task, model and sizes, the method's algorithm; DAPO is the ladder's own."""
-    folder.mkdir(parents=True, exist_ok=True)
-    base = load_recipe(DAPO)
+    """The recipe of each cell, named as its rung."""
     for rung in rungs:
-        name = rung.recipe.partition("-")[2]
-        settings = base.model_dump()
-        if name != "dapo":
-            method = load_recipe(METHODS / f"{name}.yaml")
-            one_update = method.algorithm.mini_batch_prompts == method.rollout.prompts_per_step
-            settings["algorithm"] = method.algorithm.model_dump() | {
-                "mini_batch_prompts": base.rollout.prompts_per_step if one_update else base.algorithm.mini_batch_prompts
-            }
-            settings["algorithm"]["dynamic_sampling"]["max_waves"] = base.algorithm.dynamic_sampling.max_waves
-        settings["run"] |= {"name": rung.recipe, "directory": str(Path("runs") / "compare" / rung.recipe)}
-        write_text_atomically(folder / f"{rung.recipe}.yaml", to_yaml(settings))
+        _write_recipe(rung.recipe.partition("-")[2], folder / f"{rung.recipe}.yaml")
 
 
 def write_warm_recipe(folder: Path) -> Path:
-    """The recipe of the warm starts: the ladder's with a KL term, for a reference, which DPO must have from the start.
+    """The recipe of the warm starts: PPO's, whose run keeps a reference, as DPO must have from the start, and a critic.
 
     A cell without one may go on from it; no update is made before the cells part."""
-    settings = load_recipe(DAPO).model_dump()
-    settings["algorithm"]["kl"]["coefficient"] = 1.0
-    settings["run"] |= {"name": "warm", "directory": str(Path("runs") / "compare" / "warm")}
-    write_text_atomically(folder / "warm.yaml", to_yaml(settings))
+    _write_recipe("ppo", folder / "warm.yaml")
     return folder / "warm.yaml"
+
+
+def _write_recipe(method: str, file: Path) -> None:
+    """The ladder's task, model and sizes with the method's algorithm, critic and shape; DAPO is the ladder's own."""
+    base = load_recipe(DAPO)
+    settings = base.model_dump()
+    if method != "dapo":
+        own = load_recipe(METHODS / f"{method}.yaml")
+        settings["critic"] = own.critic.model_dump()
+        settings["algorithm"] = own.algorithm.model_dump()
+        responses = base.rollout.prompts_per_step * base.rollout.samples_per_prompt
+        prompts = responses // own.rollout.samples_per_prompt
+        updates = base.rollout.prompts_per_step // base.algorithm.mini_batch_prompts
+        one_update = own.algorithm.mini_batch_prompts == own.rollout.prompts_per_step
+        settings["algorithm"]["mini_batch_prompts"] = prompts if one_update else prompts // updates
+        settings["algorithm"]["dynamic_sampling"]["max_waves"] = base.algorithm.dynamic_sampling.max_waves
+        settings["rollout"] |= {"samples_per_prompt": own.rollout.samples_per_prompt, "prompts_per_step": prompts}
+        settings["rollout"] |= {key: own.rollout.model_dump()[key] for key in OF_A_SHAPE}
+    settings["run"] |= {"name": file.stem, "directory": str(Path("runs") / "compare" / file.stem), "steps": STEPS}
+    settings["evaluation"]["every"] = EVALUATE_EVERY
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(file, to_yaml(settings))
 
 
 def main() -> None:

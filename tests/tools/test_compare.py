@@ -26,13 +26,19 @@ def test_a_cell_is_the_ladders_recipe_with_the_methods_algorithm(recipes):
     for rung in rungs_of([]):
         recipe, name = load_recipe(recipes / f"{rung.recipe}.yaml"), rung.recipe.partition("-")[2]
         check_request(recipe)
-        for section in ("model", "data", "supervised", "rollout", "optimizer", "learner", "evaluation", "reward"):
+        for section in ("model", "data", "supervised", "optimizer", "learner", "reward"):
             assert getattr(recipe, section) == getattr(base, section), (name, section)
+        assert recipe.evaluation.samples == base.evaluation.samples
+        assert recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt == 256
+        assert recipe.rollout.max_response_length == base.rollout.max_response_length
         if name == "dapo":
             assert recipe.algorithm == base.algorithm
             continue
-        method = load_recipe(METHODS / f"{name}.yaml").algorithm
-        assert recipe.algorithm.mini_batch_prompts == (32 if name == "rloo" else 4)
+        whole = load_recipe(METHODS / f"{name}.yaml")
+        method = whole.algorithm
+        assert recipe.algorithm.mini_batch_prompts == {"rloo": 32, "ppo": 32}.get(name, 4)
+        assert (recipe.rollout.shape, recipe.rollout.tree) == (whole.rollout.shape, whole.rollout.tree)
+        assert recipe.critic == whole.critic
         for key in ("advantage", "policy_loss", "token_selection", "eps_low", "eps_high", "loss_aggregation", "kl_cov"):
             assert getattr(recipe.algorithm, key) == getattr(method, key), (name, key)
 
@@ -46,7 +52,7 @@ def test_every_cell_may_go_on_from_the_warm_start(recipes, tmp_path):
         recipe = load_recipe(recipes / f"{rung.recipe}.yaml", run)
         needing += recipe.algorithm.needs_reference
         claim_run_directory(recipe, resume=True, overwrite=False)
-    assert needing == 1
+    assert needing == 2  # PPO and iterative DPO
 
 
 def test_the_warm_start_has_a_recipe_of_its_own(recipes, tmp_path):
