@@ -21,6 +21,7 @@ from dapo_megatron.learner.checkpoint_saver import CheckpointSaver
 from dapo_megatron.learner.distributed import choose_device, form_groups
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.model import DTYPES, choose_layer_spec
+from dapo_megatron.learner.offload import OptimizerMemory
 from dapo_megatron.learner.reference import ReferenceWeights
 from dapo_megatron.prepare import RunPaths, encode_preferences, encode_prompts, planned_critic, run_paths
 from dapo_megatron.prompt_files import Side
@@ -57,6 +58,7 @@ class Run:
     prompt_order: PromptSampler | None
     data_lines: list[str]
     saver: CheckpointSaver
+    optimizer_memory: OptimizerMemory
     step: int = 0
     updates: int = 0
     supervised_done: list[int] = field(default_factory=list)
@@ -207,6 +209,9 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
         else PromptSampler(len(training.prompts), recipe.run.seed, recipe.data.shuffle),
         data_lines=data_lines,
         saver=CheckpointSaver(recipe.checkpoint, learner, paths.run, side_files=paths.model, critic=critic),
+        optimizer_memory=OptimizerMemory(
+            [learner] if critic is None else [learner, critic], offload=recipe.learner.offload_optimizer
+        ),
         critic=critic,
         supervised_done=[0] * len(recipe.supervised.stages),
     )

@@ -30,7 +30,8 @@ from dapo_megatron.supervised import run_stage
 def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = False) -> None:
     """Train until run.steps or a stop signal; every rank calls it. A checkpoint is left in both cases."""
     steps, checkpoint, evaluation = run.recipe.run.steps, run.recipe.checkpoint, run.recipe.evaluation
-    warm_start(run, journal, stop)
+    with run.optimizer_memory.on_device():
+        warm_start(run, journal, stop)
     if not stop.requested():
         begin_learning(run)
     with checkpoint_on_failure(run):
@@ -56,7 +57,7 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
             save_batch(run, sampled.trained)
         else:
             metrics |= held_on_card(run.learner.device, "learn")
-            with clock.phase("learn"):
+            with clock.phase("learn"), run.optimizer_memory.on_device():
                 metrics |= learner_metrics(learn(run, sampled.trained, sampled.kept))
             metrics |= generated_per_trained(metrics)
             run.surplus, run.acceptance = sampled.kept, sampled.acceptance
@@ -86,7 +87,7 @@ def train_from_files(run: Run, journal: Journal, stop: StopSignal, files: Sequen
             break
         clock = Clock()
         metrics = {"step": run.step + 1, "learning_rate": learning_rate(run)}
-        with clock.phase("learn"):
+        with clock.phase("learn"), run.optimizer_memory.on_device():
             metrics |= learner_metrics(learn(run, groups))
         run.step += 1
         journal.step(metrics | rollout_metrics(SampledStep(groups, groups, 1)) | clock.metrics())

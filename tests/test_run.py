@@ -57,7 +57,9 @@ SURPLUS = (
 
 # a second learner beside the policy
 CRITIC = ("algorithm.advantage=gae", "algorithm.whiten=true", "critic={learning_rate: 1.0e-3, epochs: 2}")
-WHOLE = (*SMALL, *LEARNABLE, *SURPLUS, *CRITIC)
+# checkpoints are taken while both optimizers' states are in host memory
+AWAY = ("learner.offload_optimizer=true",)
+WHOLE = (*SMALL, *LEARNABLE, *SURPLUS, *CRITIC, *AWAY)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,10 @@ class Learner(Section):
     fused_linear_loss: bool = False
     """Fuse the output layer's product into the loss, a chunk of rows at a time: the logits are never whole."""
 
+    offload_optimizer: bool = False
+    """Keep optimizer state and gradient buffers in host memory while no update is made, a critic's too: room for
+    engines on the learner's own GPUs, for a copy both ways a step."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = cuda where there is a GPU, else cpu."""
 
