@@ -42,6 +42,7 @@ class Cut:
     world: int = 1
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1
     share: float = 1.0
     backwards: bool = False
 
@@ -54,6 +55,7 @@ CUTS = (
     Cut("data parallel 2", world=2, share=0.6),
     Cut("tensor parallel 2", world=2, tensor=2),
     Cut("pipeline parallel 2", world=2, pipeline=2, share=0.6),
+    Cut("context parallel 2", world=2, context=2, share=0.6),
 )
 
 

@@ -75,7 +75,7 @@ def _outcome(recipe: Recipe, cut: Cut, folder: Path) -> Outcome:
     tokens = sum(PROMPT + len(c.tokens) for g in groups[:MINI_BATCH] for c in g.completions)
     budget = max(PROMPT + RESPONSE, int(cut.share * tokens) if cut.share < 1 else PROMPTS * tokens)
     changed = recipe.model_dump()
-    changed["parallel"] |= {"tensor": cut.tensor, "pipeline": cut.pipeline}
+    changed["parallel"] |= {"tensor": cut.tensor, "pipeline": cut.pipeline, "context": cut.context}
     changed["learner"] |= {"tokens_per_micro_batch": budget}
     cut_recipe = Recipe.model_validate(changed)
     architecture = read_architecture(folder)

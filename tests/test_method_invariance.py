@@ -33,7 +33,7 @@ def alone(model, out):
 
 @pytest.fixture(scope="module")
 def spread(model, out):
-    layouts = ["tp2pp2", "tp2pp1sp", "tp1pp1"]
+    layouts = ["tp2pp2", "tp2pp1sp", "tp1pp1", "tp1cp2pp2"]
     payload = {"model": model, "layouts": layouts, "budgets": [60], "methods": INVARIANT, "out": str(out)}
     return run_ranks(4, "tests.method_cases:every_method", payload)
 

@@ -46,13 +46,15 @@ class GroupRewards:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What a policy loss sees: the N trained tokens of one micro-batch, whole sequences of them; N may be 0.
+    """What a policy loss sees: the N trained tokens of one micro-batch, of whole sequences, or under context
+    parallelism this rank's tokens of them; N may be 0 then.
 
     logprobs_N, entropy_N: fp32, of the present policy, with gradient; nats.
     old_logprobs_N, advantages_N, penalties_N: fp32. penalties: 0 but on tokens that a method singled out (KL-Cov).
     loss_weights_N: fp32 > 0; aggregation and importance weights. A loss need not look at them: they are applied to it.
     sequences_N: int64, which of the micro-batch's `sequences` a token belongs to.
     eps_low, eps_high, eps_dual: settings of the recipe's section `algorithm`; clips_low: its `cispo.lower_clip`.
+    sum_over_ranks: sums a tensor over the ranks that share these sequences, differentiably; None where one has all.
     """
 
     logprobs_N: "Tensor"
@@ -67,6 +69,7 @@ class TokenBatch:
     eps_high: float = 0.28
     eps_dual: float | None = None
     clips_low: bool = False
+    sum_over_ranks: "Callable[[Tensor], Tensor] | None" = None
 
     def log_ratio(self) -> "Tensor":
         """log π − log π_old [N], clamped to ±20, gradient 0 where the clamp is active."""
@@ -77,6 +80,8 @@ class TokenBatch:
         empty = values_N.new_zeros(self.sequences)
         sums = empty.index_add(0, self.sequences_N, values_N)
         counts = empty.index_add(0, self.sequences_N, values_N.new_ones(values_N.shape))
+        if self.sum_over_ranks is not None:
+            sums, counts = self.sum_over_ranks(sums), self.sum_over_ranks(counts)
         return (sums / counts.clamp(min=1))[self.sequences_N]
 
 

@@ -164,8 +164,6 @@ def _pipeline_problems(parallel: Parallel, architecture: Architecture) -> list[s
 
 def _unsupported(parallel: Parallel) -> list[str]:
     problems = []
-    if parallel.context > 1:
-        problems.append(f"parallel.context={parallel.context} is not supported yet; use 1")
     if parallel.sequence and parallel.tensor == 1:
         problems.append("parallel.sequence=true needs parallel.tensor > 1; use parallel.sequence=false")
     return problems

@@ -18,7 +18,7 @@ class Parallel(Section):
     """Model chunks a pipeline rank, run interleaved; 1 = not interleaved."""
 
     context: int = Field(1, ge=1)
-    """Context-parallel size (ranks); more than 1 is not supported yet."""
+    """Context-parallel size (ranks): each has 1/context of every sequence, cut so that attention is balanced."""
 
     sequence: bool = False
     """Whether norms and residuals are cut along the sequence over the tensor-parallel ranks; needs tensor > 1."""

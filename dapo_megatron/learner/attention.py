@@ -16,6 +16,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from dapo_megatron.learner.context_parallel import ContextPlan, attend_pieces, gather_keys
+
 HAVE_VARLEN = False
 if torch.cuda.is_available():  # elsewhere the import alone would cost a second
     with suppress(ImportError):  # one variable-length flash-attention call, where this torch has it with shared heads
@@ -48,7 +50,8 @@ class RMSNorm(torch.nn.RMSNorm):
 class PackedCausalAttention(MegatronModule):
     """Causal softmax(q kᵀ · scale) v, one sequence at a time; grouped-query heads are shared, not copied.
 
-    Packed ("thd"): q [T, heads, d], k and v [T, kv heads, d] → [T, heads·d].
+    Packed ("thd"): q [T, heads, d], k and v [T, kv heads, d] → [T, heads·d]; under context parallelism the rows are
+    this rank's, and packed_seq_params has a `context_plan`.
     Unpacked: q [S, B, heads, d], k and v [S, B, kv heads, d] → [S, B, heads·d].
     """
 
@@ -71,8 +74,19 @@ class PackedCausalAttention(MegatronModule):
         if packed_seq_params is None:
             out = _causal(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), self.scale)
             return out.permute(2, 0, 1, 3).flatten(2)
+        varlen = query.is_cuda and HAVE_VARLEN and query.dtype in (torch.bfloat16, torch.float16)
+        plan: ContextPlan | None = getattr(packed_seq_params, "context_plan", None)
+        if plan is not None:
+            key, value = gather_keys(key, value, plan)
+            if not varlen:
+                return attend_pieces(query, key, value, plan, self.scale).flatten(1)
+            out = varlen_attn(
+                query, key[plan.key_rows], value[plan.key_rows], plan.cu_queries, plan.cu_keys,
+                plan.longest_queries, plan.longest_keys, window_size=(-1, 0), scale=self.scale, enable_gqa=True,
+            )  # fmt: skip
+            return out.flatten(1)  # flash attention ends the causal triangle at the last key, where a piece ends too
         cu_seqlens = packed_seq_params.cu_seqlens_q
-        if query.is_cuda and HAVE_VARLEN and query.dtype in (torch.bfloat16, torch.float16):
+        if varlen:
             longest = packed_seq_params.max_seqlen_q
             out = varlen_attn(
                 query, key, value, cu_seqlens, cu_seqlens, longest, longest,

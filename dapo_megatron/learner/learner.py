@@ -4,6 +4,7 @@ world.
 Every rank calls every method with the same batch; each takes its own share of it.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
@@ -26,9 +27,10 @@ from torch import Tensor, nn
 
 from dapo_megatron.config import Architecture, Layout
 from dapo_megatron.config.optimizer import Optimizer
-from dapo_megatron.data.packing import PackedBatch, assign_micro_batches, pack, packed_length
+from dapo_megatron.data.packing import PackedBatch, assign_micro_batches, pack, packed_length, sequence_rows
 from dapo_megatron.data.records import SequenceBatch
 from dapo_megatron.errors import RunError
+from dapo_megatron.learner.context_parallel import plan_context
 from dapo_megatron.learner.loss_kernel import choose_loss_kernel, take_output_layer
 from dapo_megatron.learner.losses import Head, RowLoss, score_rows, value_rows
 from dapo_megatron.learner.model import build_chunks, transformer_config
@@ -134,7 +136,7 @@ class Learner:
         flat = torch.zeros(kinds, starts[-1], device=self.device)  # Σ L columns
 
         def keep(output: Tensor, packed: PackedBatch) -> Tensor:
-            scores = score(output, packed)
+            scores = packed.whole(score(output, packed))
             for sequence, rows in packed.responses:
                 flat[:, starts[sequence] : starts[sequence + 1]] = scores[:, rows]
             return output.new_zeros(())
@@ -182,9 +184,10 @@ class Learner:
 
     def packing(self, batch: SequenceBatch, sequences: Sequence[int]) -> list[list[list[int]]]:
         """[data-parallel rank][micro-batch] → sequence numbers of the batch."""
+        context = self.layout.context
         assignment = assign_micro_batches(
-            [batch.length(s) for s in sequences],
-            token_budget=self.tokens_per_micro_batch,
+            [sequence_rows(batch.length(s), context) for s in sequences],
+            token_budget=sequence_rows(self.tokens_per_micro_batch, context),
             data_parallel=self.layout.data,
             multiple_of=self.layout.pipeline if self.layout.virtual_pipeline > 1 else 1,
         )
@@ -197,11 +200,13 @@ class Learner:
         backward shapes in an interleaved schedule of two stages, and hangs.
         """
         share = self.packing(batch, sequences)[parallel_state.get_data_parallel_rank()]
-        multiple = self.layout.tensor * self.layout.context
-        rows = [packed_length(sum(batch.length(s) for s in members), multiple) for members in share]
+        context = self.layout.context
+        multiple = self.layout.tensor if context == 1 else math.lcm(self.layout.tensor * context, 2 * context)
+        rows = [packed_length(sum(sequence_rows(batch.length(s), context) for s in m), multiple) for m in share]
         if self.layout.pipeline > 1:
             rows = [max(rows)] * len(rows)
-        return [pack(batch, m, length=n, device=self.device) for m, n in zip(share, rows, strict=True)]
+        place = (parallel_state.get_context_parallel_rank(), context)
+        return [pack(batch, m, length=n, device=self.device, context=place) for m, n in zip(share, rows, strict=True)]
 
     def forward_backward(
         self, packs: list[PackedBatch], on_logits: Callable[[Tensor, PackedBatch], Tensor], *, forward_only: bool
@@ -233,7 +238,7 @@ class Learner:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks,
             num_microbatches=len(packs),
-            seq_length=packs[0].tokens_T.numel(),
+            seq_length=packs[0].length,  # the schedules divide it by the context-parallel size
             micro_batch_size=1,
             forward_only=forward_only,
         )
@@ -255,10 +260,13 @@ def _finalize_undivided(model: list[nn.Module], _num_tokens: Tensor | None, **gr
 
 
 def _packed_params(packed: PackedBatch) -> PackedSeqParams:
-    return PackedSeqParams(
+    params = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=packed.cu_seqlens,
         cu_seqlens_kv=packed.cu_seqlens,
         max_seqlen_q=packed.longest,
         max_seqlen_kv=packed.longest,
     )
+    if packed.context > 1:
+        params.context_plan = plan_context(packed, parallel_state.get_context_parallel_group())
+    return params

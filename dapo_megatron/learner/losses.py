@@ -26,6 +26,7 @@ from torch import Tensor
 from dapo_megatron.algorithms.registry import LossMethod, TokenBatch, TokenLosses, raised
 from dapo_megatron.data.packing import PackedBatch
 from dapo_megatron.errors import RunError
+from dapo_megatron.learner.reductions import sum_over_context
 
 POLICY_SUMS = ("loss", "clip_low", "clip_high", "clip_dual", "ratio", "tokens", "kl_loss")
 SUPERVISED_SUMS = ("loss", "tokens")
@@ -161,7 +162,7 @@ def token_policy_loss(
 
     def loss(output: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         tokens = _trained_tokens(head, output, batch, settings)
-        found = _losses_of(method, tokens)
+        found = _losses_of(method, tokens, anywhere=batch.trained_rows > 0)
         losses_N = found.losses_N
         if entropy_coefficient:
             losses_N = losses_N - entropy_coefficient * tokens.entropy_N
@@ -195,14 +196,16 @@ def _trained_tokens(
         advantages_N=batch.advantages_T[rows],
         penalties_N=torch.zeros_like(old_N) if batch.penalties_T is None else batch.penalties_T[rows],
         loss_weights_N=batch.loss_weights_T[rows],
-        sequences_N=torch.bucketize(rows, batch.cu_seqlens.long(), right=True) - 1,
+        sequences_N=batch.sequences_N,
         sequences=batch.cu_seqlens.numel() - 1,
+        sum_over_ranks=sum_over_context if batch.context > 1 else None,
         **settings,
     )
 
 
-def _losses_of(method: LossMethod, tokens: TokenBatch) -> TokenLosses:
-    if tokens.logprobs_N.numel() == 0:  # padding alone; a method need not expect it
+def _losses_of(method: LossMethod, tokens: TokenBatch, *, anywhere: bool) -> TokenLosses:
+    """`anywhere`: whether this or another context-parallel rank has trained tokens; all must ask alike."""
+    if not anywhere:  # padding alone; a method need not expect it
         return TokenLosses(tokens.logprobs_N)
     told = f"algorithm.policy_loss={method.name}"
     try:

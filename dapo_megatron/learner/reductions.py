@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def speaks_for_its_tokens() -> bool:
-    """True on one rank for each data-parallel share: last pipeline stage, first tensor-parallel rank."""
+    """True on one rank for each token: last pipeline stage, first tensor-parallel rank."""
     return (
         parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -22,6 +22,24 @@ def sum_over_world(values: Tensor) -> Tensor:
         values = values.contiguous()
         dist.all_reduce(values)
     return values
+
+
+def sum_over_context(values: Tensor) -> Tensor:
+    """Σ of `values` over the context-parallel ranks, on all of them; differentiable, of the sum of their losses."""
+    return _SumOverContext.apply(values)
+
+
+class _SumOverContext(torch.autograd.Function):
+    @staticmethod
+    def forward(_: object, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total, group=parallel_state.get_context_parallel_group())
+        return total
+
+    @staticmethod
+    def backward(_: object, gradient: Tensor) -> Tensor:
+        # what this rank put in is in the losses of all ranks
+        return _SumOverContext.forward(None, gradient)
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

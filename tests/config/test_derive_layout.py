@@ -80,7 +80,6 @@ def test_more_tensor_ranks_than_key_value_heads():
             {},
             "parallel.virtual_pipeline=2 needs parallel.pipeline > 1; use virtual_pipeline=1",
         ),
-        ({"context": 2}, {}, "parallel.context=2 is not supported yet; use 1"),
         ({"sequence": True}, {}, "parallel.sequence=true needs parallel.tensor > 1; use parallel.sequence=false"),
         (
             {"tensor": 4, "pipeline": 2, "world": 12},
@@ -120,13 +119,12 @@ def test_everything_that_does_not_divide_is_told_at_once():
         {"tensor": 7, "pipeline": 3, "context": 2, "world": 5},
         algorithm={"mini_batch_prompts": 33},
     ).splitlines()
-    assert len(told) == 7
+    assert len(told) == 6
     for words in (
         "40 attention heads",
         "8 key/value heads",
         "ffn size 27648",
         "64 layers",
-        "parallel.context=2",
         "parallel.world=5 is not a multiple of 42",
         "mini_batch_prompts=33",
     ):
@@ -136,11 +134,13 @@ def test_everything_that_does_not_divide_is_told_at_once():
 powers = st.sampled_from([1, 2, 4, 8])
 
 
-@given(tensor=powers, pipeline=powers, chunks=powers, data=st.integers(1, 9), vocab=st.integers(1, 10**6))
-def test_a_layout_is_consistent(tensor, pipeline, chunks, data, vocab):
+@given(
+    tensor=powers, pipeline=powers, chunks=powers, context=powers, data=st.integers(1, 9), vocab=st.integers(1, 10**6)
+)
+def test_a_layout_is_consistent(tensor, pipeline, chunks, context, data, vocab):
     assume(pipeline > 1 or chunks == 1)
-    world = tensor * pipeline * data
-    parallel = {"tensor": tensor, "pipeline": pipeline, "virtual_pipeline": chunks}
+    world = tensor * pipeline * context * data
+    parallel = {"tensor": tensor, "pipeline": pipeline, "virtual_pipeline": chunks, "context": context}
     layout = derive_layout(recipe(parallel=parallel), replace(QWEN25_32B, vocab=vocab), world)
     assert layout.world == layout.tensor * layout.pipeline * layout.context * layout.data == world
     assert layout.layers_per_chunk * pipeline * chunks == 64

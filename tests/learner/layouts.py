@@ -13,10 +13,10 @@ from dapo_megatron.learner.learner import Learner
 
 
 def layout_of(name: str, layers: int, vocab: int) -> Layout:
-    """ "tp2pp2vpp2sp" → the Layout of the present world; what is not named is 1, data parallelism takes the rest."""
-    sizes = {"tp": 1, "pp": 1, "vpp": 1}
+    """ "tp2cp2pp2vpp2sp" → the Layout of the present world; what is not named is 1, data parallelism takes the rest."""
+    sizes = {"tp": 1, "cp": 1, "pp": 1, "vpp": 1}
     rest = name.removesuffix("sp")
-    for key in ("vpp", "pp", "tp"):
+    for key in ("vpp", "pp", "cp", "tp"):
         if key in rest:
             rest, _, size = rest.rpartition(key)
             sizes[key] = int(size)
@@ -26,8 +26,8 @@ def layout_of(name: str, layers: int, vocab: int) -> Layout:
         tensor=sizes["tp"],
         pipeline=sizes["pp"],
         virtual_pipeline=sizes["vpp"],
-        context=1,
-        data=world // (sizes["tp"] * sizes["pp"]),
+        context=sizes["cp"],
+        data=world // (sizes["tp"] * sizes["cp"] * sizes["pp"]),
         sequence_parallel=name.endswith("sp"),
         layers_per_chunk=layers // (sizes["pp"] * sizes["vpp"]),
         mini_batch_prompts=1,

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.distributed
 TEMPERATURE = 0.9
 LAYOUTS = {
     1: ["tp1pp1"],
-    2: ["tp2pp1", "tp2pp1sp", "tp1pp2", "tp1pp2vpp2", "tp1pp1"],
-    4: ["tp2pp2", "tp2pp2vpp2sp", "tp2pp1sp", "tp1pp2", "tp4pp1"],
+    2: ["tp2pp1", "tp2pp1sp", "tp1pp2", "tp1pp2vpp2", "tp1pp1", "tp1cp2pp1"],
+    4: ["tp2pp2", "tp2pp2vpp2sp", "tp2pp1sp", "tp1pp2", "tp4pp1", "tp2cp2pp1sp", "tp1cp2pp2vpp2"],
 }
 SHAPES = [(5, 12), (9, 30), (3, 21), (11, 7), (6, 40), (4, 18), (8, 25), (7, 33), (5, 2), (10, 28)]
 BUDGETS = [1000, 150, 82]  # tokens a micro-batch: 1, 2 and 4 micro-batches on one data-parallel rank
