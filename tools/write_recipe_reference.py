@@ -46,22 +46,14 @@ texts below are the docstrings. Edit those, not this file.
 
 Sizes that must divide each other are checked in `dapo_megatron/config/derive.py`, other rules between settings in
 `dapo_megatron/config/check.py`. All broken rules are told at once, before any rank starts.
-
-## Known and refused today
-
-These values have a place in the recipe and no implementation yet: {refused}.
 """
-
-REFUSED = ("parallel.context=2",)
-"""Overrides of a sound recipe, each refused although the models accept it; the tests hold this list to the code."""
 
 
 def render_reference() -> str:
     """The whole of docs/recipe.md."""
     overview = ["## Sections", "", "| section | about |", "| --- | --- |"]
     overview += [f"| [`{name}`](#{name}) | {_cell(field.description)} |" for name, field in Recipe.model_fields.items()]
-    refused = ", ".join(f"`{override}`" for override in REFUSED)
-    parts = [HEADER.format(refused=refused), "\n".join(overview) + "\n"]
+    parts = [HEADER, "\n".join(overview) + "\n"]
     for name, field in Recipe.model_fields.items():
         parts += _section(name, next(_sections_in(field.annotation)), level=2)
     return "\n".join(parts)
