@@ -91,7 +91,7 @@ class CheckpointSaver:
             folder=checkpoint_folder(self._run, state["step"]),
             builds={part: take_snapshot(one, self._memory[part]) for part, one in self._learners.items()},
             state={**state, "dtype": dtype_name(learner.dtype)},
-            random=take_random_states(learner.device),
+            random=take_random_states(learner.device, {part: one.groups for part, one in self._learners.items()}),
             groups=list(groups),
             side_files=self._side_files,
         )
