@@ -184,10 +184,20 @@ def test_a_critic_of_its_own_is_checked_before_launch(folders, tmp_path, critic,
         check_request(load_recipe(RECIPE, settings))
 
 
+def test_how_a_critic_is_cut_is_checked_before_launch(folders, tmp_path):
+    settings = [f"run.directory={tmp_path / 'run'}", *SMALL, "algorithm.advantage=gae"]
+    own = f"critic.path={folders['three heads']}"
+    check_request(load_recipe(RECIPE, [*settings, own, "critic.parallel={tensor: 1, pipeline: 4}"]))
+    for more in ([], [own]):
+        with pytest.raises(RequestError, match=r"critic.parallel.tensor=3 x .*pipeline=2 = 6 .* world of 4 ranks"):
+            check_request(load_recipe(RECIPE, [*settings, *more, "critic.parallel.tensor=3"]))
+
+
 @pytest.mark.parametrize(
     ("before", "now", "refused"),
     [
         (["algorithm.advantage=gae"], ["algorithm.advantage=gae", "critic.learning_rate=1.0e-6"], False),
+        (["algorithm.advantage=gae"], ["algorithm.advantage=gae", "critic.parallel.tensor=1"], False),
         (["algorithm.advantage=gae"], ["algorithm.advantage=group"], False),
         ([], ["algorithm.advantage=gae"], True),
         (["algorithm.advantage=gae"], ["algorithm.advantage=gae", "critic.path=other"], True),
