@@ -220,7 +220,14 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
         if training is None
         else PromptSampler(len(training.prompts), recipe.run.seed, recipe.data.shuffle),
         data_lines=data_lines,
-        saver=CheckpointSaver(recipe.checkpoint, learner, paths.run, side_files=paths.model, critic=critic),
+        saver=CheckpointSaver(
+            recipe.checkpoint,
+            learner,
+            paths.run,
+            side_files=paths.model,
+            critic=critic,
+            critic_files=None if recipe.critic.path is None else Path(recipe.critic.path),
+        ),
         critic=critic,
         supervised_done=[0] * len(recipe.supervised.stages),
     )

@@ -94,7 +94,9 @@ def _saved_and_resumed(payload: dict, pair: tuple[Learner, Learner], layouts: tu
         vars(parallel_state).update(dict.fromkeys(GLOBALS))
         build_state()  # a thread saves while any groups are in force
         vars(parallel_state).update(present)
-    saver = CheckpointSaver(Checkpoint(), policy, out, side_files=Path(payload["policy"]), critic=critic)
+    save_whole(critic, critic.weights, out / "saved critic")
+    folders = {"side_files": Path(payload["policy"]), "critic_files": Path(payload["critic"])}
+    saver = CheckpointSaver(Checkpoint(), policy, out, critic=critic, **folders)
     saver.save({"step": 1, UPDATES[POLICY]: 2, UPDATES[CRITIC]: 4, "best": None})
     second = _step(policy, critic, 2)
     saver.wait()

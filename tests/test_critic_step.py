@@ -1,5 +1,6 @@
 """What a critic's values become, without one: rewards and penalties a token, returns, what counts; refusals."""
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,15 +9,18 @@ import torch
 from safetensors.torch import load_file
 
 from dapo_megatron.config import Recipe, dump_recipe, load_recipe
+from dapo_megatron.conversion.command import convert
+from dapo_megatron.conversion.options import Options
 from dapo_megatron.critic_step import critic_step, estimate
 from dapo_megatron.errors import RequestError
 from dapo_megatron.files import write_text_atomically
+from dapo_megatron.learner.manifest import checkpoint_folder, write_manifest
 from dapo_megatron.prepare import check_request
 from dapo_megatron.run_directory import claim_run_directory
 from tests.command_line import RECIPE, SMALL
 from tests.policy_step_cases import groups
 from tests.ranks import run_ranks
-from tests.tiny_models import write_critic, write_model
+from tests.tiny_models import load_critic, write_critic, write_model
 
 
 def recipe(**algorithm: object) -> Recipe:
@@ -118,12 +122,12 @@ def ppo_runs(tmp_path_factory):
             paths = [root / str(world) / f"{name} {part}.safetensors" for part in ("policy", "critic")]
             runs[f"{world} {name}"] = (found, [load_file(path) for path in paths])
     before = [load_file(policy / "model.safetensors"), load_file(root / "critic" / "model.safetensors")]
-    return runs, before
+    return runs, before, root / "4"
 
 
 @pytest.mark.distributed
 def test_a_ppo_step_is_the_same_however_policy_and_critic_are_cut(ppo_runs):
-    runs, before = ppo_runs
+    runs, before, _ = ppo_runs
     expected, weights = runs["1 tp1pp1 tp1pp1"]
     assert expected["steps"][0]["critic"][4] != 0 and expected["steps"][0]["policy"][1] > 0
     for case, (found, own) in runs.items():
@@ -146,6 +150,25 @@ def test_a_critic_cut_otherwise_continues_exactly_from_its_checkpoint(ppo_runs):
     assert found["resumed"] == found["steps"][1] and found["exact"] == [True] * 4
     # three tracked generators of each model; the tensor-parallel one is another where the critic's place is another
     assert found["seeds"] == [[True, 6, rank % 2 == 1] for rank in range(4)]
+
+
+@pytest.mark.distributed
+def test_the_critic_of_a_checkpoint_becomes_a_token_classifier(ppo_runs, tmp_path, capsys):
+    root = ppo_runs[2]
+    checkpoint, critic = checkpoint_folder(root, 1), tmp_path / "critic"
+    convert("megatron-to-hf", checkpoint, critic, options=Options(critic=True))
+    assert "the critic alone is converted" in capsys.readouterr().out
+    found, expected = load_file(critic / "model.safetensors"), load_file(root / "saved critic.safetensors")
+    assert set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in found)
+    read_by_transformers = load_critic(critic).state_dict()
+    assert all(torch.equal(read_by_transformers[name], tensor) for name, tensor in expected.items())
+    convert("megatron-to-hf", checkpoint, tmp_path / "policy")
+    assert "the critic is left behind" in capsys.readouterr().out
+    assert set(load_file(tmp_path / "policy" / "model.safetensors")) == set(expected) - {"score.weight", "score.bias"}
+    shutil.rmtree(checkpoint / "critic")
+    write_manifest(checkpoint)
+    with pytest.raises(RequestError, match="holds no critic"):
+        convert("megatron-to-hf", checkpoint, tmp_path / "none", options=Options(critic=True))
 
 
 @pytest.fixture(scope="module")
