@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dapo_megatron.algorithms.extensions import load_extensions
-from dapo_megatron.config import Architecture, Layout, Recipe, derive_layout, read_architecture
+from dapo_megatron.config import Architecture, Layout, Recipe, derive_critic_layout, derive_layout, read_architecture
 from dapo_megatron.config.shape import SEGMENTED
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.data.sampler import PromptSampler
@@ -18,10 +18,12 @@ from dapo_megatron.engine_assembly import assemble_engines
 from dapo_megatron.engine_sync import EngineSync
 from dapo_megatron.launch import World
 from dapo_megatron.learner.checkpoint_saver import CheckpointSaver
-from dapo_megatron.learner.distributed import choose_device, form_groups
+from dapo_megatron.learner.distributed import choose_device
 from dapo_megatron.learner.learner import Learner
+from dapo_megatron.learner.manifest import CRITIC, POLICY
 from dapo_megatron.learner.model import DTYPES, choose_layer_spec
 from dapo_megatron.learner.offload import OptimizerMemory
+from dapo_megatron.learner.parallel_groups import form_groups, form_groups_beside
 from dapo_megatron.learner.reference import ReferenceWeights
 from dapo_megatron.prepare import RunPaths, encode_preferences, encode_prompts, planned_critic, run_paths
 from dapo_megatron.prompt_files import Side
@@ -94,9 +96,15 @@ class Run:
         }
 
     def ranks(self) -> dict:
-        """How the ranks share the model: what states of each rank depend on."""
-        layout = self.layout
-        return {"tensor": layout.tensor, "pipeline": layout.pipeline, "context": layout.context, "data": layout.data}
+        """How the ranks share the model, and a critic that they share otherwise: what states of each rank depend on."""
+        shared = _shared(self.layout)
+        if self.critic is None or self.critic.groups is self.learner.groups:
+            return shared
+        return shared | {CRITIC: _shared(self.critic.layout)}
+
+    def learners(self) -> dict[str, Learner]:
+        """By the name of its part in a checkpoint."""
+        return {POLICY: self.learner} | ({} if self.critic is None else {CRITIC: self.critic})
 
     def load_state(self, state: dict) -> None:
         """Stand where `state` was taken."""
@@ -107,6 +115,10 @@ class Run:
         self.supervised_done = [*done, *[0] * (len(self.recipe.supervised.stages) - len(done))]
         if self.prompt_order is not None and state["prompt_order"] is not None:
             self.prompt_order.load_state(state["prompt_order"])
+
+
+def _shared(layout: Layout) -> dict:
+    return {"tensor": layout.tensor, "pipeline": layout.pipeline, "context": layout.context, "data": layout.data}
 
 
 def group_settings(recipe: Recipe) -> dict:
@@ -129,7 +141,7 @@ def group_settings(recipe: Recipe) -> dict:
 def build_learner(
     recipe: Recipe, architecture: Architecture, layout: Layout, device: torch.device, weights: Path | None
 ) -> Learner:
-    """The learner of a recipe on the groups already formed."""
+    """The learner of a recipe on the groups in force."""
     return Learner(
         architecture,
         layout,
@@ -147,12 +159,14 @@ def build_learner(
 
 
 def build_critic(recipe: Recipe, policy: Architecture, world: World, device: torch.device) -> Learner | None:
-    """The critic of a recipe, None without one; on the policy's groups, with sizes of its own."""
+    """The critic of a recipe, None without one; on groups of its own where it is cut otherwise than the policy."""
     architecture, path = planned_critic(recipe, policy), recipe.critic.path
     if architecture is None:
         return None
-    layout = derive_layout(recipe, architecture, world.size)
-    return build_learner(recipe, architecture, layout, device, None if path is None else Path(path))
+    layout = derive_critic_layout(recipe, architecture, world.size)
+    groups = form_groups_beside(layout, seed=recipe.run.seed, time_limit_s=recipe.learner.time_limit_s)
+    with groups.in_force():
+        return build_learner(recipe, architecture, layout, device, None if path is None else Path(path))
 
 
 def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
@@ -208,7 +222,14 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
         if training is None
         else PromptSampler(len(training.prompts), recipe.run.seed, recipe.data.shuffle),
         data_lines=data_lines,
-        saver=CheckpointSaver(recipe.checkpoint, learner, paths.run, side_files=paths.model, critic=critic),
+        saver=CheckpointSaver(
+            recipe.checkpoint,
+            learner,
+            paths.run,
+            side_files=paths.model,
+            critic=critic,
+            critic_files=None if recipe.critic.path is None else Path(recipe.critic.path),
+        ),
         optimizer_memory=OptimizerMemory(
             [learner] if critic is None else [learner, critic], offload=recipe.learner.offload_optimizer
         ),

@@ -68,7 +68,7 @@ def synthetic_groups(recipe: Recipe) -> list[PromptGroup]:
 
 def _outcome(recipe: Recipe, cut: Cut, folder: Path) -> Outcome:
     from dapo_megatron.assemble import build_learner
-    from dapo_megatron.learner.distributed import form_groups
+    from dapo_megatron.learner.parallel_groups import form_groups
     from dapo_megatron.policy_step import learn_step
 
     groups = synthetic_groups(recipe)

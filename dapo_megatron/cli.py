@@ -271,9 +271,10 @@ def megatron_to_hf(
     file_size: FileSize = "4GiB",
     verify: Verify = True,
     allow_loss: AllowLoss = False,
+    critic: Annotated[bool, typer.Option("--critic", help="The run's critic, as a token classifier.")] = False,
 ) -> None:
     """Megatron sharded checkpoint of any layout → Hugging Face folder."""
-    options = {"dtype": dtype, "max_memory": max_memory, "verify": verify, "allow_loss": allow_loss}
+    options = {"dtype": dtype, "max_memory": max_memory, "verify": verify, "allow_loss": allow_loss, "critic": critic}
     _convert("megatron-to-hf", source, destination, overrides, {**options, "file_size": file_size})
 
 

@@ -17,6 +17,7 @@ from dapo_megatron.config import (
     Layout,
     Recipe,
     check_recipe,
+    derive_critic_layout,
     derive_layout,
     read_architecture,
 )
@@ -281,14 +282,18 @@ def _check_example_length(longest: int, data: str, recipe: Recipe, architecture:
 
 
 def _check_critic(recipe: Recipe, policy: Architecture, world: int | None) -> None:
-    """A critic from a folder of its own: its files, sizes under the policy's layout, vocabulary, positions."""
+    """How a critic is cut over the ranks; of one from a folder its files too, vocabulary and positions."""
     path = recipe.critic.path
-    if recipe.algorithm.advantage != "gae" or path is None:
+    if recipe.algorithm.advantage != "gae":
+        return
+    if path is None:
+        if recipe.critic.parallel.changed():  # else it is cut as the policy is
+            derive_critic_layout(recipe, planned_critic(recipe, policy), world)
         return
     critic = planned_critic(recipe, policy)
     check_checkpoint(Path(path), critic)
     try:
-        derive_layout(recipe, critic, world)
+        derive_critic_layout(recipe, critic, world)
     except RequestError as error:
         raise RequestError(f"critic.path={path}: {error}") from None
     if critic.vocab < policy.vocab:

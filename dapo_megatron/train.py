@@ -125,7 +125,7 @@ def begin_learning(run: Run) -> None:
     policy."""
     run.reference = keep_reference(run)
     if run.critic is not None and run.step == 0 and run.recipe.critic.path is None:
-        copy_decoder(run.learner, run.critic)
+        copy_decoder(run.learner, run.critic, run.recipe.resharding)
 
 
 def roll_out(run: Run) -> SampledStep:

@@ -84,15 +84,9 @@ def whole_on_rank_zero(
     `local` is the learner's weights, or anything of their shapes (gradients). For writing files a group at a time.
     """
     target = whole_layout(learner.architecture, [0], names)
-    source = learner.weight_layout
-    wanted = set(names)
-    part = type(source)(
-        {name: shape for name, shape in source.shapes.items() if name in wanted},
-        {rank: tuple(p for p in placed if p.name in wanted) for rank, placed in source.placements.items()},
-    )
     rank = torch.distributed.get_rank()
     transport = Transport(
-        make_plan(part, target),
+        make_plan(learner.weight_layout.only(names), target),
         rank,
         dtype=dtype,
         device=learner.device,

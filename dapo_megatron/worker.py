@@ -13,7 +13,7 @@ from dapo_megatron.launch import World
 from dapo_megatron.learner.checkpoint import load_checkpoint
 from dapo_megatron.learner.checkpoint_files import load_surplus, random_states_file
 from dapo_megatron.learner.distributed import choose_device, join_world, leave_world
-from dapo_megatron.learner.manifest import CRITIC, newest_checkpoint, read_state, set_aside_later, tidy_up
+from dapo_megatron.learner.manifest import newest_checkpoint, read_state, set_aside_later, tidy_up
 from dapo_megatron.learner.random_states import read_random_states, restore_random_states
 from dapo_megatron.monitoring import write_report
 from dapo_megatron.monitoring.journal import Journal
@@ -113,15 +113,15 @@ def _resume(run: Run) -> list[str]:
         raise RequestError("\n".join([*lines, "no sound checkpoint is left; start anew with --overwrite"]))
     if folder is None:
         return [*lines, "no checkpoint to resume from; starting at step 0"]
-    load_checkpoint(folder, run.learner)
-    if run.critic is not None:
-        load_checkpoint(folder, run.critic, CRITIC)
+    for part, learner in run.learners().items():
+        load_checkpoint(folder, learner, part)
     state = read_state(folder)
     run.load_state(state)
     run.surplus, dropped = still_fitting(load_surplus(folder), state, run.recipe)
     lines = [*lines, *dropped]
     if state.get("layout") == run.ranks():
-        restore_random_states(read_random_states(random_states_file(folder, run.world.rank)), run.device)
+        trackers = {part: learner.groups for part, learner in run.learners().items()}
+        restore_random_states(read_random_states(random_states_file(folder, run.world.rank)), run.device, trackers)
         run.saver.holds(run.state())
     else:
         lines = [*lines, "the checkpoint is of another layout: metrics will agree to rounding, not to the bit"]

@@ -1,20 +1,26 @@
 """What a critic's values become, without one: rewards and penalties a token, returns, what counts; refusals."""
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dapo_megatron.config import Recipe, dump_recipe, load_recipe
+from dapo_megatron.conversion.command import convert
+from dapo_megatron.conversion.options import Options
 from dapo_megatron.critic_step import critic_step, estimate
 from dapo_megatron.errors import RequestError
 from dapo_megatron.files import write_text_atomically
+from dapo_megatron.learner.manifest import checkpoint_folder, write_manifest
 from dapo_megatron.prepare import check_request
 from dapo_megatron.run_directory import claim_run_directory
 from tests.command_line import RECIPE, SMALL
 from tests.policy_step_cases import groups
-from tests.tiny_models import write_critic, write_model
+from tests.ranks import run_ranks
+from tests.tiny_models import load_critic, write_critic, write_model
 
 
 def recipe(**algorithm: object) -> Recipe:
@@ -96,6 +102,75 @@ def test_a_mini_batch_without_a_trained_token_is_skipped():
     assert np.isnan(step.explained_variance)
 
 
+LAYOUTS = {
+    1: [("tp1pp1", "tp1pp1")],
+    4: [("tp2pp2", "tp1pp1"), ("tp1pp2vpp2", "tp4pp1sp"), ("tp1pp1", "tp2pp2"), ("tp2pp1sp", "tp2pp1")],
+}
+
+
+@pytest.fixture(scope="module")
+def ppo_runs(tmp_path_factory):
+    """(what `ppo_steps` found of each pair of layouts, the weights after it)."""
+    root = tmp_path_factory.mktemp("ppo")
+    policy = write_model(root / "policy", "qwen2", tied=True)
+    payload = {"policy": str(policy), "critic": str(write_critic(root / "critic", policy))}
+    runs = {}
+    for world, layouts in LAYOUTS.items():
+        (root / str(world)).mkdir()
+        more = {"out": str(root / str(world)), "layouts": layouts, "save": "tp2pp2 tp1pp1"}
+        for name, found in run_ranks(world, "tests.critic_cases:ppo_steps", {**payload, **more}).items():
+            paths = [root / str(world) / f"{name} {part}.safetensors" for part in ("policy", "critic")]
+            runs[f"{world} {name}"] = (found, [load_file(path) for path in paths])
+    before = [load_file(policy / "model.safetensors"), load_file(root / "critic" / "model.safetensors")]
+    return runs, before, root / "4"
+
+
+@pytest.mark.distributed
+def test_a_ppo_step_is_the_same_however_policy_and_critic_are_cut(ppo_runs):
+    runs, before, _ = ppo_runs
+    expected, weights = runs["1 tp1pp1 tp1pp1"]
+    assert expected["steps"][0]["critic"][4] != 0 and expected["steps"][0]["policy"][1] > 0
+    for case, (found, own) in runs.items():
+        assert found["own groups"] == (case.split()[1].removesuffix("sp") != case.split()[2].removesuffix("sp")), case
+        for step, wanted in zip(found["steps"], expected["steps"], strict=True):
+            for key in ("values", "policy", "critic") if step is not None else ():
+                np.testing.assert_allclose(step[key], wanted[key], rtol=2e-5, atol=1e-5, err_msg=f"{case} {key}")
+        for tensors, wanted, start in zip(own, weights, before, strict=True):
+            assert set(tensors) == set(wanted)
+            for name, tensor in tensors.items():
+                begun = start.get(name, start.get(name.replace("model.", "", 1)))
+                moved = float((wanted[name] - begun).abs().max())
+                gap = float((tensor - wanted[name]).abs().max())
+                assert moved > 0 and gap <= 1e-3 * moved, (case, name, gap, moved)
+
+
+@pytest.mark.distributed
+def test_a_critic_cut_otherwise_continues_exactly_from_its_checkpoint(ppo_runs):
+    found = ppo_runs[0]["4 tp2pp2 tp1pp1"][0]
+    assert found["resumed"] == found["steps"][1] and found["exact"] == [True] * 4
+    # three tracked generators of each model; the tensor-parallel one is another where the critic's place is another
+    assert found["seeds"] == [[True, 6, rank % 2 == 1] for rank in range(4)]
+
+
+@pytest.mark.distributed
+def test_the_critic_of_a_checkpoint_becomes_a_token_classifier(ppo_runs, tmp_path, capsys):
+    root = ppo_runs[2]
+    checkpoint, critic = checkpoint_folder(root, 1), tmp_path / "critic"
+    convert("megatron-to-hf", checkpoint, critic, options=Options(critic=True))
+    assert "the critic alone is converted" in capsys.readouterr().out
+    found, expected = load_file(critic / "model.safetensors"), load_file(root / "saved critic.safetensors")
+    assert set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in found)
+    read_by_transformers = load_critic(critic).state_dict()
+    assert all(torch.equal(read_by_transformers[name], tensor) for name, tensor in expected.items())
+    convert("megatron-to-hf", checkpoint, tmp_path / "policy")
+    assert "the critic is left behind" in capsys.readouterr().out
+    assert set(load_file(tmp_path / "policy" / "model.safetensors")) == set(expected) - {"score.weight", "score.bias"}
+    shutil.rmtree(checkpoint / "critic")
+    write_manifest(checkpoint)
+    with pytest.raises(RequestError, match="holds no critic"):
+        convert("megatron-to-hf", checkpoint, tmp_path / "none", options=Options(critic=True))
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("critics")
@@ -132,10 +207,20 @@ def test_a_critic_of_its_own_is_checked_before_launch(folders, tmp_path, critic,
         check_request(load_recipe(RECIPE, settings))
 
 
+def test_how_a_critic_is_cut_is_checked_before_launch(folders, tmp_path):
+    settings = [f"run.directory={tmp_path / 'run'}", *SMALL, "algorithm.advantage=gae"]
+    own = f"critic.path={folders['three heads']}"
+    check_request(load_recipe(RECIPE, [*settings, own, "critic.parallel={tensor: 1, pipeline: 4}"]))
+    for more in ([], [own]):
+        with pytest.raises(RequestError, match=r"critic.parallel.tensor=3 x .*pipeline=2 = 6 .* world of 4 ranks"):
+            check_request(load_recipe(RECIPE, [*settings, *more, "critic.parallel.tensor=3"]))
+
+
 @pytest.mark.parametrize(
     ("before", "now", "refused"),
     [
         (["algorithm.advantage=gae"], ["algorithm.advantage=gae", "critic.learning_rate=1.0e-6"], False),
+        (["algorithm.advantage=gae"], ["algorithm.advantage=gae", "critic.parallel.tensor=1"], False),
         (["algorithm.advantage=gae"], ["algorithm.advantage=group"], False),
         ([], ["algorithm.advantage=gae"], True),
         (["algorithm.advantage=gae"], ["algorithm.advantage=gae", "critic.path=other"], True),

@@ -55,8 +55,12 @@ SURPLUS = (
 )
 
 
-# a second learner beside the policy
-CRITIC = ("algorithm.advantage=gae", "algorithm.whiten=true", "critic={learning_rate: 1.0e-3, epochs: 2}")
+# a second learner beside the policy, cut otherwise
+CRITIC = (
+    "algorithm.advantage=gae",
+    "algorithm.whiten=true",
+    "critic={learning_rate: 1.0e-3, epochs: 2, parallel: {tensor: 1, pipeline: 1}}",
+)
 # checkpoints are taken while both optimizers' states are in host memory
 AWAY = ("learner.offload_optimizer=true",)
 WHOLE = (*SMALL, *LEARNABLE, *SURPLUS, *CRITIC, *AWAY)

@@ -28,8 +28,9 @@ from dapo_megatron.config.architecture import architecture_from_dict  # noqa: E4
 from dapo_megatron.config.checkpoint import Checkpoint  # noqa: E402
 from dapo_megatron.config.optimizer import Optimizer  # noqa: E402
 from dapo_megatron.launch import World  # noqa: E402
-from dapo_megatron.learner.distributed import choose_device, form_groups, join_world, leave_world  # noqa: E402
+from dapo_megatron.learner.distributed import choose_device, join_world, leave_world  # noqa: E402
 from dapo_megatron.learner.model import DTYPES  # noqa: E402
+from dapo_megatron.learner.parallel_groups import form_groups  # noqa: E402
 
 VOCAB = 32768
 WAYS = ("waiting", "beside")

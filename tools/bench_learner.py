@@ -32,9 +32,10 @@ from dapo_megatron.config.optimizer import Optimizer  # noqa: E402
 from dapo_megatron.data.records import SequenceBatch, repeated, sequence_batch  # noqa: E402
 from dapo_megatron.errors import RequestError, RunError  # noqa: E402
 from dapo_megatron.launch import World  # noqa: E402
-from dapo_megatron.learner.distributed import choose_device, form_groups, join_world, leave_world  # noqa: E402
+from dapo_megatron.learner.distributed import choose_device, join_world, leave_world  # noqa: E402
 from dapo_megatron.learner.learner import Learner  # noqa: E402
 from dapo_megatron.learner.losses import policy_loss  # noqa: E402
+from dapo_megatron.learner.parallel_groups import form_groups  # noqa: E402
 from dapo_megatron.resharding.hf_layout import canonical_tensors  # noqa: E402
 from dapo_megatron.resharding.transport import local_view  # noqa: E402
 

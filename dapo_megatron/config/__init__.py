@@ -2,7 +2,7 @@
 
 from dapo_megatron.config.architecture import Architecture, read_architecture
 from dapo_megatron.config.check import check_recipe
-from dapo_megatron.config.derive import Layout, derive_layout
+from dapo_megatron.config.derive import Layout, derive_critic_layout, derive_layout
 from dapo_megatron.config.load import dump_recipe, load_recipe
 from dapo_megatron.config.recipe import Recipe
 
@@ -11,6 +11,7 @@ __all__ = [
     "Layout",
     "Recipe",
     "check_recipe",
+    "derive_critic_layout",
     "derive_layout",
     "dump_recipe",
     "load_recipe",

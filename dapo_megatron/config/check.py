@@ -151,8 +151,11 @@ def _algorithm(recipe: Recipe) -> Iterator[str]:
 def _critic(recipe: Recipe) -> Iterator[str]:
     algorithm, critic, steps = recipe.algorithm, recipe.critic, recipe.run.steps
     if algorithm.advantage != "gae":
-        for section, settings in (("critic", critic), ("algorithm.gae", algorithm.gae)):
+        sections = (("critic", critic), ("critic.parallel", critic.parallel), ("algorithm.gae", algorithm.gae))
+        for section, settings in sections:
             for name, value in settings.changed().items():
+                if value is critic.parallel:
+                    continue
                 yield (
                     f"{section}.{name}={value} is a setting of algorithm.advantage=gae, and {algorithm.advantage} has "
                     "no critic; remove it, or use advantage=gae"

@@ -43,12 +43,9 @@ def derive_layout(recipe: Recipe, architecture: Architecture, world: int | None 
     Raises RequestError with every size that does not divide, one a line.
     """
     parallel, algorithm, rollout = recipe.parallel, recipe.algorithm, recipe.rollout
-    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
-    size = next(n for n in (world, parallel.world, model_ranks) if n is not None)
+    size = _world_size(recipe, world)
     problems = [
-        *_tensor_problems(parallel, architecture),
-        *_pipeline_problems(parallel, architecture),
-        *_unsupported(parallel),
+        *_model_problems(parallel, architecture, "parallel"),
         *_world_problems(parallel, size, "world" if world is not None else "parallel.world"),
         *(vllm_tensor_problems(rollout.tensor, architecture) if rollout.engine == "vllm" else ()),
     ]
@@ -60,13 +57,62 @@ def derive_layout(recipe: Recipe, architecture: Architecture, world: int | None 
         )
     if problems:
         raise RequestError("\n".join(problems))
+    return _layout(recipe, parallel, architecture, size)
+
+
+def derive_critic_layout(recipe: Recipe, critic: Architecture, world: int | None = None) -> Layout:
+    """The layout of a recipe's critic, on the ranks of `derive_layout`.
+
+    Raises RequestError with every size of critic.parallel that does not divide, one a line.
+    """
+    parallel, size = critic_parallel(recipe), _world_size(recipe, world)
+    problems = _model_problems(parallel, critic, "critic.parallel")
+    ranks = parallel.tensor * parallel.pipeline * parallel.context
+    if size % ranks:
+        works = [str(n) for n in _nearest_divisors(size // parallel.context, ranks // parallel.context)]
+        policy = recipe.parallel
+        larger = math.lcm(ranks, policy.tensor * policy.pipeline * policy.context)
+        problems.append(
+            f"critic.parallel.tensor={parallel.tensor} x critic.parallel.pipeline={parallel.pipeline} = "
+            f"{parallel.tensor * parallel.pipeline} does not divide the world of {size} ranks; use a product of "
+            f"{join_or(works)}{f', or parallel.world={larger}' if world is None else ''}"
+        )
+    if problems:
+        raise RequestError("\n".join(problems))
+    return _layout(recipe, parallel, critic, size)
+
+
+def critic_parallel(recipe: Recipe) -> Parallel:
+    """The sizes of the critic's groups: its own, else the policy's."""
+    policy, own = recipe.parallel, recipe.critic.parallel
+    tensor, pipeline = own.tensor or policy.tensor, own.pipeline or policy.pipeline
+    virtual = policy.virtual_pipeline if pipeline == policy.pipeline else 1
+    sequence = policy.sequence and tensor > 1
+    return policy.model_copy(
+        update={
+            "tensor": tensor,
+            "pipeline": pipeline,
+            "virtual_pipeline": own.virtual_pipeline or virtual,
+            "sequence": sequence if own.sequence is None else own.sequence,
+        }
+    )
+
+
+def _world_size(recipe: Recipe, world: int | None) -> int:
+    parallel = recipe.parallel
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
+    return next(n for n in (world, parallel.world, model_ranks) if n is not None)
+
+
+def _layout(recipe: Recipe, parallel: Parallel, architecture: Architecture, world: int) -> Layout:
+    algorithm, rollout = recipe.algorithm, recipe.rollout
     return Layout(
-        world=size,
+        world=world,
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         virtual_pipeline=parallel.virtual_pipeline,
         context=parallel.context,
-        data=size // model_ranks,
+        data=world // (parallel.tensor * parallel.pipeline * parallel.context),
         sequence_parallel=parallel.sequence,
         layers_per_chunk=architecture.layers // (parallel.pipeline * parallel.virtual_pipeline),
         mini_batch_prompts=algorithm.mini_batch_prompts,
@@ -117,13 +163,21 @@ def vllm_tensor_problems(tensor: int, architecture: Architecture) -> list[str]:
     return problems
 
 
-def _tensor_problems(parallel: Parallel, architecture: Architecture) -> list[str]:
+def _model_problems(parallel: Parallel, architecture: Architecture, section: str) -> list[str]:
+    """Sizes of `section` that do not divide the model."""
+    problems = _tensor_problems(parallel, architecture, section) + _pipeline_problems(parallel, architecture, section)
+    if parallel.sequence and parallel.tensor == 1:
+        problems.append(f"{section}.sequence=true needs {section}.tensor > 1; use {section}.sequence=false")
+    return problems
+
+
+def _tensor_problems(parallel: Parallel, architecture: Architecture, section: str) -> list[str]:
     qkv_rows = (architecture.heads + 2 * architecture.kv_heads) * architecture.head_dim
     rules: list[tuple[str, Callable[[int], bool]]] = [
         *_head_rules(architecture),
         (f"does not divide {qkv_rows} query, key and value rows", lambda n: qkv_rows % n == 0),
     ]
-    return _broken("parallel.tensor", parallel.tensor, rules, architecture.heads)
+    return _broken(f"{section}.tensor", parallel.tensor, rules, architecture.heads)
 
 
 def _head_rules(architecture: Architecture) -> list[tuple[str, Callable[[int], bool]]]:
@@ -145,27 +199,20 @@ def _broken(name: str, value: int, rules: list[tuple[str, Callable[[int], bool]]
     ]
 
 
-def _pipeline_problems(parallel: Parallel, architecture: Architecture) -> list[str]:
+def _pipeline_problems(parallel: Parallel, architecture: Architecture, section: str) -> list[str]:
     problems = []
     pipeline, virtual = parallel.pipeline, parallel.virtual_pipeline
     if virtual > 1 and pipeline == 1:
-        problems.append(f"parallel.virtual_pipeline={virtual} needs parallel.pipeline > 1; use virtual_pipeline=1")
+        problems.append(f"{section}.virtual_pipeline={virtual} needs {section}.pipeline > 1; use virtual_pipeline=1")
     if architecture.layers % (pipeline * virtual):
         works = join_or([str(n) for n in _nearest_divisors(architecture.layers, pipeline * virtual)])
         if virtual == 1:
-            problems.append(f"parallel.pipeline={pipeline} does not divide {architecture.layers} layers; use {works}")
+            problems.append(f"{section}.pipeline={pipeline} does not divide {architecture.layers} layers; use {works}")
         else:
             problems.append(
-                f"parallel.pipeline={pipeline} x parallel.virtual_pipeline={virtual} = {pipeline * virtual} "
+                f"{section}.pipeline={pipeline} x {section}.virtual_pipeline={virtual} = {pipeline * virtual} "
                 f"does not divide {architecture.layers} layers; use a product of {works}"
             )
-    return problems
-
-
-def _unsupported(parallel: Parallel) -> list[str]:
-    problems = []
-    if parallel.sequence and parallel.tensor == 1:
-        problems.append("parallel.sequence=true needs parallel.tensor > 1; use parallel.sequence=false")
     return problems
 
 

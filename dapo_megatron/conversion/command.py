@@ -18,7 +18,7 @@ from dapo_megatron.conversion.targets import HuggingFaceTarget, MegatronTarget, 
 from dapo_megatron.conversion.verify import verify
 from dapo_megatron.conversion.workspace import Workspace, finished_bytes, open_workspace
 from dapo_megatron.errors import RequestError, RunError
-from dapo_megatron.learner.manifest import CRITIC, SURPLUS, check_manifest
+from dapo_megatron.learner.manifest import CRITIC, POLICY, SURPLUS, check_manifest
 from dapo_megatron.resharding.precision import EXPONENT_BITS
 
 SMALL_FILES_BYTES = 64 << 20  # tokenizer, metadata, journal
@@ -45,7 +45,8 @@ def convert(
     from_megatron, to_megatron = (side == "megatron" for side in kind.split("-to-"))
     if from_megatron:
         check_manifest(source_folder)
-    source = open_megatron(source_folder) if from_megatron else open_hugging_face(source_folder)
+    part = CRITIC if options.critic else POLICY
+    source = open_megatron(source_folder, part) if from_megatron else open_hugging_face(source_folder)
     dtype = _target_dtype(source, source_folder, options)
     carried = bool(source.optimizer_tensors) and to_megatron and not options.weights_only
     if carried and [dtype] != source.dtypes:
@@ -71,13 +72,16 @@ def convert(
         "settings": [*overrides] if to_megatron else options.file_size,
         "piece_bytes": piece_bytes,
         "optimizer": carried,
+        "part": part,
     }
     _check_room(destination, target, request)
     if source.optimizer_tensors:
         print(_optimizer_line(source, carried=carried, to_megatron=to_megatron))
     if from_megatron and (source_folder / SURPLUS).exists():
         print("groups kept for the next step are left behind")
-    if from_megatron and (source_folder / CRITIC).exists():
+    if options.critic:
+        print("the critic alone is converted, into a token classifier of one label")
+    elif from_megatron and (source_folder / CRITIC).exists():
         print("the critic is left behind")
     with open_workspace(destination, request) as workspace:
         _tell_reuse(workspace, target)

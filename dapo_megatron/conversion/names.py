@@ -51,7 +51,8 @@ def stored_shapes(a: Architecture, padded_vocab: int) -> dict[str, tuple[int, ..
     for link in links_of(a):
         ends = tuple(stop for _, stop in link.stored_box)
         shapes[link.stored] = tuple(map(max, shapes.get(link.stored, ends), ends))
-    return {name: (padded_vocab, a.hidden) if name in VOCABULARY else shape for name, shape in shapes.items()}
+    padded = VOCABULARY[:1] if a.value_head else VOCABULARY  # a critic's output layer is its value head
+    return {name: (padded_vocab, a.hidden) if name in padded else shape for name, shape in shapes.items()}
 
 
 def positions(layout: Layout) -> list[MegatronPosition]:

@@ -18,7 +18,8 @@ MOST_PIECE = 64 << 20  # larger ones are no faster
 
 @dataclass(frozen=True)
 class Options:
-    """`dtype`: a key of DTYPES; sizes in bytes; `weights_only`: leave optimizer state behind."""
+    """`dtype`: a key of DTYPES; sizes in bytes; `weights_only`: leave optimizer state behind; `critic`: that of the
+    checkpoint in the policy's place."""
 
     dtype: str = "keep"
     max_memory: int = 2 << 30
@@ -26,6 +27,7 @@ class Options:
     verify: bool = True
     allow_loss: bool = False
     weights_only: bool = False
+    critic: bool = False
 
     @property
     def piece_bytes(self) -> int:
@@ -55,6 +57,8 @@ def check_request(kind: str, source: Path, destination: Path, overrides: Sequenc
     """
     _check_options(options)
     _check_paths(source, destination)
+    if options.critic and kind != "megatron-to-hf":
+        raise RequestError(f"--critic is an option of megatron-to-hf; {kind} leaves a critic behind")
     for override in overrides:
         if not override.startswith("parallel."):
             raise RequestError(f"convert takes parallel.* settings only, not {override}")

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from dapo_megatron.config import Architecture, read_architecture
+from dapo_megatron.config.architecture import critic_of
 from dapo_megatron.conversion.names import VOCABULARY, Link, links_of, project, stored_shapes
 from dapo_megatron.conversion.regions import Region, StoredTensor, TensorFiles
 from dapo_megatron.conversion.shard_reader import ObjectPlace, read_shards
 from dapo_megatron.errors import RequestError, RunError
+from dapo_megatron.learner.manifest import CRITIC, POLICY
 from dapo_megatron.resharding.hf_files import TORCH_DTYPES
 from dapo_megatron.resharding.hf_layout import canonical_tensors, check_checkpoint, read_headers
 from dapo_megatron.resharding.layout import Box, intersect, volume, whole
@@ -116,14 +118,15 @@ def weight_name(stored: str) -> str:
     return stored.removeprefix(OPTIMIZER).partition(".")[2] if stored.startswith(OPTIMIZER) else stored
 
 
-def open_hugging_face(folder: Path) -> Source:
-    """A Hugging Face folder; only headers are read.
+def open_hugging_face(folder: Path, *, critic: bool = False) -> Source:
+    """A Hugging Face folder, of a critic if told so; only headers are read.
 
     Raises:
         RequestError: a folder that does not hold the tensors its config.json asks for; a header whose offsets do not
             fit its shapes.
     """
     architecture = read_architecture(folder)
+    architecture = critic_of(architecture) if critic else architecture
     check_checkpoint(folder, architecture)
     headers = read_headers(folder)
     offsets = {path: _data_offsets(path) for path in {path for path, _, _ in headers.values()}}
@@ -140,15 +143,21 @@ def open_hugging_face(folder: Path) -> Source:
     return Source(architecture, TensorFiles(tensors), megatron=False, side_files=folder)
 
 
-def open_megatron(folder: Path) -> Source:
-    """A checkpoint folder whose manifest has been checked; only metadata is read.
+def open_megatron(folder: Path, part: str = POLICY) -> Source:
+    """A checkpoint folder whose manifest has been checked; only metadata is read. `part`: POLICY or CRITIC.
 
     Raises:
-        RequestError: a weight that is missing or of another shape, a tensor that does not belong.
+        RequestError: no critic where one is asked for; a weight that is missing or of another shape, a tensor that does
+            not belong.
     """
+    if not (folder / part).is_dir():
+        raise RequestError(f"{folder} holds no {part}: its run had none, or it was converted, which leaves one behind")
     side_files = folder / "hf"
+    if (folder / part / "hf").is_dir():  # of a critic that began from a folder of its own
+        side_files = folder / part / "hf"
     architecture = read_architecture(side_files)
-    tensors, objects = read_shards(folder / "shards")
+    architecture = critic_of(architecture) if part == CRITIC else architecture
+    tensors, objects = read_shards(folder / part)
     embedding = tensors.get(VOCABULARY[0])
     rows = embedding.shape[0] if embedding is not None and embedding.shape else architecture.vocab
     expected = stored_shapes(architecture, max(rows, architecture.vocab))

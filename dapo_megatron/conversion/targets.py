@@ -62,11 +62,12 @@ class HuggingFaceTarget:
     def finish(self, workspace: Workspace) -> None:
         """See Target."""
         hf_writer.write_index(workspace.content, self.plans)
-        copy_side_files(self.source.side_files, workspace.content, self.dtype)
+        critic = self.source.architecture.value_head
+        copy_side_files(self.source.side_files, workspace.content, self.dtype, value_head=critic)
 
     def open(self, content: Path) -> Source:
         """See Target."""
-        return open_hugging_face(content)
+        return open_hugging_face(content, critic=self.source.architecture.value_head)
 
 
 class MegatronTarget:

@@ -25,6 +25,11 @@ def load_checkpoint(folder: Path, learner: Learner, part: str = POLICY) -> None:
     """
     if not (folder / part).is_dir():
         raise RequestError(f"{folder} holds no {part}: its run had none, or it was converted, which leaves one behind")
+    with learner.groups.in_force():
+        _load(folder, learner, part)
+
+
+def _load(folder: Path, learner: Learner, part: str) -> None:
     optimizer = learner.optimizer
     if optimizer is not None:
         ensure_state(optimizer)

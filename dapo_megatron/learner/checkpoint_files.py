@@ -2,7 +2,7 @@
 
     checkpoints/step-000010/
         shards/        model and optimizer, loadable at another TP/PP/DP
-        critic/        those of a critic, if there is one
+        critic/        those of a critic, if there is one; with hf/ of its own if it began from another folder
         random/        states of each rank's random number generators
         hf/            config.json and tokenizer, so that the folder can be converted alone
         surplus.safetensors   groups kept for the next step, if any
@@ -48,15 +48,15 @@ BACKEND = CheckpointingConfig("torch_dist", 1)
 
 @dataclass(frozen=True)
 class Content:
-    """What a checkpoint at `folder` is to hold. builds: folder of shards → as `take_snapshot` returns it; side_files: a
-    Hugging Face folder."""
+    """What a checkpoint at `folder` is to hold. builds: folder of shards → as `take_snapshot` returns it; side_files:
+    folder for config.json and tokenizer → the Hugging Face folder that they come from."""
 
     folder: Path
     builds: Mapping[str, Callable[[], dict]]
     state: dict
     random: RandomStates
     groups: Sequence[PromptGroup]
-    side_files: Path
+    side_files: Mapping[str, Path]
 
 
 @dataclass
@@ -91,7 +91,7 @@ def write_checkpoint(content: Content, group: dist.ProcessGroup) -> None:
     if rank == 0:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            for name in (*content.builds, "random", "hf"):
+            for name in (*content.builds, "random", *content.side_files):
                 (temporary / name).mkdir(parents=True)
         except OSError as error:
             refusal = [_why(error, content.folder)]
@@ -162,7 +162,8 @@ def _complete(content: Content, temporary: Path, shares: Sequence[_Share], commo
         with _hashed(shards / COMMON, sums, temporary) as file:
             torch.save(common[part], file)
         save_config(BACKEND, str(shards))
-    copy_side_files(content.side_files, temporary / "hf")
+    for name, folder in content.side_files.items():
+        copy_side_files(folder, temporary / name)
     write_text_atomically(temporary / "state.json", json.dumps(content.state, indent=2))
     if content.groups:
         save_groups(temporary / SURPLUS, content.groups)

@@ -53,15 +53,24 @@ class _Writing(threading.Thread):
 
 class CheckpointSaver:
     """Saves a learner, and its critic if there is one, under `run`/checkpoints; `side_files`: a Hugging Face folder
-    with the learner's config.json and tokenizer.
+    with the learner's config.json and tokenizer; `critic_files`: the critic's, if it is another.
 
     Every rank calls every method, `close` apart; all but `close` are collective.
     """
 
     def __init__(
-        self, settings: Checkpoint, learner: Learner, run: Path, *, side_files: Path, critic: Learner | None = None
+        self,
+        settings: Checkpoint,
+        learner: Learner,
+        run: Path,
+        *,
+        side_files: Path,
+        critic: Learner | None = None,
+        critic_files: Path | None = None,
     ) -> None:
-        self._settings, self._run, self._side_files = settings, run, side_files
+        self._settings, self._run, self._side_files = settings, run, {"hf": side_files}
+        if critic is not None and critic_files is not None:
+            self._side_files[f"{CRITIC}/hf"] = critic_files
         self._learners = {POLICY: learner} if critic is None else {POLICY: learner, CRITIC: critic}
         self._memory = {part: HostMemory() if settings.asynchronous else None for part in self._learners}
         self._group: dist.ProcessGroup | None = None
@@ -91,7 +100,7 @@ class CheckpointSaver:
             folder=checkpoint_folder(self._run, state["step"]),
             builds={part: take_snapshot(one, self._memory[part]) for part, one in self._learners.items()},
             state={**state, "dtype": dtype_name(learner.dtype)},
-            random=take_random_states(learner.device),
+            random=take_random_states(learner.device, {part: one.groups for part, one in self._learners.items()}),
             groups=list(groups),
             side_files=self._side_files,
         )

@@ -1,4 +1,4 @@
-"""One start-up for NCCL and gloo: this process's place in the world, its device, and megatron's groups."""
+"""One start-up for NCCL and gloo: this process's place in the world and its device."""
 
 import os
 from datetime import timedelta
@@ -6,15 +6,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from dapo_megatron.config import Layout
 from dapo_megatron.errors import RequestError
 from dapo_megatron.launch import World
-from dapo_megatron.learner import megatron_cpu
-
-megatron_cpu.install()
-
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+from dapo_megatron.learner.parallel_groups import forget_groups
 
 
 def choose_device(setting: str, local_rank: int) -> torch.device:
@@ -53,29 +47,8 @@ def join_world(world: World, *, device: torch.device, time_limit_s: float) -> No
     )
 
 
-def form_groups(layout: Layout, *, seed: int, time_limit_s: float) -> None:
-    """megatron's tensor-, pipeline- and data-parallel groups for the layout, and its random-number tracker."""
-    _forget_groups()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
-        context_parallel_size=layout.context,
-        distributed_timeout_minutes=max(1, round(time_limit_s / 60)),
-    )
-    model_parallel_cuda_manual_seed(seed)
-
-
 def leave_world() -> None:
     """Destroy all groups, if any."""
     if dist.is_initialized():
-        _forget_groups()
+        forget_groups()
         dist.destroy_process_group()
-
-
-def _forget_groups() -> None:
-    """Destroy megatron's groups, where formed: a gloo group left behind keeps three threads polling for ever."""
-    for group in parallel_state._global_process_group_list or ():
-        if group is not None:  # None stands for the default group
-            dist.destroy_process_group(group)
-    parallel_state.destroy_model_parallel()

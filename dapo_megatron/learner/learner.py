@@ -35,6 +35,7 @@ from dapo_megatron.learner.loss_kernel import choose_loss_kernel, take_output_la
 from dapo_megatron.learner.losses import Head, RowLoss, score_rows, value_rows
 from dapo_megatron.learner.model import build_chunks, transformer_config
 from dapo_megatron.learner.optimizer import build_optimizer, set_rates
+from dapo_megatron.learner.parallel_groups import ParallelGroups, groups_in_force
 from dapo_megatron.learner.reductions import sum_over_world
 from dapo_megatron.resharding.hf_files import read_placements
 from dapo_megatron.resharding.hf_layout import VALUE_HEAD
@@ -44,7 +45,8 @@ from dapo_megatron.resharding.megatron_layout import megatron_layout
 
 class Learner:
     """A model in Megatron shards, its gradient buffers and its optimizer: a policy, or a critic, whose architecture has
-    a value head and no `head`.
+    a value head and no `head`. The groups in force when it is built become its own: `layout` is what they were formed
+    for, and every method works on them.
 
     Args:
         architecture, layout: the model and how it is cut.
@@ -75,6 +77,7 @@ class Learner:
         fused_linear_loss: bool = False,
     ) -> None:
         self.architecture, self.layout, self.dtype, self.device = architecture, layout, dtype, device
+        self.groups: ParallelGroups = groups_in_force()
         self.layer_spec = layer_spec
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.config = transformer_config(architecture, layout, dtype=dtype, layer_spec=layer_spec, recompute=recompute)
@@ -141,18 +144,17 @@ class Learner:
                 flat[:, starts[sequence] : starts[sequence + 1]] = scores[:, rows]
             return output.new_zeros(())
 
-        self.forward_backward(self.packs(batch, range(len(batch))), keep, forward_only=True)
+        with self.groups.in_force():
+            self.forward_backward(self.packs(batch, range(len(batch))), keep, forward_only=True)
+            flat = sum_over_world(flat)
         return [
             # arrays of a sequence's size come from memory that earlier steps gave back, one of all would be fresh pages
             [values[start:stop].to("cpu", copy=True).numpy() for start, stop in pairwise(starts)]
-            for values in sum_over_world(flat)
+            for values in flat
         ]
 
     def gradients(self, batch: SequenceBatch, sequences: Sequence[int], loss: RowLoss) -> Tensor:
         """Leave the gradient of the mini-batch's loss in the gradient buffers; returns the loss's sums, fp64 [K]."""
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
         sums: list[Tensor] = []
 
         def keep_sums(logits_TV: Tensor, packed: PackedBatch) -> Tensor:
@@ -160,8 +162,13 @@ class Learner:
             sums.append(terms)
             return value
 
-        self.forward_backward(self.packs(batch, sequences), keep_sums, forward_only=False)
-        return sum_over_world(sum(sums, start=torch.zeros(loss.width, dtype=torch.float64, device=self.device))).cpu()
+        with self.groups.in_force():
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            self.forward_backward(self.packs(batch, sequences), keep_sums, forward_only=False)
+            none = torch.zeros(loss.width, dtype=torch.float64, device=self.device)
+            return sum_over_world(sum(sums, start=none)).cpu()
 
     def step(self, learning_rate: float, weight_decay: float) -> float:
         """One optimizer step from the gradient buffers; returns the gradient's global norm before clipping.
@@ -170,7 +177,8 @@ class Learner:
             RunError: the norm is not finite, or the loss kernels noticed bad input.
         """
         set_rates(self.optimizer, learning_rate, weight_decay)
-        _, norm, _ = self.optimizer.step()
+        with self.groups.in_force():
+            _, norm, _ = self.optimizer.step()
         norm = float(norm or 0.0)
         # on a GPU the kernels answer bad input with NaN and a flag; this is the one place that waits to read it
         noticed = device_errors()
@@ -199,13 +207,14 @@ class Learner:
         Pipeline stages exchange tensors of one length: with variable ones megatron-core 0.16 confuses forward and
         backward shapes in an interleaved schedule of two stages, and hangs.
         """
-        share = self.packing(batch, sequences)[parallel_state.get_data_parallel_rank()]
         context = self.layout.context
+        with self.groups.in_force():
+            share = self.packing(batch, sequences)[parallel_state.get_data_parallel_rank()]
+            place = (parallel_state.get_context_parallel_rank(), context)
         multiple = self.layout.tensor if context == 1 else math.lcm(self.layout.tensor * context, 2 * context)
         rows = [packed_length(sum(sequence_rows(batch.length(s), context) for s in m), multiple) for m in share]
         if self.layout.pipeline > 1:
             rows = [max(rows)] * len(rows)
-        place = (parallel_state.get_context_parallel_rank(), context)
         return [pack(batch, m, length=n, device=self.device, context=place) for m, n in zip(share, rows, strict=True)]
 
     def forward_backward(
@@ -233,15 +242,16 @@ class Learner:
             return value, torch.zeros((), dtype=torch.int, device=self.device), {}
 
         iterators = [iter(packs) for _ in self.chunks]
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks,
-            num_microbatches=len(packs),
-            seq_length=packs[0].length,  # the schedules divide it by the context-parallel size
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        with self.groups.in_force():
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.chunks,
+                num_microbatches=len(packs),
+                seq_length=packs[0].length,  # the schedules divide it by the context-parallel size
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
 
     def _check_parameters(self) -> None:
         """The layout must name exactly this rank's parameters, or weights would be lost or left unset."""

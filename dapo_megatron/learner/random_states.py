@@ -7,6 +7,7 @@ continues exactly as well.
 
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from dapo_megatron.learner.parallel_groups import ParallelGroups
 
 TRACKER = "megatron."
 
@@ -29,8 +32,9 @@ class RandomStates:
     rest: dict[str, list]
 
 
-def take_random_states(device: torch.device) -> RandomStates:
-    """The states of this rank, copied."""
+def take_random_states(device: torch.device, trackers: Mapping[str, ParallelGroups]) -> RandomStates:
+    """The states of this rank, copied. `trackers`: by the name of a model its groups, which have tracked states of
+    their own; models of the same groups share them."""
     name, keys, place, has_gauss, gauss = np.random.get_state()
     version, python, python_gauss = random.getstate()
     tensors = {
@@ -40,23 +44,36 @@ def take_random_states(device: torch.device) -> RandomStates:
     }
     if device.type == "cuda":
         tensors["cuda"] = torch.cuda.get_rng_state(device)
-    for key, state in get_cuda_rng_tracker().get_states().items():
-        tensors[TRACKER + key] = state.clone()
+    for prefix, groups in _prefixes(trackers).items():
+        with groups.in_force():
+            tracked = get_cuda_rng_tracker().get_states()
+        tensors |= {prefix + key: state.clone() for key, state in tracked.items()}
     return RandomStates(tensors, {"numpy": [name, place, has_gauss, gauss], "python": [version, python_gauss]})
 
 
-def restore_random_states(states: RandomStates, device: torch.device) -> None:
-    """Put this rank's generators where they stood."""
+def restore_random_states(states: RandomStates, device: torch.device, trackers: Mapping[str, ParallelGroups]) -> None:
+    """Put this rank's generators where they stood; `trackers` as when they were taken."""
     tensors, rest = states.tensors, states.rest
     torch.set_rng_state(tensors["torch"])
     if device.type == "cuda" and "cuda" in tensors:
         torch.cuda.set_rng_state(tensors["cuda"], device)
-    tracked = {key.removeprefix(TRACKER): state for key, state in tensors.items() if key.startswith(TRACKER)}
-    get_cuda_rng_tracker().set_states(tracked)
+    for prefix, groups in _prefixes(trackers).items():
+        tracked = {key.removeprefix(prefix): state for key, state in tensors.items() if key.startswith(prefix)}
+        with groups.in_force():
+            get_cuda_rng_tracker().set_states(tracked)
     name, place, has_gauss, gauss = rest["numpy"]
     np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), place, has_gauss, gauss))
     version, python_gauss = rest["python"]
     random.setstate((version, tuple(tensors["python"].tolist()), python_gauss))
+
+
+def _prefixes(trackers: Mapping[str, ParallelGroups]) -> dict[str, ParallelGroups]:
+    """What names of tracked states begin with: of the first model TRACKER, of others cut differently their name too."""
+    found: dict[str, ParallelGroups] = {}
+    for name, groups in trackers.items():
+        if groups not in found.values():
+            found[f"{name}.{TRACKER}" if found else TRACKER] = groups
+    return found
 
 
 def random_states_bytes(states: RandomStates) -> bytes:

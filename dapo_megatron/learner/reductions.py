@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def speaks_for_its_tokens() -> bool:
-    """True on one rank for each token: last pipeline stage, first tensor-parallel rank."""
+    """True on one rank for each token, by the groups in force: last pipeline stage, first tensor-parallel rank."""
     return (
         parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         and parallel_state.get_tensor_model_parallel_rank() == 0

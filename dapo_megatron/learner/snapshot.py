@@ -56,6 +56,11 @@ def take_snapshot(learner: Learner, memory: HostMemory | None) -> Callable[[], d
     Returns a function that makes megatron's sharded state of them. It is collective over data-parallel ranks, on gloo
     groups that nothing else uses, and may be called once, in another thread if there is a copy.
     """
+    with learner.groups.in_force():
+        return _snapshot(learner, memory)
+
+
+def _snapshot(learner: Learner, memory: HostMemory | None) -> Callable[[], dict]:
     if learner.optimizer is not None:
         ensure_state(learner.optimizer)
     models = model_state(learner)

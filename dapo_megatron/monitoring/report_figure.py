@@ -1,4 +1,5 @@
-"""The picture of the report: eighteen cells, a panel for each thing to watch while training with DAPO."""
+"""The picture of the report: eighteen cells, a panel for each thing to watch while training with DAPO; three more for
+a critic."""
 
 import io
 import math
@@ -122,6 +123,22 @@ ENTROPY_PANELS = (
 )
 
 
+CRITIC_PANELS = (
+    Panel(
+        "Critic",
+        "explained variance",
+        (("critic/explained_variance", "explained variance", False),),
+        scale="symlog",  # far below 0 while a critic knows nothing
+    ),
+    Panel(
+        "Values",
+        "mean over trained tokens",
+        (("critic/value_mean", "values", False), ("critic/return_mean", "returns", False)),
+    ),
+    Panel("Critic loss", "mean of updates", (("critic/loss", "critic loss", False),), scale="auto"),
+)
+
+
 LENGTH_QUANTILES = Panel(
     "Response length, quantiles",
     "tokens",
@@ -134,12 +151,15 @@ HISTOGRAMS = (
 
 
 def draw_report(runs: Sequence[RunRecord]) -> bytes:
-    """PNG of 1600 x 3000 pixels. One run: a colour a metric; several: a colour a run and a line style a metric."""
+    """PNG of 1600 x 3000 pixels, 3500 high where a run has a critic. One run: a colour a metric; several: a colour a
+    run and a line style a metric."""
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": matplotlib.rcParams["backend"], **STYLE}):
-        figure = Figure(figsize=(16, 30), dpi=100, layout="constrained")
+        has_critic = any(run.series("critic/loss")[0] for run in runs)
+        rows = 7 if has_critic else 6
+        figure = Figure(figsize=(16, 5 * rows), dpi=100, layout="constrained")
         FigureCanvasAgg(figure)
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.14, wspace=0.03, hspace=0.03)
-        grid = figure.add_gridspec(6, 3)
+        grid = figure.add_gridspec(rows, 3)
         has_supervised = any(run.supervised_loss()[0] for run in runs)
         _draw_panel(figure.add_subplot(grid[0, : 2 if has_supervised else 3]), ACCURACY, runs)
         if has_supervised:
@@ -155,6 +175,8 @@ def draw_report(runs: Sequence[RunRecord]) -> bytes:
         _draw_panel(figure.add_subplot(grid[5, 0]), LENGTH_QUANTILES, runs)
         for place, (title, unit, key) in enumerate(HISTOGRAMS):
             _draw_histograms(figure.add_subplot(grid[5, 1 + place]), title, unit, key, runs)
+        for place, panel in enumerate(CRITIC_PANELS if has_critic else ()):
+            _draw_panel(figure.add_subplot(grid[6, place]), panel, runs)
         _draw_heading(figure, runs)
         figure.align_ylabels()
         buffer = io.BytesIO()

@@ -4,7 +4,7 @@ Canonical tensors bear their Hugging Face names and shapes. A layout is data: it
 world without that world existing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) along each dimension
@@ -30,6 +30,14 @@ class WeightLayout:
 
     shapes: Mapping[str, tuple[int, ...]]
     placements: Mapping[int, tuple[Placement, ...]]
+
+    def only(self, names: Collection[str]) -> "WeightLayout":
+        """What it says of the named tensors."""
+        wanted = set(names)
+        return WeightLayout(
+            {name: shape for name, shape in self.shapes.items() if name in wanted},
+            {rank: tuple(p for p in placed if p.name in wanted) for rank, placed in self.placements.items()},
+        )
 
 
 def whole(shape: tuple[int, ...]) -> Box:

@@ -79,6 +79,7 @@ def test_what_is_allowed(sections):
             {"critic": {"epochs": 2}, "algorithm": {"advantage": "group-mean"}},
             ["critic.epochs=2", "group-mean has no critic", "use advantage=gae"],
         ),
+        ({"critic": {"parallel": {"tensor": 1}}}, ["critic.parallel.tensor=1", "group has no critic", "remove it"]),
         (
             {"algorithm": {"advantage": "gae", "policy_loss": "dpo"}},
             ["algorithm.advantage=gae", "policy_loss=dpo", "use advantage=group"],

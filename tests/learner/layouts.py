@@ -8,8 +8,8 @@ import torch.distributed as dist
 from dapo_megatron.config import Layout, read_architecture
 from dapo_megatron.config.architecture import critic_of
 from dapo_megatron.config.optimizer import Optimizer
-from dapo_megatron.learner.distributed import form_groups
 from dapo_megatron.learner.learner import Learner
+from dapo_megatron.learner.parallel_groups import form_groups, form_groups_beside, groups_in_force
 
 
 def layout_of(name: str, layers: int, vocab: int) -> Layout:
@@ -44,20 +44,24 @@ def build(
     budget: int = 512,
     train: Optimizer | None = None,
     critic: bool = False,
+    beside: bool = False,
     **options: object,
 ) -> Learner:
-    """A learner, or a critic, with the folder's weights under the named layout, fp32."""
+    """A learner, or a critic, with the folder's weights under the named layout, fp32. Earlier learners of another
+    layout cannot be used any more, unless it is built `beside` them."""
     architecture = read_architecture(Path(folder))
     architecture = critic_of(architecture) if critic else architecture
     layout = layout_of(name, architecture.layers, architecture.vocab)
-    form_groups(layout, seed=0, time_limit_s=120)
-    return Learner(
-        architecture,
-        layout,
-        device=torch.device("cpu"),
-        layer_spec="local",
-        tokens_per_micro_batch=budget,
-        weights=Path(folder),
-        optimizer=train,
-        **{"dtype": torch.float32, **options},
-    )
+    present = groups_in_force()
+    form = form_groups if present is None or not (beside or present.serve(layout)) else form_groups_beside
+    with form(layout, seed=0, time_limit_s=120).in_force():
+        return Learner(
+            architecture,
+            layout,
+            device=torch.device("cpu"),
+            layer_spec="local",
+            tokens_per_micro_batch=budget,
+            weights=Path(folder),
+            optimizer=train,
+            **{"dtype": torch.float32, **options},
+        )

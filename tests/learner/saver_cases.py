@@ -20,7 +20,8 @@ from dapo_megatron.learner.checkpoint import load_checkpoint
 from dapo_megatron.learner.checkpoint_files import load_surplus, random_states_file
 from dapo_megatron.learner.checkpoint_saver import CheckpointSaver
 from dapo_megatron.learner.learner import Learner
-from dapo_megatron.learner.manifest import checkpoint_folder, newest_checkpoint
+from dapo_megatron.learner.manifest import POLICY, checkpoint_folder, newest_checkpoint
+from dapo_megatron.learner.parallel_groups import groups_in_force
 from dapo_megatron.learner.random_states import read_random_states, restore_random_states
 from tests.data.test_group_files import group
 from tests.learner.batches import load_batch
@@ -160,7 +161,7 @@ def _random_states_come_back(path: Path) -> bool:
     states = read_random_states(path)
     drawn = []
     for _ in range(2):
-        restore_random_states(states, torch.device("cpu"))
+        restore_random_states(states, torch.device("cpu"), {POLICY: groups_in_force()})
         drawn.append([torch.rand(3).tolist(), np.random.rand(3).tolist(), np.random.randn(), random.random()])
     return _all(drawn[0] == drawn[1] and torch.rand(3).tolist() != drawn[0][0])
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dapo_megatron.config.optimizer import Optimizer
+from dapo_megatron.config.resharding import Resharding
 from dapo_megatron.data.records import SequenceBatch, sequence_batch
 from dapo_megatron.learner.critic import copy_decoder
 from dapo_megatron.learner.learner import Learner
@@ -73,7 +74,7 @@ def critic_gradients(payload: dict) -> dict[str, dict]:
                 for key, weight in critic.weights.items():
                     if "output_layer" not in key:
                         weight.zero_()
-                copy_decoder(build(payload["copied"], layout), critic)
+                copy_decoder(build(payload["copied"], layout), critic, Resharding())
                 same = zip(critic.values(batch), values, strict=True)
                 results[name]["kept by copying"] = all(np.array_equal(a, b) for a, b in same) and _copied_in_bf16(
                     payload, layout, batch
@@ -87,7 +88,7 @@ def _copied_in_bf16(payload: dict, layout: str, batch: SequenceBatch) -> bool:
     for weight in policy.weights.values():
         weight.mul_(2)
     critic = build(payload["critic"], layout, train=Optimizer(), critic=True, dtype=torch.bfloat16)
-    copy_decoder(policy, critic)
+    copy_decoder(policy, critic, Resharding())
     critic.gradients(batch, range(len(batch)), value_loss(denominator=batch.weight_sum, clip=None))
     critic.step(0.0, 0.0)
     return all(torch.equal(w, policy.weights[key]) for key, w in critic.weights.items() if "output_layer" not in key)

@@ -267,6 +267,21 @@ def test_the_entropy_law_is_drawn_and_told(tmp_path, monkeypatch):
     assert "R = -0.5·exp(H) +1.5; ceiling 1.000, error on the rest 0.100" in page
 
 
+def test_a_critic_has_panels_of_its_own(tmp_path, monkeypatch):
+    values = {
+        "critic/loss": 0.5,
+        "critic/explained_variance": -40.0,
+        "critic/value_mean": 1.0,
+        "critic/return_mean": 2.0,
+    }
+    runs = read_runs([make_run(tmp_path / "ppo", **values), make_run(tmp_path / "dapo")])
+    figure, panels = drawn_axes(runs, monkeypatch)
+    assert figure.get_size_inches().tolist() == [16, 35]
+    assert [list(line.get_ydata()) for line in panels["Values"].lines] == [[1.0] * 6, [2.0] * 6]
+    assert [list(line.get_ydata()) for line in panels["Critic"].lines] == [[-40.0] * 6]
+    assert [list(line.get_ydata()) for line in panels["Critic loss"].lines] == [[0.5] * 6]
+
+
 def test_histograms_are_of_the_first_the_middle_and_the_last_step(tmp_path, monkeypatch):
     values = {"histogram/reward": histogram([-1.0, -1.0, 1.0]), "histogram/response_length": histogram([7, 7])}
     runs = read_runs([make_run(tmp_path / "run", **values)])
