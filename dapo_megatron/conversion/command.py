@@ -18,7 +18,7 @@ from dapo_megatron.conversion.targets import HuggingFaceTarget, MegatronTarget, 
 from dapo_megatron.conversion.verify import verify
 from dapo_megatron.conversion.workspace import Workspace, finished_bytes, open_workspace
 from dapo_megatron.errors import RequestError, RunError
-from dapo_megatron.learner.manifest import CRITIC, SURPLUS, check_manifest
+from dapo_megatron.learner.manifest import CRITIC, REFERENCE, SURPLUS, check_manifest
 from dapo_megatron.resharding.precision import EXPONENT_BITS
 
 SMALL_FILES_BYTES = 64 << 20  # tokenizer, metadata, journal
@@ -79,6 +79,8 @@ def convert(
         print("groups kept for the next step are left behind")
     if from_megatron and (source_folder / CRITIC).exists():
         print("the critic is left behind")
+    if from_megatron and (source_folder / REFERENCE).exists():
+        print("the reference policy is left behind")
     with open_workspace(destination, request) as workspace:
         _tell_reuse(workspace, target)
         _write_files(target, workspace, destination)

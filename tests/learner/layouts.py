@@ -44,13 +44,16 @@ def build(
     budget: int = 512,
     train: Optimizer | None = None,
     critic: bool = False,
+    groups: bool = True,
     **options: object,
 ) -> Learner:
-    """A learner, or a critic, with the folder's weights under the named layout, fp32."""
+    """A learner, or a critic, with the folder's weights under the named layout, fp32; `groups`: whether the layout's
+    are formed, not so for a second model beside one."""
     architecture = read_architecture(Path(folder))
     architecture = critic_of(architecture) if critic else architecture
     layout = layout_of(name, architecture.layers, architecture.vocab)
-    form_groups(layout, seed=0, time_limit_s=120)
+    if groups:
+        form_groups(layout, seed=0, time_limit_s=120)
     return Learner(
         architecture,
         layout,
