@@ -181,7 +181,9 @@ class Learner:
         return norm
 
     def packing(self, batch: SequenceBatch, sequences: Sequence[int]) -> list[list[list[int]]]:
-        """[data-parallel rank][micro-batch] → sequence numbers of the batch."""
+        """[data-parallel rank][micro-batch] → sequence numbers of the batch. Sequences without a trained token are left
+        out: nothing is asked of them."""
+        sequences = [s for s in sequences if batch.loss_weights[s].any()]
         assignment = assign_micro_batches(
             [batch.length(s) for s in sequences],
             token_budget=self.tokens_per_micro_batch,
