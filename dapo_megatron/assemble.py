@@ -39,7 +39,8 @@ from dapo_megatron.weight_sync import WeightSync
 @dataclass
 class Run:
     """One rank's parts. `grader` lives on rank 0; `engines` are servers, None with the embedded engine; `reference` is
-    there with a KL term, `critic` with algorithm.advantage=gae. `data_lines`: what is to be said about the training
+    there with a KL term or with DPO, in the model `resident` if there is one; `critic` with algorithm.advantage=gae.
+    `resumed` is the checkpoint that the run goes on from. `data_lines`: what is to be said about the training
     prompts. `step`, `updates`, `critic_updates`, `supervised_done` say where the run stands; `surplus` are mixed groups
     kept for the next step, `acceptance` is the running share of mixed groups, `best` the step of the best validation
     and its accuracy."""
@@ -67,6 +68,8 @@ class Run:
     surplus: list[PromptGroup] = field(default_factory=list)
     acceptance: float = 1.0
     reference: ReferenceWeights | None = None
+    resident: Learner | None = None
+    resumed: Path | None = None
     critic: Learner | None = None
     critic_updates: int = 0
     best: dict | None = None
@@ -139,20 +142,27 @@ def group_settings(recipe: Recipe) -> dict:
 
 
 def build_learner(
-    recipe: Recipe, architecture: Architecture, layout: Layout, device: torch.device, weights: Path | None
+    recipe: Recipe,
+    architecture: Architecture,
+    layout: Layout,
+    device: torch.device,
+    weights: Path | None,
+    *,
+    resident_reference: bool = False,
 ) -> Learner:
-    """The learner of a recipe on the groups in force."""
+    """The learner of a recipe on the groups in force; or the model that a resident reference lies in, bf16 and
+    without an optimizer."""
     return Learner(
         architecture,
         layout,
-        dtype=DTYPES[recipe.model.dtype],
+        dtype=torch.bfloat16 if resident_reference else DTYPES[recipe.model.dtype],
         device=device,
         layer_spec=choose_layer_spec(recipe.model.layer_spec, device),
         tokens_per_micro_batch=recipe.learner.tokens_per_micro_batch,
         temperature=recipe.rollout.temperature,
         recompute=recipe.learner.recompute,
         weights=weights,
-        optimizer=recipe.optimizer,
+        optimizer=None if resident_reference else recipe.optimizer,
         loss_kernel=recipe.learner.loss_kernel,
         fused_linear_loss=recipe.learner.fused_linear_loss,
     )
@@ -185,6 +195,9 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
     tokenizer = load_tokenizer(paths.model)
     learner = build_learner(recipe, architecture, layout, device, paths.model)
     critic = build_critic(recipe, architecture, world, device)
+    resident = None
+    if recipe.algorithm.needs_reference and recipe.algorithm.reference.placement == "resident":
+        resident = build_learner(recipe, architecture, layout, device, None, resident_reference=True)
     stops = stop_tokens(architecture.eos_token_ids, tokenizer)
     engines = sync = dispatcher = None
     if rollouts:
@@ -233,6 +246,7 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
         optimizer_memory=OptimizerMemory(
             [learner] if critic is None else [learner, critic], offload=recipe.learner.offload_optimizer
         ),
+        resident=resident,
         critic=critic,
         supervised_done=[0] * len(recipe.supervised.stages),
     )

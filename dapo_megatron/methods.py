@@ -13,6 +13,11 @@ from dapo_megatron.errors import RequestError
 from dapo_megatron.rewards.grader import GRADERS
 
 READ_BY = {"cispo": "cispo", "kl_cov": "kl-cov", "dpo": "dpo"}  # sections of one policy loss
+REFERENCES = {
+    "fixed": "what algorithm.kl and dpo measure from stays the policy before its first rollout step",
+    "periodic": "it becomes the policy after every reference.every-th step",
+    "ema": "it follows the policy as a moving average of its weights (reference.decay)",
+}
 OURS = ("clip", "gspo", "cispo", "kl-cov", "dpo")
 
 
@@ -35,7 +40,8 @@ def list_methods() -> str:
     for setting, methods in (("advantage", advantages()), ("policy_loss", policy_losses())):
         lines.append(f"algorithm.{setting}")
         lines += [f"  {name:<15} {method.description}" for name, method in methods.items()]
-    for setting, kinds in (("token_selection.kind", SELECTIONS), ("statistics", STATISTICS)):
+    kinds_of = {"token_selection.kind": SELECTIONS, "statistics": STATISTICS, "reference.kind": REFERENCES}
+    for setting, kinds in kinds_of.items():
         lines.append(f"algorithm.{setting}")
         lines += [f"  {name:<15} {description}" for name, description in kinds.items()]
     for setting, kinds in (("rollout.shape", SHAPES), ("reward.grader", GRADERS)):

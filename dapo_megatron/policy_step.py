@@ -75,17 +75,20 @@ def score_old_policy(
 
     A group drawn by an earlier policy keeps that policy's. Responses that overlong filtering takes out are not scored,
     theirs stay 0, unless their reward is charged for a KL divergence: it counts in their group's mean. `kept`: groups
-    of a later step, scored with the others. `reference`: leave its log-probs too, once a group.
+    of a later step, scored with the others. `reference`: leave its log-probs too; of one that stays once a group, of
+    one that moves anew in the step that trains the group.
     """
     overlong_filtering = algorithm.overlong_filtering and not charges_rewards(algorithm.kl)
-    groups = [*groups, *kept]
-    new = [group for group in groups if not group.old_logprobs]
+    known = [*groups, *kept]
+    new = [group for group in known if not group.old_logprobs]
     for group, logprobs, entropies in _score(learner, new, overlong_filtering):
         group.old_logprobs, group.entropies = logprobs, entropies
-    new = [group for group in groups if not group.reference_logprobs]
-    if reference is not None and new:
-        with reference.in_place():
-            for group, logprobs, _ in _score(learner, new, overlong_filtering):
+    if reference is None:
+        return
+    new = groups if reference.moves else [group for group in known if not group.reference_logprobs]
+    if new:
+        with reference.in_place() as model:
+            for group, logprobs, _ in _score(model, new, overlong_filtering):
                 group.reference_logprobs = logprobs
 
 

@@ -3,7 +3,8 @@
 RUN/config.yaml     the resolved recipe          RUN/model/    a model made from scratch, if the recipe asks for one
 RUN/data/           a generated task, likewise   RUN/checkpoints/, metrics.jsonl, samples.jsonl, report.{html,png}, hf/
 RUN/critic/         a critic, beside hf/
-RUN/reference/      the policy after supervised stages, where `algorithm.kl` or `policy_loss: dpo` needs it
+RUN/reference/      the policy after supervised stages, where `algorithm.kl` or `policy_loss: dpo` needs it and the
+                    reference stays fixed; one that moves is in the checkpoints
 """
 
 import shutil
@@ -129,6 +130,12 @@ def _check_same_start(recipe: Recipe, run: Path) -> None:
             f"algorithm.kl.coefficient={kl_now.coefficient} in algorithm.kl.place={kl_now.place} differs from "
             f"coefficient={kl_before.coefficient} in place={kl_before.place} in {run / 'config.yaml'}; only a new run "
             "may turn the KL term on or move it; use those, or coefficient=0"
+        )
+    kind_before, kind_now = begun.algorithm.reference.kind, recipe.algorithm.reference.kind
+    if recipe.algorithm.needs_reference and begun.algorithm.needs_reference and kind_now != kind_before:
+        problems.append(
+            f"algorithm.reference.kind={kind_now} differs from kind={kind_before} in {run / 'config.yaml'}, by which "
+            f"the reference has come to where it is; only a new run may change it, use kind={kind_before}"
         )
     if recipe.algorithm.policy_loss == "dpo" and not begun.algorithm.needs_reference:
         problems.append(

@@ -21,7 +21,7 @@ from dapo_megatron.monitoring.journal import Journal
 from dapo_megatron.monitoring.step_metrics import Clock, generated_per_trained, learner_metrics, rollout_metrics
 from dapo_megatron.policy_step import PolicyStep, learn_step, score_old_policy
 from dapo_megatron.prepare import encode_examples
-from dapo_megatron.reference_policy import keep_reference
+from dapo_megatron.reference_policy import keep_reference, move_reference
 from dapo_megatron.rollout.dynamic_sampling import SampledStep, sample_step
 from dapo_megatron.stop import StopSignal
 from dapo_megatron.supervised import run_stage
@@ -32,8 +32,8 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
     steps, checkpoint, evaluation = run.recipe.run.steps, run.recipe.checkpoint, run.recipe.evaluation
     with run.optimizer_memory.on_device():
         warm_start(run, journal, stop)
-    if not stop.requested():
-        begin_learning(run)
+    if not stop.requested() or (run.step and run.recipe.algorithm.reference.moves):
+        begin_learning(run)  # also before stopping at once, for the next checkpoint holds a reference that moves
     with checkpoint_on_failure(run):
         run.sync.push(run.updates)
     if run.step == 0 and not stop.requested():
@@ -59,6 +59,7 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
             metrics |= held_on_card(run.learner.device, "learn")
             with clock.phase("learn"), run.optimizer_memory.on_device():
                 metrics |= learner_metrics(learn(run, sampled.trained, sampled.kept))
+                metrics |= move_reference(run)
             metrics |= generated_per_trained(metrics)
             run.surplus, run.acceptance = sampled.kept, sampled.acceptance
         run.step += 1
@@ -89,6 +90,7 @@ def train_from_files(run: Run, journal: Journal, stop: StopSignal, files: Sequen
         metrics = {"step": run.step + 1, "learning_rate": learning_rate(run)}
         with clock.phase("learn"), run.optimizer_memory.on_device():
             metrics |= learner_metrics(learn(run, groups))
+            metrics |= move_reference(run)
         run.step += 1
         journal.step(metrics | rollout_metrics(SampledStep(groups, groups, 1)) | clock.metrics())
     save(run)
@@ -228,7 +230,7 @@ def save(run: Run) -> None:
     Raises:
         RunError: as `CheckpointSaver.save`; the judge's file could not be written, and then the checkpoint is.
     """
-    run.saver.save(run.state(), run.surplus)
+    run.saver.save(run.state(), run.surplus, run.reference)
     try:
         done_on_rank_zero(None if run.grader is None else run.grader.write_records, run.world.size)
     except RunError as error:

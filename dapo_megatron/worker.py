@@ -117,6 +117,7 @@ def _resume(run: Run) -> list[str]:
         load_checkpoint(folder, learner, part)
     state = read_state(folder)
     run.load_state(state)
+    run.resumed = folder
     run.surplus, dropped = still_fitting(load_surplus(folder), state, run.recipe)
     lines = [*lines, *dropped]
     if state.get("layout") == run.ranks():

@@ -1,5 +1,6 @@
 """Run on ranks: rollout steps with a reference policy and with groups kept from an earlier step."""
 
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.learner.reference import ReferenceWeights
 from dapo_megatron.policy_step import PolicyStep, learn_step, score_old_policy
 from tests.learner.layouts import build
+from tests.learner.reference_cases import moving
 from tests.random_groups import random_groups
 
 RATE = 3e-3
@@ -62,6 +64,8 @@ def steps(payload: dict) -> dict:
         "rewards": [g.rewards.tolist() for g in kept],
     }
 
+    report["trained rows alone"] = _same_without_untrained_rows(learner, fresh)
+
     charged = groups(3)
     in_reward = recipe(coefficient=0.05, place="reward", estimator="k1")
     score_old_policy(learner, charged, in_reward.algorithm, reference=reference)
@@ -80,13 +84,27 @@ def steps(payload: dict) -> dict:
     }
 
     other = build(payload["model"], "tp1pp2", temperature=0.9)
-    from_folder = ReferenceWeights(other, Path(payload["model"]))
+    from_folder = ReferenceWeights(other, folder=Path(payload["model"]))
     for weight in other.weights.values():
         weight.zero_()
     with from_folder.in_place():
         report["reference at another layout"] = _gap(_reference_scores(kept), _scores(other, kept))
     report["zeroed weights"] = float(sum(w.abs().sum() for w in other.weights.values()))
-    return report
+    return report | {"moving": moving(payload["model"], groups)}
+
+
+def _same_without_untrained_rows(learner, of: list[PromptGroup]) -> bool:
+    """Whether rows of no weight, each group's third here, are neither forwarded nor missed."""
+    batch = batch_of_groups(of, overlong_filtering=True, advantage_epsilon=0.0)
+    assert not any(batch.loss_weights[s].any() for s in range(2, len(batch), 3)), "the third responses are truncated"
+    trained = [s for s in range(len(batch)) if s % 3 != 2]
+    columns = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    part = replace(batch, **{name: [values[s] for s in trained] for name, values in columns.items() if values})
+    forwarded = sorted(s for rank in learner.packing(batch, range(len(batch))) for pack in rank for s in pack)
+    whole, alone = learner.score(batch), learner.score(part)
+    return forwarded == trained and all(
+        np.array_equal(whole[kind][s], alone[kind][i]) for kind in (0, 1) for i, s in enumerate(trained)
+    )
 
 
 def _facts(step: PolicyStep) -> dict:

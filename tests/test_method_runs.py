@@ -66,6 +66,19 @@ def test_a_critic_warms_up_alone_and_then_the_policy_moves(tmp_path):
     assert first["kl/mean"] == second["kl/mean"] == 0.0 and second["grad_norm"] > 0
 
 
+def test_supervised_stages_alone_end_with_an_evaluation_and_a_folder(tmp_path):
+    run = tmp_path / "run"
+    stages = "supervised.stages=[{data: worked, steps: 30, batch_sequences: 16, learning_rate: 3.0e-3}]"
+    recipe = str(ROOT / "recipes" / "methods" / "supervised.yaml")
+    result = run_command("train", recipe, f"run.directory={run}", stages, "evaluation.samples=1", time_limit_s=400)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (row,) = read_metrics(run / "metrics.jsonl")
+    assert row["step"] == 0 and 0 <= row["validation/accuracy"] <= 1 and "tokens/trained" not in row
+    losses = [step["loss/supervised"] for step in read_metrics(run / "supervised.jsonl")]
+    assert len(losses) == 30 and losses[-1] < losses[0] / 2
+    assert (run / "hf" / "model.safetensors").is_file() and (run / "report.html").is_file()
+
+
 def test_pairs_of_a_file_and_a_resumed_run_agree_to_the_bit(tmp_path):
     changes = ["optimizer.schedule=constant", "evaluation.every=0", "checkpoint.every=1", "monitoring.report=false"]
     changes.append("supervised.stages=[{data: worked, steps: 8, batch_sequences: 16, learning_rate: 1.0e-3}]")

@@ -11,9 +11,10 @@ from dapo_megatron.algorithms.advantage_rules import advantages_of
 from dapo_megatron.algorithms.extensions import load_extensions
 from dapo_megatron.algorithms.registry import GroupRewards, policy_losses, register_policy_loss
 from dapo_megatron.config import Recipe
+from dapo_megatron.config.algorithm import Reference
 from dapo_megatron.config.reward import Reward
 from dapo_megatron.errors import RequestError, RunError
-from dapo_megatron.methods import check_methods, list_methods
+from dapo_megatron.methods import REFERENCES, check_methods, list_methods
 from dapo_megatron.rewards.grader import GRADERS
 from tests.ranks import ROOT
 
@@ -239,3 +240,8 @@ def test_pairs_that_make_no_sense(settings, told):
 def test_every_grader_is_listed():
     assert set(GRADERS) == set(get_args(Reward.model_fields["grader"].annotation))
     assert all(f"  {name:<15} {told}" in list_methods() for name, told in GRADERS.items())
+
+
+def test_every_kind_of_reference_is_listed():
+    assert set(REFERENCES) == set(get_args(Reference.model_fields["kind"].annotation))
+    assert all(f"  {name:<15} {told}" in list_methods() for name, told in REFERENCES.items())

@@ -44,6 +44,20 @@ def test_the_coefficient_may_change_and_become_0(tmp_path, now):
     claim_run_directory(recipe, resume=True, overwrite=False)
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "refused"),
+    [("fixed", "ema", True), ("ema", "periodic", True), ("ema", "fixed", True), ("ema", "ema", False)],
+)
+def test_how_the_reference_moves_is_not_changed_by_a_resume(tmp_path, before, now, refused):
+    begun(tmp_path / "run", kl(0.1, "loss"), f"algorithm.reference.kind={before}")
+    settings = [kl(0.2, "loss"), f"algorithm.reference={{kind: {now}, placement: resident}}"]
+    recipe = load_recipe(RECIPE, [f"run.directory={tmp_path / 'run'}", *settings])
+    if not refused:
+        return claim_run_directory(recipe, resume=True, overwrite=False)
+    with pytest.raises(RequestError, match=f"kind={now} differs from kind={before}.*use kind={before}"):
+        claim_run_directory(recipe, resume=True, overwrite=False)
+
+
 def stages(*names: str) -> str:
     made = [f"{{data: {name}, steps: 2, batch_sequences: 8, learning_rate: 1.0e-3}}" for name in names]
     return f"supervised.stages=[{', '.join(made)}]"
@@ -64,7 +78,12 @@ def test_a_first_stage_is_not_added_behind_the_reference(tmp_path, before, coeff
 def test_a_reference_that_was_lost_or_damaged_is_told(tmp_path):
     recipe = load_recipe(RECIPE, [f"run.directory={tmp_path}", kl(0.1, "loss")])
     run = SimpleNamespace(
-        recipe=recipe, paths=SimpleNamespace(run=tmp_path), step=3, world=SimpleNamespace(rank=0, size=1)
+        recipe=recipe,
+        paths=SimpleNamespace(run=tmp_path),
+        step=3,
+        world=SimpleNamespace(rank=0, size=1),
+        learner=None,
+        resident=None,
     )
     with pytest.raises(RequestError, match=r"algorithm\.kl\.coefficient=0\.1 needs the reference.*use coefficient=0"):
         keep_reference(run)

@@ -52,6 +52,7 @@ SURPLUS = (
     "algorithm.dynamic_sampling={enabled: true, metric: reward_std, max_waves: 2, over_sampling: 2, adaptive: false}",
     "algorithm.importance_bound=2.0",
     "algorithm.kl={coefficient: 0.1, place: loss, estimator: k2}",
+    "algorithm.reference={kind: ema, decay: 0.9}",
 )
 
 
@@ -101,7 +102,8 @@ def test_a_run_leaves_what_it_promises(finished):
     # the first step is drawn by the reference itself
     assert trained[0]["kl/mean"] == trained[0]["kl/k2"] == 0.0
     assert all(line["kl/mean"] > 0 and line["kl/k2"] > 0 and line["kl/loss"] > 0 for line in trained[1:])
-    assert (run / "reference" / "manifest.json").is_file()
+    assert all(line["reference/moved"] > 0 for line in trained)
+    assert (run / "checkpoints" / "step-000002" / "reference").is_dir() and not (run / "reference").exists()
     assert "report.png" in output and "before:" in output and "after:" in output
     assert len(re.findall(r"^step +\d", output, re.M)) == 5
 
@@ -159,7 +161,7 @@ def test_resuming_under_another_layout_is_close(finished, tmp_path):
     assert found[:3] == expected[:3], "steps before the checkpoint are not made again"
     for line, wanted in zip(found[3:], expected[3:], strict=True):
         assert set(line) == set(wanted)
-        keys = {"loss/policy", "grad_norm", "entropy/mean", "reward/mean", "tokens/trained", "critic/loss"}
+        keys = {"loss/policy", "grad_norm", "entropy/mean", "reward/mean", "tokens/trained", "critic/loss", "kl/loss"}
         for key in {*keys, "critic/grad_norm", "critic/explained_variance"} & set(wanted):
             assert line[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-5), (line["step"], key)
 

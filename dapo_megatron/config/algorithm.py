@@ -33,7 +33,7 @@ class DynamicSampling(Section):
 
 
 class KL(Section):
-    """A penalty for leaving the reference: the frozen policy before its first rollout step, after supervised stages.
+    """A penalty for leaving the reference policy of `algorithm.reference`.
 
     With D = log pi - log pi_ref of a drawn token: k1 = D, k2 = D^2 / 2, k3 = exp(-D) - 1 + D.
     """
@@ -47,6 +47,32 @@ class KL(Section):
 
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """Which estimate of the divergence; k1 is for rewards only."""
+
+
+class Reference(Section):
+    """The reference policy that algorithm.kl and policy_loss: dpo measure from.
+
+    It begins as the policy before its first rollout step, after supervised stages.
+    """
+
+    kind: Literal["fixed", "periodic", "ema"] = "fixed"
+    """fixed: it stays that; periodic: after every `every`-th step it becomes the policy; ema: after each step every
+    weight becomes decay * reference + (1 - decay) * policy, summed in fp32 whatever model.dtype is."""
+
+    every: int = Field(10, ge=1)
+    """Rollout steps between two moves of kind: periodic."""
+
+    decay: float = Field(0.99, ge=0, le=1)
+    """How much of the reference kind: ema keeps at each step (tau)."""
+
+    placement: Literal["host", "resident"] = "host"
+    """host: in host memory, swapped into the model to score; resident: a second model in bf16 beside it, 2 bytes a
+    parameter, whatever model.dtype is, and nothing is swapped."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether it follows the policy."""
+        return self.kind != "fixed"
 
 
 class GAE(Section):
@@ -198,6 +224,9 @@ class Algorithm(Section):
 
     kl: KL = KL()
     """Penalty for leaving the reference policy; off in DAPO."""
+
+    reference: Reference = Reference()
+    """The policy that kl and dpo measure from."""
 
     dynamic_sampling: DynamicSampling = DynamicSampling()
     """Replacement of groups without a signal."""

@@ -24,6 +24,7 @@ def check_recipe(recipe: Recipe, architecture: Architecture) -> None:
         *_overlong(recipe),
         *_judge(recipe),
         *_algorithm(recipe),
+        *_reference(recipe),
         *_critic(recipe),
         *shape_problems(recipe),
         *_data(recipe),
@@ -145,6 +146,38 @@ def _algorithm(recipe: Recipe) -> Iterator[str]:
         yield (
             "algorithm.kl.estimator=k1 in algorithm.kl.place=loss has expected gradient 0 and would hold nothing back; "
             "use estimator=k3 or k2, or place=reward"
+        )
+
+
+def _reference(recipe: Recipe) -> Iterator[str]:
+    algorithm, shape = recipe.algorithm, recipe.rollout.shape
+    reference = algorithm.reference
+    if not algorithm.needs_reference:
+        for name, value in reference.changed().items():
+            yield (
+                f"algorithm.reference.{name}={value} would not act: nothing is measured from the reference with "
+                f"algorithm.kl.coefficient=0 and algorithm.policy_loss={algorithm.policy_loss}; leave it out, or use "
+                "kl.coefficient=0.01"
+            )
+        return
+    for name, kind in (("every", "periodic"), ("decay", "ema")):
+        if reference.kind != kind and name in reference.changed():
+            yield (
+                f"algorithm.reference.{name}={getattr(reference, name)} is a setting of kind={kind}, and "
+                f"algorithm.reference.kind={reference.kind} does not read it; leave it out, or use kind={kind}"
+            )
+    if shape != "preferences":
+        return
+    if reference.moves:
+        yield (
+            f"algorithm.reference.kind={reference.kind} would not act: with rollout.shape=preferences the log-probs of "
+            "the whole file are taken from the reference once, before the first step; use kind=fixed, or "
+            "rollout.shape=independent"
+        )
+    if reference.placement == "resident":
+        yield (
+            "algorithm.reference.placement=resident would keep a second model on the device that "
+            "rollout.shape=preferences scores with only once, before the first step; use host"
         )
 
 

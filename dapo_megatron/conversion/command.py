@@ -18,7 +18,7 @@ from dapo_megatron.conversion.targets import HuggingFaceTarget, MegatronTarget, 
 from dapo_megatron.conversion.verify import verify
 from dapo_megatron.conversion.workspace import Workspace, finished_bytes, open_workspace
 from dapo_megatron.errors import RequestError, RunError
-from dapo_megatron.learner.manifest import CRITIC, POLICY, SURPLUS, check_manifest
+from dapo_megatron.learner.manifest import CRITIC, POLICY, REFERENCE, SURPLUS, check_manifest
 from dapo_megatron.resharding.precision import EXPONENT_BITS
 
 SMALL_FILES_BYTES = 64 << 20  # tokenizer, metadata, journal
@@ -83,6 +83,8 @@ def convert(
         print("the critic alone is converted, into a token classifier of one label")
     elif from_megatron and (source_folder / CRITIC).exists():
         print("the critic is left behind")
+    if from_megatron and (source_folder / REFERENCE).exists():
+        print("the reference policy is left behind")
     with open_workspace(destination, request) as workspace:
         _tell_reuse(workspace, target)
         _write_files(target, workspace, destination)

@@ -1,6 +1,7 @@
 """A learner's checkpoint, loaded at any layout. checkpoint_saver.py writes it, checkpoint_files.py says which files
 there are."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from dapo_megatron.errors import RequestError
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.manifest import POLICY, UPDATES, read_state
-from dapo_megatron.learner.snapshot import ensure_state, model_state, optimizer_state, parts, set_steps
+from dapo_megatron.learner.snapshot import ensure_state, model_state, optimizer_state, parts, set_steps, weights_state
 
 
 def load_checkpoint(folder: Path, learner: Learner, part: str = POLICY) -> None:
@@ -23,23 +24,19 @@ def load_checkpoint(folder: Path, learner: Learner, part: str = POLICY) -> None:
     Raises:
         RequestError: the checkpoint is of another model, has no such part, or no optimizer state where one is wanted.
     """
-    if not (folder / part).is_dir():
-        raise RequestError(f"{folder} holds no {part}: its run had none, or it was converted, which leaves one behind")
+    _check_part(folder, part)
     with learner.groups.in_force():
-        _load(folder, learner, part)
+        _load_learner(folder, learner, part)
 
 
-def _load(folder: Path, learner: Learner, part: str) -> None:
+def _load_learner(folder: Path, learner: Learner, part: str) -> None:
     optimizer = learner.optimizer
     if optimizer is not None:
         ensure_state(optimizer)
     models = model_state(learner)
     template = models | optimizer_state(optimizer, models, loading=True)
     with torch.no_grad():
-        try:
-            loaded = dist_checkpointing.load(template, str(folder / part))
-        except (CheckpointingException, CheckpointException, KeyError) as error:
-            raise RequestError(f"{folder} does not fit this model: {str(error).splitlines()[0]}") from None
+        loaded = _load(template, folder, part)
         for v, model in enumerate(learner.models):
             model.load_state_dict(loaded[f"model{v}"], strict=False)
         if optimizer is not None:
@@ -48,6 +45,34 @@ def _load(folder: Path, learner: Learner, part: str) -> None:
                 _tolerate_step(own, loaded["optimizer"], updates)
             optimizer.load_state_dict(loaded["optimizer"])
             set_steps(optimizer, updates)
+
+
+@torch.no_grad()
+def load_weights(folder: Path, learner: Learner, part: str, values: Mapping[str, Tensor]) -> None:
+    """Fill `values`, under the keys of `learner.weights`, from what `take_weights` left in a checkpoint written at any
+    layout; exact, collective.
+
+    Raises:
+        RequestError: the checkpoint is of another model, or has no such part.
+    """
+    _check_part(folder, part)
+    with learner.groups.in_force():
+        loaded = _load(weights_state(learner, values), folder, part)
+    for v, model in enumerate(learner.models):
+        for name, _ in model.named_parameters():
+            values[f"chunk{v}.{name}"].copy_(loaded[f"model{v}"][name])
+
+
+def _check_part(folder: Path, part: str) -> None:
+    if not (folder / part).is_dir():
+        raise RequestError(f"{folder} holds no {part}: its run had none, or it was converted, which leaves one behind")
+
+
+def _load(template: dict, folder: Path, part: str) -> dict:
+    try:
+        return dist_checkpointing.load(template, str(folder / part))
+    except (CheckpointingException, CheckpointException, KeyError) as error:
+        raise RequestError(f"{folder} does not fit this model: {str(error).splitlines()[0]}") from None
 
 
 def _tolerate_step(part: MegatronOptimizer, loaded: dict, updates: int) -> None:

@@ -3,6 +3,7 @@
     checkpoints/step-000010/
         shards/        model and optimizer, loadable at another TP/PP/DP
         critic/        those of a critic, if there is one; with hf/ of its own if it began from another folder
+        reference/     weights of a reference policy that moves, if there is one
         random/        states of each rank's random number generators
         hf/            config.json and tokenizer, so that the folder can be converted alone
         surplus.safetensors   groups kept for the next step, if any

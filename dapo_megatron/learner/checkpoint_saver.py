@@ -17,9 +17,10 @@ from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.errors import RunError
 from dapo_megatron.learner.checkpoint_files import Content, write_checkpoint
 from dapo_megatron.learner.learner import Learner
-from dapo_megatron.learner.manifest import CRITIC, POLICY, checkpoint_folder, prune
+from dapo_megatron.learner.manifest import CRITIC, POLICY, REFERENCE, checkpoint_folder, prune
 from dapo_megatron.learner.random_states import take_random_states
-from dapo_megatron.learner.snapshot import HostMemory, take_snapshot
+from dapo_megatron.learner.reference import ReferenceWeights
+from dapo_megatron.learner.snapshot import HostMemory, take_snapshot, take_weights
 from dapo_megatron.resharding.hf_files import dtype_name
 
 UNTOUCHED = "older checkpoints are untouched"
@@ -72,7 +73,8 @@ class CheckpointSaver:
         if critic is not None and critic_files is not None:
             self._side_files[f"{CRITIC}/hf"] = critic_files
         self._learners = {POLICY: learner} if critic is None else {POLICY: learner, CRITIC: critic}
-        self._memory = {part: HostMemory() if settings.asynchronous else None for part in self._learners}
+        parts = (*self._learners, REFERENCE)
+        self._memory = {part: HostMemory() if settings.asynchronous else None for part in parts}
         self._group: dist.ProcessGroup | None = None
         self._writing: _Writing | None = None
         self._saved: dict | None = None
@@ -81,10 +83,10 @@ class CheckpointSaver:
         """The newest checkpoint is of `state`: it need not be written again."""
         self._saved = state
 
-    def save(self, state: dict, groups: Sequence[PromptGroup] = ()) -> None:
-        """Begin a checkpoint of the present weights and optimizer; `state` and `groups` as `Content` has them. Returns
-        once the state is copied; without `checkpoint.asynchronous` once it is written. Nothing is done when the last
-        checkpoint was of the same state.
+    def save(self, state: dict, groups: Sequence[PromptGroup] = (), reference: ReferenceWeights | None = None) -> None:
+        """Begin a checkpoint of the present weights and optimizer, and of a reference that moves; `state` and `groups`
+        as `Content` has them. Returns once the state is copied; without `checkpoint.asynchronous` once it is written.
+        Nothing is done when the last checkpoint was of the same state.
 
         Raises:
             RunError: an earlier checkpoint could not be written, on every rank alike; this one is not begun.
@@ -96,9 +98,12 @@ class CheckpointSaver:
             limit = timedelta(seconds=self._settings.time_limit_s)
             self._group = dist.new_group(backend="gloo", timeout=limit)
         learner = self._learners[POLICY]
+        builds = {part: take_snapshot(one, self._memory[part]) for part, one in self._learners.items()}
+        if reference is not None and reference.moves:
+            builds[REFERENCE] = take_weights(learner, reference.values, self._memory[REFERENCE])
         content = Content(
             folder=checkpoint_folder(self._run, state["step"]),
-            builds={part: take_snapshot(one, self._memory[part]) for part, one in self._learners.items()},
+            builds=builds,
             state={**state, "dtype": dtype_name(learner.dtype)},
             random=take_random_states(learner.device, {part: one.groups for part, one in self._learners.items()}),
             groups=list(groups),

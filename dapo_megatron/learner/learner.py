@@ -191,7 +191,9 @@ class Learner:
         return norm
 
     def packing(self, batch: SequenceBatch, sequences: Sequence[int]) -> list[list[list[int]]]:
-        """[data-parallel rank][micro-batch] → sequence numbers of the batch."""
+        """[data-parallel rank][micro-batch] → sequence numbers of the batch. Sequences without a trained token are left
+        out: nothing is asked of them."""
+        sequences = [s for s in sequences if batch.loss_weights[s].any()]
         context = self.layout.context
         assignment = assign_micro_batches(
             [sequence_rows(batch.length(s), context) for s in sequences],

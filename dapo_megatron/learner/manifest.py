@@ -19,6 +19,7 @@ MANIFEST = "manifest.json"
 BEST = "best.json"
 POLICY = "shards"  # the folder of its shards
 CRITIC = "critic"
+REFERENCE = "reference"  # one that moves
 UPDATES = {POLICY: "updates", CRITIC: "critic_updates"}  # where state.json counts them
 SURPLUS = "surplus.safetensors"  # groups kept for the next step
 HASHING_THREADS = 8

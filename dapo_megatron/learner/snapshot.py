@@ -5,7 +5,7 @@ Only the copy holds up training. Gathering the optimizer's shards, which takes m
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -82,6 +82,36 @@ def _snapshot(learner: Learner, memory: HostMemory | None) -> Callable[[], dict]
     if learner.device.type == "cuda":
         torch.cuda.synchronize(learner.device)
     return build
+
+
+def take_weights(learner: Learner, values: Mapping[str, Tensor], memory: HostMemory | None) -> Callable[[], dict]:
+    """As `take_snapshot` of weights that are not in the model: `values` under the keys of `learner.weights`."""
+    state = weights_state(learner, values)
+    if memory is not None:
+        memory.rewind()
+        state = _copied(state, memory)
+        if learner.device.type == "cuda":
+            torch.cuda.synchronize(learner.device)
+    return state.copy
+
+
+def weights_state(learner: Learner, values: Mapping[str, Tensor]) -> dict:
+    """`model_state` with `values` in the place of the weights, in their own dtype."""
+    return {
+        part: {
+            name: _holding(leaf, values[key]) if (key := f"{part.replace('model', 'chunk')}.{name}") in values else leaf
+            for name, leaf in leaves.items()
+        }
+        for part, leaves in model_state(learner).items()
+    }
+
+
+def _holding(leaf: ShardedTensor | ShardedTensorFactory, value: Tensor) -> ShardedTensor | ShardedTensorFactory:
+    twin = copy.copy(leaf)
+    twin.data = value
+    if isinstance(twin, ShardedTensor):
+        twin.dtype = value.dtype
+    return twin
 
 
 def model_state(learner: Learner) -> dict:

@@ -40,6 +40,9 @@ def refusal(shape: Architecture = SHAPE, **sections: dict) -> str:
         {"algorithm": {"kl": {"coefficient": 0.1, "estimator": "k2"}}},
         {"algorithm": {"kl": {"coefficient": 0.1, "estimator": "k1", "place": "reward"}}},
         {"algorithm": {"kl": {"estimator": "k1"}}},  # off
+        {"algorithm": {"kl": {"coefficient": 0.1}, "reference": {"kind": "periodic", "every": 1}}},
+        {"algorithm": {"kl": {"coefficient": 0.1}, "reference": {"kind": "ema", "decay": 1.0}}},
+        {"algorithm": {"policy_loss": "dpo", "reference": {"kind": "ema", "placement": "resident"}}},  # iterative DPO
         {"rollout": {"samples_per_prompt": 2, "temperature": 0.01}},
         {"learner": {"tokens_per_micro_batch": 22528}},
         {"run": {"directory": "out", "steps": 0}, "data": {}},
@@ -74,6 +77,29 @@ def test_what_is_allowed(sections):
         (
             {"algorithm": {"kl": {"coefficient": 0.1, "estimator": "k1"}}},
             ["algorithm.kl.estimator=k1", "algorithm.kl.place=loss", "gradient 0", "use estimator=k3", "place=reward"],
+        ),
+        (
+            {"algorithm": {"reference": {"kind": "ema"}}},
+            ["algorithm.reference.kind=ema", "kl.coefficient=0 and algorithm.policy_loss=clip", "leave it out"],
+        ),
+        (
+            {"algorithm": {"kl": {"coefficient": 0.1}, "reference": {"kind": "periodic", "decay": 0.5}}},
+            ["algorithm.reference.decay=0.5", "of kind=ema", "reference.kind=periodic", "use kind=ema"],
+        ),
+        (
+            {"algorithm": {"kl": {"coefficient": 0.1}, "reference": {"every": 3}}},
+            ["algorithm.reference.every=3", "reference.kind=fixed", "use kind=periodic"],
+        ),
+        (
+            {"algorithm": {"policy_loss": "dpo", "reference": {"kind": "ema"}}, "rollout": {"shape": "preferences"}},
+            ["algorithm.reference.kind=ema", "log-probs of the whole file", "use kind=fixed"],
+        ),
+        (
+            {
+                "algorithm": {"policy_loss": "dpo", "reference": {"placement": "resident"}},
+                "rollout": {"shape": "preferences"},
+            },
+            ["algorithm.reference.placement=resident", "only once", "use host"],
         ),
         (
             {"critic": {"epochs": 2}, "algorithm": {"advantage": "group-mean"}},

@@ -90,6 +90,8 @@ def test_the_last_override_wins_and_leaves_its_neighbours(recipe_file):
         ("run.steps={2024-01-01: 3}", "run.steps={datetime.date(2024, 1, 1): 3}: expected a whole number"),
         ("run.steps=-1", "run.steps=-1: must be at least 0; use 0"),
         ("optimizer.beta1=1", "optimizer.beta1=1: must be less than 1.0"),
+        ("algorithm.reference.decay=1.01", "algorithm.reference.decay=1.01: must be at most 1.0; use 1.0"),
+        ("algorithm.reference.every=0", "algorithm.reference.every=0: must be at least 1; use 1"),
         ("rollout.top_p=0", "rollout.top_p=0: must be more than 0.0"),
         ("rollout.top_p=1.5", "rollout.top_p=1.5: must be at most 1.0; use 1.0"),
         ("rollout.top_p=.nan", "rollout.top_p=NaN: expected a finite number"),

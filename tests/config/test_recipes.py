@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from dapo_megatron.config import load_recipe
+from dapo_megatron.config.algorithm import Reference
 from dapo_megatron.prepare import check_request
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -41,6 +42,9 @@ METHODS = {
     "ppo": {"advantage": "gae", "policy_loss": "clip", "eps_high": 0.2, "whiten": False},
     "ppo-tricks/whitening": {"advantage": "gae", "whiten": True, "mini_batch_prompts": 32},
     "ppo-tricks/large-batch": {"advantage": "gae", "whiten": True, "mini_batch_prompts": 64},
+    "ppo-tricks/ema-reference": {"advantage": "gae", "whiten": True, "reference": Reference(kind="ema", decay=0.9)},
+    "ppo-tricks/too-small-batch": {"advantage": "gae", "whiten": True, "mini_batch_prompts": 4},
+    "supervised": {"advantage": "group"},
     "dpo": {"policy_loss": "dpo", "mini_batch_prompts": 16},
     "iterative-dpo": {"policy_loss": "dpo", "statistics": "current"},
     "spo-chain": {"policy_loss": "clip", "eps_high": 0.2},
@@ -55,6 +59,15 @@ def test_every_method_has_its_recipe():
     folder = RECIPES / "methods"
     names = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")}
     assert names == {*METHODS, *ELSEWHERE, "base"}
+
+
+def test_too_small_batches_see_as_many_responses_as_those_they_are_compared_with():
+    small, large = (
+        load_recipe(RECIPES / "methods" / "ppo-tricks" / f"{n}.yaml") for n in ("too-small-batch", "whitening")
+    )
+    drawn = [recipe.run.steps * recipe.rollout.prompts_per_step for recipe in (small, large)]
+    alone = [recipe.critic.warmup_steps * recipe.rollout.prompts_per_step for recipe in (small, large)]
+    assert drawn[0] == drawn[1] and alone[0] == alone[1] and small.optimizer == large.optimizer
 
 
 @pytest.mark.parametrize("name", METHODS)
