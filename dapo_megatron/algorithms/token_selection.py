@@ -77,7 +77,7 @@ def kept_tokens(values: TokenValues, settings: SelectionSettings, key: tuple[int
 
 def penalised_tokens(values: TokenValues, share: float) -> np.ndarray:
     """bool [N]: the max(1, ⌊share·N⌋) tokens of highest covariance (KL-Cov, arXiv 2505.22617)."""
-    return _highest(covariances(values), _count(share, len(values)))
+    return top_share(covariances(values), share)
 
 
 def covariances(values: TokenValues) -> np.ndarray:
@@ -118,11 +118,16 @@ def _clip_cov(values: TokenValues, settings: SelectionSettings, key: tuple[int, 
 
 _KINDS: dict[str, Callable[[TokenValues, SelectionSettings, tuple[int, int, int]], np.ndarray]] = {
     "none": lambda values, settings, key: np.ones(len(values), bool),
-    "high-entropy": lambda values, settings, key: _highest(values.entropies_N, _count(settings.ratio, len(values))),
-    "low-entropy": lambda values, settings, key: _highest(-values.entropies_N, _count(settings.ratio, len(values))),
+    "high-entropy": lambda values, settings, key: top_share(values.entropies_N, settings.ratio),
+    "low-entropy": lambda values, settings, key: top_share(-values.entropies_N, settings.ratio),
     "low-probability": lambda values, settings, key: values.logprobs_N < np.log(np.float32(settings.threshold)),
     "clip-cov": _clip_cov,
 }
+
+
+def top_share(values_N: np.ndarray, share: float) -> np.ndarray:
+    """bool [N], True on the max(1, ⌊share·N⌋) highest values, share in (0, 1]; of equal ones the first. N may be 0."""
+    return _highest(values_N, _count(share, len(values_N)))
 
 
 def _count(share: float, tokens: int) -> int:
