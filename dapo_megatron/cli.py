@@ -154,6 +154,13 @@ def evaluate(
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option(help="Responses a problem, the k of avg@k.")] = 32,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 = greedy.")] = 1.0,
+    fork_temperature: Annotated[
+        float | None,
+        typer.Option(help="Another temperature for tokens above the entropy threshold.", show_default=False),
+    ] = None,
+    entropy_threshold: Annotated[
+        float | None, typer.Option(help="Entropy (nats) that such tokens exceed.", show_default=False)
+    ] = None,
     top_p: Annotated[float, typer.Option(help="Nucleus mass to sample from.")] = 0.7,
     max_tokens: Annotated[
         int | None, typer.Option(help="Longest response (default: the run's, else 20480).", show_default=False)
@@ -196,6 +203,8 @@ def evaluate(
         "evaluation": {
             "samples": samples,
             "temperature": temperature,
+            "fork_temperature": fork_temperature,
+            "entropy_threshold": entropy_threshold,
             "top_p": top_p,
             "max_prompts": max_problems,
             "seed": seed,

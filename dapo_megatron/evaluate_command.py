@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dapo_megatron.config import Architecture, Recipe, load_recipe, read_architecture
+from dapo_megatron.config.check import fork_problems
 from dapo_megatron.config.load import build_recipe
 from dapo_megatron.data.prompts import Prompt
 from dapo_megatron.errors import RequestError
@@ -96,7 +97,9 @@ def evaluation_recipe(
         merged[section] = merged.get(section, {}) | {k: v for k, v in values.items() if v is not None}
     merged["model"] = {"path": str(folder)}
     recipe = build_recipe(merged, overrides)
-    if recipe.evaluation.temperature == 0 and recipe.evaluation.samples > 1:
+    if problems := list(fork_problems(recipe, ("--fork-temperature", "--entropy-threshold"))):
+        raise RequestError("\n".join(problems))
+    if not recipe.evaluation.temperature and not recipe.evaluation.fork_temperature and recipe.evaluation.samples > 1:
         raise RequestError(
             f"--temperature 0 decodes greedily: all --samples {recipe.evaluation.samples} of a problem would be equal; "
             "use --samples 1 or a temperature above 0"
@@ -137,6 +140,8 @@ def as_json(found: Evaluated) -> dict[str, Any]:
         "model": str(found.model),
         "data": recipe.data.validation,
         "temperature": recipe.evaluation.temperature,
+        "fork_temperature": recipe.evaluation.fork_temperature,
+        "entropy_threshold": recipe.evaluation.entropy_threshold,
         "top_p": recipe.evaluation.top_p,
         "max_tokens": recipe.rollout.max_response_length,
         "seed": recipe.evaluation.seed,
@@ -151,13 +156,17 @@ def print_scores(found: Evaluated) -> None:
     scores, recipe = found.scores, found.recipe
     k, e = scores.samples, recipe.evaluation
     error = "" if math.isnan(scores.standard_error) else f" ± {scores.standard_error:.4f}"
+    forks = ""
+    if e.fork_temperature is not None:
+        forks = f" ({e.fork_temperature:g} above {e.entropy_threshold:g} nats of entropy)"
     answered = "" if scores.answered is None else f"; {scores.answered:.1%} give a final answer"
     rows = [
         ("model", str(found.model)),
         ("data", f"{recipe.data.validation}: {scores.problems} problems, {k} samples each"),
         (
             "sampling",
-            f"temperature {e.temperature:g}, top-p {e.top_p:g}, at most {recipe.rollout.max_response_length} tokens",
+            f"temperature {e.temperature:g}{forks}, top-p {e.top_p:g}, "
+            f"at most {recipe.rollout.max_response_length} tokens",
         ),
         (f"avg@{k}", f"{scores.avg_at_k:.4f}{error}   (standard error over problems)"),
         (f"pass@{k}", f"{scores.pass_at_k:.4f}   (at {', '.join(f'{n}: {p:.4f}' for n, p in scores.pass_at.items())})"),

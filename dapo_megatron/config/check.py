@@ -20,6 +20,7 @@ def check_recipe(recipe: Recipe, architecture: Architecture) -> None:
     problems = [
         *_engine(recipe),
         *_sampling(recipe),
+        *fork_problems(recipe),
         *_lengths(recipe, architecture),
         *_overlong(recipe),
         *_judge(recipe),
@@ -88,6 +89,26 @@ def _sampling(recipe: Recipe) -> Iterator[str]:
         yield (
             f"rollout.temperature={rollout.temperature} must be more than 0: greedily decoded "
             "responses of a group are all alike; use 1.0"
+        )
+
+
+def fork_problems(
+    recipe: Recipe, names: tuple[str, str] = ("evaluation.fork_temperature", "evaluation.entropy_threshold")
+) -> Iterator[str]:
+    """What is wrong with a second temperature for tokens of high entropy; `names`: what the user calls the settings."""
+    hot, threshold = recipe.evaluation.fork_temperature, recipe.evaluation.entropy_threshold
+    if hot is None and threshold is None:
+        return
+    if threshold is None:
+        yield (
+            f"{names[0]}={hot:g} needs {names[1]}, the entropy in nats above which it holds; `dapo-megatron analyze "
+            "entropy` tells where the model's top 20 % begin"
+        )
+    elif hot is None:
+        yield f"{names[1]}={threshold:g} would not act without {names[0]}, the temperature above it; give both"
+    elif recipe.rollout.engine == "vllm":
+        yield (
+            f"{names[0]}={hot:g} does not go with engine vllm, which draws a whole response at one temperature; use hf"
         )
 
 

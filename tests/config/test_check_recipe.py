@@ -57,6 +57,14 @@ def test_what_is_allowed(sections):
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
+        (
+            {"evaluation": {"fork_temperature": 1.2}},
+            ["evaluation.fork_temperature=1.2", "needs evaluation.entropy_threshold", "analyze entropy"],
+        ),
+        (
+            {"evaluation": {"fork_temperature": 1.2, "entropy_threshold": 0.6}, "rollout": {"engine": "vllm"}},
+            ["evaluation.fork_temperature=1.2", "vllm", "use hf"],
+        ),
         ({"rollout": {"top_p": 0.7}}, ["rollout.top_p=0.7", "could not reproduce", "use 1.0", "evaluation.top_p"]),
         (
             {"reward": {"judge": {"model": "judge"}}},
