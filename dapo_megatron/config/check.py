@@ -1,5 +1,6 @@
 """Rules between settings of different sections, and between settings and the model."""
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -25,6 +26,7 @@ def check_recipe(recipe: Recipe, architecture: Architecture) -> None:
         *_overlong(recipe),
         *_judge(recipe),
         *_algorithm(recipe),
+        *_adaptive_entropy(recipe, architecture),
         *_critic(recipe),
         *shape_problems(recipe),
         *_data(recipe),
@@ -166,6 +168,26 @@ def _algorithm(recipe: Recipe) -> Iterator[str]:
         yield (
             "algorithm.kl.estimator=k1 in algorithm.kl.place=loss has expected gradient 0 and would hold nothing back; "
             "use estimator=k3 or k2, or place=reward"
+        )
+
+
+def _adaptive_entropy(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
+    adaptive, coefficient = recipe.algorithm.adaptive_entropy, recipe.algorithm.entropy_coefficient
+    if adaptive.target is None:
+        for name, value in adaptive.changed().items():
+            yield f"algorithm.adaptive_entropy.{name}={value:g} would not act without its target; give both"
+        return
+    most = math.log(architecture.vocab)
+    if adaptive.target >= most:
+        yield (
+            f"algorithm.adaptive_entropy.target={adaptive.target:g} nats is beyond any entropy over the model's "
+            f"{architecture.vocab} tokens, at most {most:.3f}: the coefficient would rise for ever; use 0.2"
+        )
+    if not 0 <= coefficient <= adaptive.max:
+        near = adaptive.max if coefficient > 0 else 0.0
+        yield (
+            f"algorithm.entropy_coefficient={coefficient:g}, where adaptive_entropy begins, must lie between 0 and "
+            f"algorithm.adaptive_entropy.max={adaptive.max:g}; use {near:g}"
         )
 
 
