@@ -43,7 +43,7 @@ class Run:
     `resumed` is the checkpoint that the run goes on from. `data_lines`: what is to be said about the training
     prompts. `step`, `updates`, `critic_updates`, `supervised_done` say where the run stands; `surplus` are mixed groups
     kept for the next step, `acceptance` is the running share of mixed groups, `best` the step of the best validation
-    and its accuracy."""
+    and its accuracy, `entropy_coefficient` where an adaptive entropy bonus stands, None before its first step."""
 
     recipe: Recipe
     paths: RunPaths
@@ -73,6 +73,7 @@ class Run:
     critic: Learner | None = None
     critic_updates: int = 0
     best: dict | None = None
+    entropy_coefficient: float | None = None
 
     def close(self) -> None:
         """End what runs beside this rank: a checkpoint being written, grader, engines."""
@@ -93,6 +94,7 @@ class Run:
             "supervised_done": list(self.supervised_done),
             "acceptance": self.acceptance,
             "best": self.best,
+            "entropy_coefficient": self.entropy_coefficient,
             "layout": self.ranks(),
             "groups": group_settings(self.recipe),
             "prompt_order": None if self.prompt_order is None else self.prompt_order.state(),
@@ -114,6 +116,7 @@ class Run:
         self.step, self.updates = state["step"], state["updates"]
         self.critic_updates = state.get("critic_updates", 0)
         self.acceptance, self.best = state.get("acceptance", 1.0), state.get("best")
+        self.entropy_coefficient = state.get("entropy_coefficient")
         done = state["supervised_done"]
         self.supervised_done = [*done, *[0] * (len(self.recipe.supervised.stages) - len(done))]
         if self.prompt_order is not None and state["prompt_order"] is not None:

@@ -14,7 +14,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from dapo_megatron.algorithms.advantage_rules import advantages_of
-from dapo_megatron.algorithms.registry import GroupRewards
+from dapo_megatron.algorithms.registry import GroupRewards, SelectionSettings, TokenValues
+from dapo_megatron.algorithms.token_selection import kept_tokens
 from dapo_megatron.config import Recipe
 from dapo_megatron.config.architecture import architecture_from_dict
 from dapo_megatron.config.load import dump_recipe
@@ -22,7 +23,7 @@ from dapo_megatron.config.model import Scratch
 from dapo_megatron.config.shape import SEGMENTED
 from dapo_megatron.errors import RequestError, RunError
 from dapo_megatron.launch import start_ranks
-from dapo_megatron.methods import check_methods
+from dapo_megatron.methods import check_methods, selection_settings
 from dapo_megatron.resharding.hf_layout import SINGLE
 from dapo_megatron.scratch import random_weights, scratch_config
 
@@ -90,6 +91,7 @@ def check_method(recipe: Recipe, tell: Callable[[str], None]) -> None:
     small = small_recipe(recipe)
     algorithm = small.algorithm
     check_advantage(algorithm.advantage, small.rollout.samples_per_prompt, algorithm.advantage_epsilon)
+    check_selection(selection_settings(algorithm))
     tell(
         f"advantage={algorithm.advantage} policy_loss={algorithm.policy_loss} "
         f"token_selection={algorithm.token_selection.kind} statistics={algorithm.statistics}"
@@ -149,6 +151,35 @@ def check_advantage(name: str, samples: int, epsilon: float) -> None:
                 f"algorithm.advantage={name} depends on the order of the responses: rewards {rewards.tolist()} give "
                 f"{found.tolist()}, in the order {order.tolist()} they give {moved.tolist()}"
             )
+
+
+def check_selection(settings: SelectionSettings) -> None:
+    """Raises RunError where a token's choice changes with the order of the responses, or from call to call."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, RESPONSE, MOST_SAMPLES)
+    count = int(lengths.sum())
+    samples_N = np.repeat(np.arange(MOST_SAMPLES), lengths)
+    values = TokenValues(
+        logprobs_N=-rng.exponential(1, count).astype(np.float32),
+        entropies_N=rng.exponential(1, count).astype(np.float32),
+        advantages_N=rng.normal(size=MOST_SAMPLES).astype(np.float32)[samples_N],
+        clipped_N=np.zeros(count, bool),
+        samples_N=samples_N,
+        positions_N=np.concatenate([np.arange(length) for length in lengths]),
+    )
+    order = np.argsort(-samples_N, kind="stable")  # the responses in reverse order
+    found = kept_tokens(values, settings, (1, 2, 3))
+    told = f"algorithm.token_selection.kind={settings.kind}"
+    if not np.array_equal(found, kept_tokens(values, settings, (1, 2, 3))):
+        raise RunError(
+            f"{told} chose {int(found.sum())} of {count} tokens, then others from the same ones: no two ranks would "
+            "agree; draw random numbers by TokenValues.uniform"
+        )
+    if not np.array_equal(found[order], kept_tokens(values.only(order), settings, (1, 2, 3))):
+        raise RunError(
+            f"{told} depends on the order of the responses: with the same ones in reverse order it chose other tokens; "
+            "a selection may look at a token's numbers, its place in its response, counts and quantiles over all tokens"
+        )
 
 
 def small_recipe(recipe: Recipe) -> Recipe:

@@ -154,6 +154,13 @@ def evaluate(
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option(help="Responses a problem, the k of avg@k.")] = 32,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 = greedy.")] = 1.0,
+    fork_temperature: Annotated[
+        float | None,
+        typer.Option(help="Another temperature for tokens above the entropy threshold.", show_default=False),
+    ] = None,
+    entropy_threshold: Annotated[
+        float | None, typer.Option(help="Entropy (nats) that such tokens exceed.", show_default=False)
+    ] = None,
     top_p: Annotated[float, typer.Option(help="Nucleus mass to sample from.")] = 0.7,
     max_tokens: Annotated[
         int | None, typer.Option(help="Longest response (default: the run's, else 20480).", show_default=False)
@@ -196,6 +203,8 @@ def evaluate(
         "evaluation": {
             "samples": samples,
             "temperature": temperature,
+            "fork_temperature": fork_temperature,
+            "entropy_threshold": entropy_threshold,
             "top_p": top_p,
             "max_prompts": max_problems,
             "seed": seed,
@@ -222,6 +231,93 @@ def report(
 
     for path in write_report(runs, output):
         print(path)
+
+
+analyze = typer.Typer(help="Look at what a trained model does.", no_args_is_help=True)
+app.add_typer(analyze, name="analyze")
+
+
+@analyze.callback()
+def _analyze() -> None:
+    """Without it typer would make the one command the group itself."""
+
+
+@analyze.command("entropy")
+def analyze_entropy(
+    model: Annotated[
+        Path, typer.Argument(help="Hugging Face folder, RUN, or RUN/checkpoints/step-NNNNNN.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="The model before training, as MODEL; scores the same text.", show_default=False),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Prompts to sample for (default: the run's validation).", show_default=False)
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Recorded responses in the place of samples.", show_default=False)
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Responses a prompt.")] = 4,
+    limit: Annotated[int | None, typer.Option(help="Only the first N rows.", show_default=False)] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Longest response (default: the run's, else 20480).", show_default=False)
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
+    prompt_column: Annotated[str | None, typer.Option(help="Column with the question.", show_default=False)] = None,
+    answer_column: Annotated[str | None, typer.Option(help="Column with the answer.", show_default=False)] = None,
+    chat_template: Annotated[
+        bool | None, typer.Option("--chat-template/--plain", help="Apply the tokenizer's chat template.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    ratio: Annotated[float, typer.Option(help="Share of tokens that counts as forking.")] = 0.2,
+    bins: Annotated[int, typer.Option(help="Bins of base entropy.")] = 20,
+    min_count: Annotated[int, typer.Option(help="Least count of a token in the tables.")] = 10,
+    top: Annotated[int, typer.Option(help="Tokens in a table.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    output: Annotated[Path | None, typer.Option(help="The JSON object in a file.", show_default=False)] = None,
+    plot: Annotated[Path | None, typer.Option(help="The picture, PNG.", show_default=False)] = None,
+) -> None:
+    """Token entropies: percentiles, forking tokens, and what training changed beside a base model on the same text."""
+    import json
+
+    if samples < 1:
+        raise RequestError(f"--samples {samples} must be positive; use at least 1")
+    if "learner.device=cpu" in (overrides or []):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported
+    from dapo_megatron import analyze_command as command
+    from dapo_megatron.files import write_text_atomically
+
+    columns = {"validation_prompt_column": prompt_column, "validation_answer_column": answer_column}
+    request = command.EntropyRequest(
+        model=model,
+        base=base,
+        text=text,
+        data=data,
+        limit=limit,
+        ratio=ratio,
+        bins=bins,
+        least_count=min_count,
+        listed=top,
+        settings={
+            "data": {**columns, "chat_template": chat_template},
+            "rollout": {"max_response_length": max_tokens},
+            "evaluation": {"samples": samples, "temperature": temperature, "top_p": 1.0, "seed": seed},
+        },
+        overrides=overrides or [],
+    )
+    command.check_entropy_request(request, output, plot)
+    report = command.analyze_entropy(request)
+    if output is not None:
+        write_text_atomically(output, json.dumps(report, indent=1) + "\n")
+    if plot is not None:
+        from dapo_megatron.analysis.entropy_figure import draw_entropy
+
+        draw_entropy(report, plot)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        command.print_report(report)
 
 
 convert = typer.Typer(

@@ -9,14 +9,21 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dapo_megatron.config import Recipe, load_recipe, read_architecture
+import numpy as np
+
+from dapo_megatron.config import Architecture, Recipe, load_recipe, read_architecture
+from dapo_megatron.config.check import fork_problems
 from dapo_megatron.config.load import build_recipe
+from dapo_megatron.data.prompts import Prompt
 from dapo_megatron.errors import RequestError
 from dapo_megatron.evaluation import Scores, problem_records, sample_problems, score
 from dapo_megatron.files import atomic_path
 from dapo_megatron.learner.manifest import MANIFEST, newest_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 KEPT_SECTIONS = ("data", "reward")  # how a run put its questions and graded the answers holds for its checkpoints too
 
@@ -33,16 +40,27 @@ class Evaluated:
     seconds: float
 
 
-def find_model(model: Path) -> tuple[Path, Path | None, list[str]]:
-    """(Hugging Face folder or checkpoint, the run it belongs to, what there is to say) for what --model names.
+@dataclass(frozen=True)
+class Problems:
+    """What a model is asked: the tokens of each prompt, for its architecture and tokenizer; `stops` end a response."""
 
-    A run stands for its newest sound checkpoint, or for RUN/hf where it has none.
+    architecture: Architecture
+    tokenizer: "PreTrainedTokenizerBase"
+    prompts: list[Prompt]
+    token_ids: list[np.ndarray]
+    stops: set[int]
+
+
+def find_model(model: Path, option: str = "--model") -> tuple[Path, Path | None, list[str]]:
+    """(Hugging Face folder or checkpoint, the run it belongs to, what there is to say) for what an option names.
+
+    A run stands for its newest sound checkpoint, or for RUN/hf where it has none. `option` is for messages.
 
     Raises:
         RequestError: neither a Hugging Face folder, nor a checkpoint, nor a run with something to evaluate.
     """
     if not model.is_dir():
-        raise RequestError(f"--model {model} is not a folder; give a Hugging Face folder, a run, or RUN/checkpoints/…")
+        raise RequestError(f"{option} {model} is not a folder; give a Hugging Face folder, a run, or RUN/checkpoints/…")
     if (model / MANIFEST).is_file():
         above = model.resolve().parent.parent
         return model, above if (above / "config.yaml").is_file() else None, []
@@ -50,14 +68,14 @@ def find_model(model: Path) -> tuple[Path, Path | None, list[str]]:
         return model, None, []
     if not (model / "config.yaml").is_file():
         raise RequestError(
-            f"--model {model} has neither config.json (a Hugging Face folder), {MANIFEST} (a checkpoint), nor "
+            f"{option} {model} has neither config.json (a Hugging Face folder), {MANIFEST} (a checkpoint), nor "
             "config.yaml (a run)"
         )
     newest, lines = newest_checkpoint(model)
     if newest is None and (model / "hf" / "config.json").is_file():
         newest = model / "hf"
     if newest is None:
-        raise RequestError("\n".join([*lines, f"--model {model} is a run without a sound checkpoint"]))
+        raise RequestError("\n".join([*lines, f"{option} {model} is a run without a sound checkpoint"]))
     return newest, model, lines
 
 
@@ -79,7 +97,9 @@ def evaluation_recipe(
         merged[section] = merged.get(section, {}) | {k: v for k, v in values.items() if v is not None}
     merged["model"] = {"path": str(folder)}
     recipe = build_recipe(merged, overrides)
-    if recipe.evaluation.temperature == 0 and recipe.evaluation.samples > 1:
+    if problems := list(fork_problems(recipe, ("--fork-temperature", "--entropy-threshold"))):
+        raise RequestError("\n".join(problems))
+    if not recipe.evaluation.temperature and not recipe.evaluation.fork_temperature and recipe.evaluation.samples > 1:
         raise RequestError(
             f"--temperature 0 decodes greedily: all --samples {recipe.evaluation.samples} of a problem would be equal; "
             "use --samples 1 or a temperature above 0"
@@ -103,7 +123,7 @@ def evaluate_model(model: Path, settings: Mapping[str, Mapping[str, Any]], overr
         print(line, file=sys.stderr)
     # vLLM and the conversion talk on standard output, which belongs to the result
     with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(prefix="dapo-evaluate-") as scratch:
-        folder = _hugging_face(found, Path(scratch))
+        folder = hugging_face_folder(found, Path(scratch))
         groups, failures = _sample(recipe, folder, Path(scratch) / "engines")
     votes = recipe.reward.answers_are_counted
     scores, problems = score(groups, votes=votes), problem_records(groups, votes=votes)
@@ -120,6 +140,8 @@ def as_json(found: Evaluated) -> dict[str, Any]:
         "model": str(found.model),
         "data": recipe.data.validation,
         "temperature": recipe.evaluation.temperature,
+        "fork_temperature": recipe.evaluation.fork_temperature,
+        "entropy_threshold": recipe.evaluation.entropy_threshold,
         "top_p": recipe.evaluation.top_p,
         "max_tokens": recipe.rollout.max_response_length,
         "seed": recipe.evaluation.seed,
@@ -134,13 +156,17 @@ def print_scores(found: Evaluated) -> None:
     scores, recipe = found.scores, found.recipe
     k, e = scores.samples, recipe.evaluation
     error = "" if math.isnan(scores.standard_error) else f" ± {scores.standard_error:.4f}"
+    forks = ""
+    if e.fork_temperature is not None:
+        forks = f" ({e.fork_temperature:g} above {e.entropy_threshold:g} nats of entropy)"
     answered = "" if scores.answered is None else f"; {scores.answered:.1%} give a final answer"
     rows = [
         ("model", str(found.model)),
         ("data", f"{recipe.data.validation}: {scores.problems} problems, {k} samples each"),
         (
             "sampling",
-            f"temperature {e.temperature:g}, top-p {e.top_p:g}, at most {recipe.rollout.max_response_length} tokens",
+            f"temperature {e.temperature:g}{forks}, top-p {e.top_p:g}, "
+            f"at most {recipe.rollout.max_response_length} tokens",
         ),
         (f"avg@{k}", f"{scores.avg_at_k:.4f}{error}   (standard error over problems)"),
         (f"pass@{k}", f"{scores.pass_at_k:.4f}   (at {', '.join(f'{n}: {p:.4f}' for n, p in scores.pass_at.items())})"),
@@ -157,14 +183,14 @@ def print_scores(found: Evaluated) -> None:
         print(f"{name:<10} {text}")
 
 
-def check_output(output: Path, data: Path) -> None:
+def check_output(output: Path, data: Path, option: str = "--output", extension: str = ".jsonl") -> None:
     """Refuse a file that could not be written in the end, or that is the data file itself."""
     if output.is_dir():
-        raise RequestError(f"--output {output} is a folder; name a .jsonl file")
+        raise RequestError(f"{option} {output} is a folder; name a {extension} file")
     if not output.absolute().parent.is_dir():
-        raise RequestError(f"--output {output}: there is no folder {output.absolute().parent}")
+        raise RequestError(f"{option} {output}: there is no folder {output.absolute().parent}")
     if output.exists() and data.exists() and output.samefile(data):
-        raise RequestError(f"--output {output} is the data file; name another")
+        raise RequestError(f"{option} {output} is the data file; name another")
 
 
 def write_problems(output: Path, found: Evaluated) -> None:
@@ -173,7 +199,7 @@ def write_problems(output: Path, found: Evaluated) -> None:
         temporary.write_text("".join(json.dumps(problem) + "\n" for problem in found.problems), encoding="utf-8")
 
 
-def _hugging_face(found: Path, scratch: Path) -> Path:
+def hugging_face_folder(found: Path, scratch: Path) -> Path:
     """`found` itself, or the weights of a checkpoint as a Hugging Face folder in `scratch`."""
     if not (found / MANIFEST).is_file():
         return found
@@ -187,34 +213,54 @@ def _hugging_face(found: Path, scratch: Path) -> Path:
     return scratch / "hf"
 
 
-def _sample(recipe: Recipe, folder: Path, logs: Path) -> tuple[list, int]:
-    """Graded groups and the number of items without a verdict."""
+def read_problems(recipe: Recipe, folder: Path) -> Problems:
+    """The prompts of `data.validation`, and what the Hugging Face folder and the engine must have to answer them.
+
+    Raises:
+        RequestError: a folder, a data file or an engine that cannot work.
+    """
     from dapo_megatron.data.tokenizer import load_tokenizer, stop_tokens
-    from dapo_megatron.evaluation_engine import check_engine, open_engine
-    from dapo_megatron.prepare import check_answers, encode_prompts
+    from dapo_megatron.evaluation_engine import check_engine
+    from dapo_megatron.prepare import encode_prompts
     from dapo_megatron.resharding.hf_layout import check_checkpoint
-    from dapo_megatron.rewards.grader import Grader, check_grader
-    from dapo_megatron.rollout.groups import GroupSampler
-    from dapo_megatron.rollout.hf_engine import own_device
 
     architecture = read_architecture(folder)
     check_checkpoint(folder, architecture)
     check_engine(recipe, architecture)
-    check_grader(recipe.reward)
     tokenizer = load_tokenizer(folder)
     prompts, token_ids, _ = encode_prompts(tokenizer, recipe, Path(recipe.data.validation), "validation")
-    check_answers(recipe, prompts, recipe.data.validation)
-    used = token_ids[: recipe.evaluation.max_prompts]
-    _check_fit(recipe, architecture.max_positions, architecture.vocab, used)
+    _check_fit(recipe, architecture.max_positions, architecture.vocab, token_ids[: recipe.evaluation.max_prompts])
     stops = stop_tokens(architecture.eos_token_ids, tokenizer)
     if not stops:
         raise RequestError(f"{folder}: neither config.json nor the tokenizer names an end-of-sequence token")
-    longest = max(map(len, used))
+    return Problems(architecture, tokenizer, prompts, token_ids, stops)
+
+
+def engine_for(problems: Problems, recipe: Recipe, folder: Path, logs: Path):
+    """As `open_engine`, with room for the prompts that `recipe.evaluation` takes."""
+    from dapo_megatron.evaluation_engine import open_engine
+
+    longest = max(map(len, problems.token_ids[: recipe.evaluation.max_prompts]))
+    return open_engine(
+        recipe, problems.architecture, folder, stop_tokens=problems.stops, longest_prompt=longest, logs=logs
+    )
+
+
+def _sample(recipe: Recipe, folder: Path, logs: Path) -> tuple[list, int]:
+    """Graded groups and the number of items without a verdict."""
+    from dapo_megatron.prepare import check_answers
+    from dapo_megatron.rewards.grader import Grader, check_grader
+    from dapo_megatron.rollout.groups import GroupSampler
+    from dapo_megatron.rollout.hf_engine import own_device
+
+    check_grader(recipe.reward)
+    problems = read_problems(recipe, folder)
+    check_answers(recipe, problems.prompts, recipe.data.validation)
     with (
         Grader(recipe.reward, own_device()) as grader,
-        open_engine(recipe, architecture, folder, stop_tokens=stops, longest_prompt=longest, logs=logs) as dispatcher,
+        engine_for(problems, recipe, folder, logs) as dispatcher,
     ):
-        sampler = GroupSampler(recipe, tokenizer, prompts, token_ids, dispatcher, grader)
+        sampler = GroupSampler(recipe, problems.tokenizer, problems.prompts, problems.token_ids, dispatcher, grader)
         return sample_problems(sampler, recipe), grader.failures
 
 

@@ -10,6 +10,7 @@ from dapo_megatron.algorithms.estimators import clustered_standard_error, majori
 from dapo_megatron.config import Recipe
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.rewards.rule import final_answer
+from dapo_megatron.rollout.engine import Fork
 from dapo_megatron.rollout.groups import GroupSampler
 
 
@@ -71,11 +72,13 @@ def sample_problems(sampler: GroupSampler, recipe: Recipe) -> list[PromptGroup]:
     The same seeds are used each time, so two evaluations of equal weights agree.
     """
     settings = recipe.evaluation
+    hot = settings.fork_temperature
     return sampler.draw(
         range(len(sampler.prompts))[: settings.max_prompts],
         samples=settings.samples,
         temperature=settings.temperature,
         top_p=settings.top_p,
+        fork=None if hot is None else Fork(hot, settings.entropy_threshold),
         seed_key=(settings.seed, 3),
     )
 

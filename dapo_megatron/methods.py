@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 
 from dapo_megatron.algorithms.extensions import load_extensions
-from dapo_megatron.algorithms.registry import advantages, policy_losses
-from dapo_megatron.algorithms.token_selection import SELECTIONS, STATISTICS
+from dapo_megatron.algorithms.registry import SelectionSettings, advantages, policy_losses, token_selections
+from dapo_megatron.algorithms.token_selection import STATISTICS
 from dapo_megatron.config import Recipe
 from dapo_megatron.config.algorithm import Algorithm
 from dapo_megatron.config.problems import nearest_name
@@ -34,17 +34,38 @@ def check_methods(recipe: Recipe) -> None:
         raise RequestError("\n".join(problems))
 
 
+def selection_settings(algorithm: Algorithm) -> SelectionSettings:
+    """What a recipe says of token selection, and of KL-Cov's penalties, for `algorithms/token_selection.py`."""
+    selection = algorithm.token_selection
+    return SelectionSettings(
+        kind=selection.kind,
+        ratio=selection.ratio,
+        threshold=selection.threshold,
+        cov_ratio=selection.cov_ratio,
+        cov_low=selection.cov_low,
+        cov_high=selection.cov_high,
+        penalised=algorithm.kl_cov.ratio if algorithm.policy_loss == "kl-cov" else 0.0,
+    )
+
+
 def list_methods() -> str:
     """Every method that is registered, a line each, under the setting that chooses it."""
     lines: list[str] = []
-    for setting, methods in (("advantage", advantages()), ("policy_loss", policy_losses())):
+    registered = (
+        ("advantage", advantages()),
+        ("policy_loss", policy_losses()),
+        ("token_selection.kind", token_selections()),
+    )
+    for setting, methods in registered:
         lines.append(f"algorithm.{setting}")
         lines += [f"  {name:<15} {method.description}" for name, method in methods.items()]
-    kinds_of = {"token_selection.kind": SELECTIONS, "statistics": STATISTICS, "reference.kind": REFERENCES}
-    for setting, kinds in kinds_of.items():
-        lines.append(f"algorithm.{setting}")
-        lines += [f"  {name:<15} {description}" for name, description in kinds.items()]
-    for setting, kinds in (("rollout.shape", SHAPES), ("reward.grader", GRADERS)):
+    named = (
+        ("algorithm.statistics", STATISTICS),
+        ("algorithm.reference.kind", REFERENCES),
+        ("rollout.shape", SHAPES),
+        ("reward.grader", GRADERS),
+    )
+    for setting, kinds in named:
         lines.append(setting)
         lines += [f"  {name:<15} {description}" for name, description in kinds.items()]
     return "\n".join(lines)
@@ -91,6 +112,9 @@ def _policy_loss(recipe: Recipe) -> Iterator[str]:
 def _token_selection(recipe: Recipe) -> Iterator[str]:
     algorithm = recipe.algorithm
     selection = algorithm.token_selection
+    if selection.kind not in token_selections():
+        yield _unknown("token_selection.kind", selection.kind, token_selections())
+        return
     if selection.kind == "clip-cov" and selection.cov_low >= selection.cov_high:
         yield (
             f"algorithm.token_selection.cov_low={selection.cov_low} must be less than cov_high={selection.cov_high}: "
@@ -132,6 +156,7 @@ def _pairs(recipe: Recipe) -> Iterator[str]:
         ("kl.coefficient", algorithm.kl.coefficient, 0.0),
         ("token_selection.kind", algorithm.token_selection.kind, "none"),
         ("entropy_coefficient", algorithm.entropy_coefficient, 0.0),
+        ("adaptive_entropy.target", algorithm.adaptive_entropy.target, None),
         ("importance_bound", algorithm.importance_bound, None),
         ("whiten", str(algorithm.whiten).lower(), "false"),
     ):

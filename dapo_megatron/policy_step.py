@@ -7,6 +7,7 @@ from itertools import islice
 import numpy as np
 import torch
 
+from dapo_megatron.algorithms.entropy_bonus import EntropyBonus, adapted
 from dapo_megatron.algorithms.gae import whiten
 from dapo_megatron.algorithms.mini_batch import (
     batch_of_groups,
@@ -61,6 +62,7 @@ class PolicyStep:
     critic: CriticStep | None = None  # with algorithm.advantage=gae
     selection: Selection | None = None  # where the recipe looks at tokens before their gradient
     pairs: PairSums | None = None  # with policy_loss dpo
+    entropy_bonus: EntropyBonus | None = None  # where its coefficient adapts
 
 
 def score_old_policy(
@@ -115,11 +117,13 @@ def learn_step(
     step: int = 0,
     estimates: Sequence[np.ndarray] | None = None,
     waits: bool = False,
+    entropy_coefficient: float | None = None,
 ) -> PolicyStep:
     """One optimizer step for each mini-batch of `algorithm.mini_batch_prompts` prompts, after `score_old_policy`.
 
     A mini-batch without a trained token is skipped and counted. `step`: the rollout step, for random draws.
     `estimates`: a critic's advantages, fp32 [L] a completion. `waits`: no step at all, while a critic warms up.
+    `entropy_coefficient`: where `algorithm.adaptive_entropy` stands; None = where it begins.
     """
     algorithm = recipe.algorithm
     kl = algorithm.kl
@@ -135,6 +139,9 @@ def learn_step(
     if algorithm.whiten:
         batch.advantages = whiten(batch.advantages, [weights > 0 for weights in batch.loss_weights])
     statistics = token_statistics(batch, groups)
+    bonus = None
+    if algorithm.adaptive_entropy.target is not None and statistics is not None and not waits:
+        bonus = _entropy_bonus(algorithm, statistics.entropy, entropy_coefficient)
     engine_weight = (1.0, 0.0)
     if algorithm.importance_bound is not None:
         engine_weight = correct_engine_mismatch(batch, groups, algorithm.importance_bound)
@@ -165,7 +172,7 @@ def learn_step(
         if denominator == 0:
             skipped += 1
             continue
-        sums += learner.gradients(batch, sequences, recipe_loss(learner.head, algorithm, denominator))
+        sums += learner.gradients(batch, sequences, recipe_loss(learner.head, algorithm, denominator, bonus))
         norms.append(learner.step(learning_rate, recipe.optimizer.weight_decay))
         efficiencies.append(packing_efficiency(lengths, learner.packing(batch, sequences)))
     named = dict(zip(POLICY_SUMS, sums.tolist(), strict=True))
@@ -193,7 +200,15 @@ def learn_step(
         waited=waits,
         selection=_selection(choices),
         pairs=total(compared) if compared else None,
+        entropy_bonus=bonus,
     )
+
+
+def _entropy_bonus(algorithm: Algorithm, entropy: float, coefficient: float | None) -> EntropyBonus:
+    """The same on every rank: the entropies are."""
+    settings = algorithm.adaptive_entropy
+    coefficient = algorithm.entropy_coefficient if coefficient is None else coefficient
+    return adapted(coefficient, entropy, target=settings.target, delta=settings.delta, most=settings.max)
 
 
 def _selection(choices: Sequence[TokenChoice]) -> Selection | None:
@@ -207,15 +222,15 @@ def _selection(choices: Sequence[TokenChoice]) -> Selection | None:
     )
 
 
-def recipe_loss(head: Head, algorithm: Algorithm, denominator: float) -> RowLoss:
-    """The policy loss that a recipe chose; the clipped one in its own kernel."""
+def recipe_loss(head: Head, algorithm: Algorithm, denominator: float, bonus: EntropyBonus | None = None) -> RowLoss:
+    """The policy loss that a recipe chose; the clipped one in its own kernel. `bonus`: in the place of the recipe's."""
     kl, name = algorithm.kl, algorithm.policy_loss
     settings = {
         "denominator": denominator,
         "eps_low": algorithm.eps_low,
         "eps_high": algorithm.eps_high,
         "eps_dual": algorithm.eps_dual,
-        "entropy_coefficient": algorithm.entropy_coefficient,
+        "entropy_coefficient": algorithm.entropy_coefficient if bonus is None else bonus.applied,
         "kl_coefficient": kl.coefficient if kl.place == "loss" else 0.0,
         "kl_estimator": kl.estimator,
     }

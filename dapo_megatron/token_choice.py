@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dapo_megatron.algorithms.mini_batch import aggregate
-from dapo_megatron.algorithms.token_selection import SelectionSettings, TokenValues, choose
+from dapo_megatron.algorithms.registry import TokenValues
+from dapo_megatron.algorithms.token_selection import choose
 from dapo_megatron.config.algorithm import Algorithm
 from dapo_megatron.data.records import SequenceBatch, repeated
 from dapo_megatron.learner.learner import Learner
+from dapo_megatron.methods import selection_settings
 
 Scores = tuple[list[np.ndarray], list[np.ndarray]]  # log-probs and entropies, fp32 [L] a sequence
 
@@ -70,7 +72,7 @@ def choose_tokens(
     trained = [batch.loss_weights[s] > 0 for s in sequences]
     values = [_values(batch, sequences, samples, part, (logprobs, entropies), trained, algorithm) for part in parts]
     kept, penalised = ([np.zeros(len(flags), bool) for flags in trained] for _ in range(2))
-    for part, chosen in zip(parts, choose(values, _settings(algorithm), key), strict=True):
+    for part, chosen in zip(parts, choose(values, selection_settings(algorithm), key), strict=True):
         ends = np.cumsum([np.count_nonzero(trained[i]) for i in part])[:-1]
         for flags, of_part in zip((kept, penalised), chosen, strict=True):
             for i, of_sequence in zip(part, np.split(of_part, ends), strict=True):
@@ -148,17 +150,4 @@ def _values(
         clipped_N=clipped_N,
         samples_N=column([np.full(len(trained[i]), samples[sequences[i]]) for i in part], np.int64),
         positions_N=column([np.arange(len(trained[i]), dtype=np.int32) for i in part], np.int32),
-    )
-
-
-def _settings(algorithm: Algorithm) -> SelectionSettings:
-    selection = algorithm.token_selection
-    return SelectionSettings(
-        kind=selection.kind,
-        ratio=selection.ratio,
-        threshold=selection.threshold,
-        cov_ratio=selection.cov_ratio,
-        cov_low=selection.cov_low,
-        cov_high=selection.cov_high,
-        penalised=algorithm.kl_cov.ratio if algorithm.policy_loss == "kl-cov" else 0.0,
     )

@@ -158,7 +158,10 @@ def learn(run: Run, groups: Sequence[PromptGroup], kept: Sequence[PromptGroup] =
         step=run.step,
         estimates=None if estimates is None else estimates.advantages,
         waits=run.step < recipe.critic.warmup_steps,
+        entropy_coefficient=run.entropy_coefficient,
     )
+    if result.entropy_bonus is not None:
+        run.entropy_coefficient = result.entropy_bonus.following
     if critic is not None:
         result = replace(result, critic=critic_step(critic, estimates, recipe))
         run.critic_updates += result.critic.updates

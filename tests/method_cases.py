@@ -6,10 +6,12 @@ import numpy as np
 import torch.distributed as dist
 
 from dapo_megatron.algorithms.mini_batch import batch_of_groups
+from dapo_megatron.algorithms.registry import register_token_selection
 from dapo_megatron.config import Recipe
 from dapo_megatron.config.optimizer import Optimizer
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.learner.learner import Learner
+from dapo_megatron.monitoring.step_metrics import learner_metrics
 from dapo_megatron.policy_step import learn_step, score_old_policy
 from dapo_megatron.token_choice import choose_tokens, chooses_tokens
 from tests.learner.layouts import build
@@ -43,8 +45,17 @@ METHODS = {
     "clip-cov, current": {"token_selection": CLIP_COV, "statistics": "current"},
     "dpo": {"policy_loss": "dpo", "dpo": {"beta": 0.3, "label_smoothing": 0.1}},
     "dpo, current": {"policy_loss": "dpo", "statistics": "current", "dpo": {"beta": 0.2, "pairs": "all"}},
+    "own selection": {"token_selection": {"kind": "own-of-tests", "ratio": 0.7}},
+    "adaptive entropy": {"entropy_coefficient": 0.02, "adaptive_entropy": {"target": 10.0, "delta": 0.01}},
+    "adaptive entropy, above": {"entropy_coefficient": 0.02, "adaptive_entropy": {"target": 0.1, "delta": 0.01}},
     "high-entropy, micro_batch": {"token_selection": {"kind": "high-entropy"}, "statistics": "micro_batch"},
 }  # fmt: skip
+STANDS = {"adaptive entropy": 0.05, "adaptive entropy, above": 0.05}  # the coefficient that earlier steps have left
+
+
+@register_token_selection("own-of-tests", "a random share of the tokens that are not surely drawn")
+def own_selection(tokens, settings):
+    return (tokens.uniform() < settings.ratio) & (tokens.entropies_N > np.quantile(tokens.entropies_N, 0.1))
 
 
 def recipe(name: str) -> Recipe:
@@ -87,7 +98,7 @@ def every_method(payload: dict) -> dict[str, dict]:
             report[f"{layout}|{budget}"] = _tokens(trained_on)
             for name in payload["methods"]:
                 case = f"{layout}|{budget}|{name}"
-                report[case] = _facts(learner, trained_on, recipe(name))
+                report[case] = _facts(learner, trained_on, name)
                 if budget == payload["budgets"][0]:
                     path = Path(payload["out"]) / f"{dist.get_world_size()}|{case}"
                     save_whole(learner, main_gradients(learner), path)
@@ -100,7 +111,8 @@ def _tokens(of: list[PromptGroup]) -> dict[str, list[list[list[float]]]]:
     return {name: [[values.tolist() for values in getattr(group, name)] for group in of] for name in names}
 
 
-def _facts(learner: Learner, trained_on: list[PromptGroup], chosen: Recipe) -> dict:
+def _facts(learner: Learner, trained_on: list[PromptGroup], name: str) -> dict:
+    chosen = recipe(name)
     weights: list[list[float]] = []
     penalties: list[list[float]] = []
     advantages: list[list[float]] = []
@@ -115,7 +127,7 @@ def _facts(learner: Learner, trained_on: list[PromptGroup], chosen: Recipe) -> d
         return gradients(batch, sequences, loss)
 
     learner.gradients = seen
-    step = learn_step(learner, trained_on, chosen, learning_rate=0.0, step=3)
+    step = learn_step(learner, trained_on, chosen, learning_rate=0.0, step=3, entropy_coefficient=STANDS.get(name))
     del learner.gradients
     return {
         "weights": weights, "penalties": penalties, "advantages": advantages,
@@ -123,6 +135,7 @@ def _facts(learner: Learner, trained_on: list[PromptGroup], chosen: Recipe) -> d
         "low": step.clip_low, "high": step.clip_high, "tokens": step.trained_tokens,
         "kept": step.selection.kept if step.selection else 1.0,
         "kl": step.divergence.loss if step.divergence else 0.0,
+        "bonus": {k: v for k, v in learner_metrics(step).items() if k.startswith("entropy/coefficient")},
         "pairs": vars(step.pairs) if step.pairs else {},
     }  # fmt: skip
 

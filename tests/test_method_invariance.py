@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from dapo_megatron.algorithms.registry import TokenBatch, policy_losses
-from tests.method_cases import METHODS, groups, recipe
+from tests.method_cases import METHODS, STANDS, groups, recipe
 from tests.ranks import run_ranks
 from tests.tiny_models import write_model
 
@@ -45,7 +45,7 @@ def _agree(found, expected, case):
             np.testing.assert_allclose(ours, theirs, rtol=1e-6, err_msg=case)
     for number in ("loss", "norm", "ratio", "kl"):
         assert found[number] == pytest.approx(expected[number], rel=2e-5, abs=2e-6), (case, number)
-    for number in ("low", "high", "tokens", "kept"):
+    for number in ("low", "high", "tokens", "kept", "bonus"):
         assert found[number] == expected[number], (case, number)
     assert found["pairs"] == pytest.approx(expected["pairs"], rel=2e-5, abs=2e-5), case
 
@@ -67,6 +67,7 @@ def test_every_method_agrees_over_micro_batches_and_ranks(alone, spread, out):
 def test_the_loss_is_that_of_the_formula_over_its_denominator(alone, name):
     """The registered losses, held to their formulas elsewhere, on all tokens of a mini-batch at once in fp64."""
     facts, values, algorithm = alone[f"tp1pp1|1000|{name}"], alone["tp1pp1|1000"], recipe(name).algorithm
+    coefficient = 0.0 if name.endswith("above") else STANDS.get(name, algorithm.entropy_coefficient)
     losses = []
     for update in range(2):
         groups = slice(2 * update, 2 * update + 2)
@@ -87,7 +88,7 @@ def test_the_loss_is_that_of_the_formula_over_its_denominator(alone, name):
                 algorithm.eps_high, algorithm.eps_dual, algorithm.cispo.lower_clip,
             )
         )  # fmt: skip
-        a_token = found.losses_N.numpy() - algorithm.entropy_coefficient * entropy[rows]
+        a_token = found.losses_N.numpy() - coefficient * entropy[rows]
         if algorithm.kl.coefficient:
             a_token += algorithm.kl.coefficient * (new - reference)[rows] ** 2 / 2  # k2
         trained = np.array(alone["tp1pp1|1000|clip"]["weights"][update]) > 0
@@ -133,7 +134,19 @@ def test_the_gradient_of_pairs_is_that_of_dpos_loss(alone, name):
 def test_every_method_is_another_update(alone):
     norms = {name: alone[f"tp1pp1|1000|{name}"]["norm"] for name in METHODS}
     assert min(norms.values()) > 1e-3
+    assert norms.pop("adaptive entropy, above") == pytest.approx(norms["clip"])  # no bonus above the target
     assert len({f"{norm:.5g}" for norm in norms.values()}) >= len(norms) - 1, norms
+
+
+def test_the_coefficient_of_the_bonus_moves_towards_the_target(alone):
+    keys = ("entropy/coefficient", "entropy/coefficient_next")
+    for name, expected in (("adaptive entropy", (0.05, 0.06)), ("adaptive entropy, above", (0.0, 0.04))):
+        assert [alone[f"tp1pp1|1000|{name}"]["bonus"][key] for key in keys] == pytest.approx(expected)
+    assert alone["tp1pp1|1000|clip"]["bonus"] == {}
+
+
+def test_an_own_selection_keeps_its_share(alone):
+    assert 0.5 < alone["tp1pp1|1000|own selection"]["kept"] < 0.75
 
 
 def test_what_the_methods_do_to_weights(alone):

@@ -9,12 +9,19 @@ import pytest
 
 from dapo_megatron.algorithms.advantage_rules import advantages_of
 from dapo_megatron.algorithms.extensions import load_extensions
-from dapo_megatron.algorithms.registry import GroupRewards, policy_losses, register_policy_loss
+from dapo_megatron.algorithms.registry import (
+    GroupRewards,
+    SelectionSettings,
+    TokenValues,
+    policy_losses,
+    register_policy_loss,
+)
+from dapo_megatron.algorithms.token_selection import kept_tokens
 from dapo_megatron.config import Recipe
 from dapo_megatron.config.algorithm import Reference
 from dapo_megatron.config.reward import Reward
 from dapo_megatron.errors import RequestError, RunError
-from dapo_megatron.methods import REFERENCES, check_methods, list_methods
+from dapo_megatron.methods import REFERENCES, check_methods, list_methods, selection_settings
 from dapo_megatron.rewards.grader import GRADERS
 from tests.ranks import ROOT
 
@@ -159,6 +166,56 @@ def test_an_advantage_must_be_one_finite_number_a_response(tmp_path, answer):
         advantages_of(name, GroupRewards(np.array([1.0, 2.0]), np.array([3, 3]), 0.0))
 
 
+OWN_SELECTION = """
+from dapo_megatron.algorithms.registry import register_token_selection
+
+@register_token_selection("{name}", "tokens in a lucky half")
+def mine(tokens, settings):
+    {body}
+"""
+
+
+def test_an_own_token_selection(tmp_path):
+    file = tmp_path / "selection.py"
+    file.write_text(OWN_SELECTION.format(name="lucky", body="return tokens.uniform() < settings.ratio"))
+    algorithm = {"extensions": (file,), "token_selection": {"kind": "lucky", "ratio": 0.5}}
+    check_methods(recipe(**algorithm))
+    assert "  lucky           tokens in a lucky half" in list_methods()
+    whole = refusal(8, **algorithm, policy_loss="gspo", loss_aggregation="sequence-mean")
+    assert "token_selection.kind=lucky" in whole and "gspo" in whole
+    told = refusal(8, token_selection={"kind": "luky"})
+    assert all(word in told for word in ("algorithm.token_selection.kind=luky", "did you mean lucky?", "high-entropy"))
+    values = token_values(400)
+    chosen = selection_settings(recipe(**algorithm).algorithm)
+    kept = kept_tokens(values, chosen, (0, 1, 2))
+    assert 150 < kept.sum() < 250
+    assert (kept_tokens(values, chosen, (0, 1, 3)) != kept).any()
+    assert kept_tokens(values.only(np.zeros(0, int)), chosen, (0, 1, 2)).shape == (0,)
+
+
+def token_values(count: int) -> TokenValues:
+    numbers = np.random.default_rng(0).exponential(1, (3, count)).astype(np.float32)
+    return TokenValues(
+        -numbers[0], numbers[1], numbers[2], np.zeros(count, bool), np.zeros(count, int), np.arange(count)
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise KeyError('x')", r"raised KeyError\('x'\) at bad.py:6"),
+        ("return tokens.entropies_N", r"returned float32 \[9\] for 9 tokens; it must return one bool a token"),
+        ("return tokens.entropies_N[:2] > 0", r"returned bool \[2\]"),
+    ],
+)
+def test_an_own_selection_must_say_yes_or_no_to_each_token(tmp_path, body, said):
+    name, file = f"bad-selection-{len(body)}", tmp_path / "bad.py"
+    file.write_text(OWN_SELECTION.format(name=name, body=body))
+    load_extensions([str(file)])
+    with pytest.raises(RunError, match=f"algorithm.token_selection.kind={name} {said}"):
+        kept_tokens(token_values(9), SelectionSettings(name), (0, 0, 0))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_leave_one_out_subtracts_the_mean_of_the_others(seed):
     rewards = np.random.default_rng(seed).normal(size=5)
@@ -222,6 +279,7 @@ def test_pairs_that_go_together(settings):
         ({"kl": {"coefficient": 0.1}}, r"kl.coefficient=0.1 does not go with .*=dpo.* use 0.0"),
         ({"token_selection": {"kind": "high-entropy"}}, "token_selection.kind=high-entropy does not go with"),
         ({"whiten": True}, "whiten=true does not go with .* use false"),
+        ({"adaptive_entropy": {"target": 0.2}}, r"adaptive_entropy.target=0\.2 does not go with .* use null"),
         ({"entropy_coefficient": 0.01}, "entropy_coefficient=0.01 does not go with .* use 0.0"),
         ({"advantage": "leave-one-out"}, "advantage=leave-one-out would not act: .*; use group"),
         ({"loss_aggregation": "sequence-mean"}, "loss_aggregation=sequence-mean would not act: .*; use token-mean"),

@@ -37,6 +37,7 @@ SETTINGS = (
     # more groups than a step trains on: some are kept for the next one
     "algorithm.dynamic_sampling={metric: reward_std, max_waves: 2, over_sampling: 2, adaptive: false}",
     "algorithm.importance_bound=2.0",
+    "algorithm.adaptive_entropy={target: 2.0, delta: 0.003}",
     # a random model answers nothing right: with length in the reward there is something to learn
     "reward.overlong={max_length: 12, cache_length: 11}",
     "evaluation={every: 4, samples: 1}",

@@ -1,4 +1,4 @@
-"""`algorithm.extensions`: files of the user's that register advantages and policy losses.
+"""`algorithm.extensions`: files of the user's that register advantages, policy losses and token selections.
 
 They are run as they are, in the launching process and on every rank: trusted code, as `reward.custom` is.
 """
@@ -6,7 +6,7 @@ They are run as they are, in the launching process and on every rank: trusted co
 from collections.abc import Sequence
 from pathlib import Path
 
-from dapo_megatron.algorithms.registry import advantages, policy_losses, raised
+from dapo_megatron.algorithms.registry import raised, registered
 from dapo_megatron.errors import RequestError
 from dapo_megatron.user_file import run_user_file
 
@@ -29,7 +29,7 @@ def load_extensions(files: Sequence[str]) -> None:
 def _run(path: Path, told: str) -> None:
     if path.suffix != ".py" or not path.is_file():
         raise RequestError(f"{told} is not a Python file; give the path of a file that ends in .py")
-    before = {**advantages(), **policy_losses()}
+    before = registered()
     try:
         run_user_file(path, f"dapo_extension_{path.stem}")
     except RequestError as error:
@@ -38,5 +38,7 @@ def _run(path: Path, told: str) -> None:
         raise RequestError(f"{told} line {error.lineno} is not valid Python: {error.msg}") from None
     except (Exception, SystemExit) as error:
         raise RequestError(f"{told} cannot be imported: {raised(error)}") from None
-    if {**advantages(), **policy_losses()} == before:
-        raise RequestError(f"{told} registers nothing; use @register_advantage or @register_policy_loss in it")
+    if registered() == before:
+        raise RequestError(
+            f"{told} registers nothing; use @register_advantage, @register_policy_loss or @register_token_selection"
+        )

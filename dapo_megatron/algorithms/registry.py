@@ -1,4 +1,5 @@
-"""The names that a recipe's `algorithm.advantage` and `algorithm.policy_loss` may take, and what stands behind them.
+"""The names that a recipe's `algorithm.advantage`, `algorithm.policy_loss` and `algorithm.token_selection.kind` may
+take, and what stands behind them.
 
 Built-in methods register here as a user's own do, from a file named in `algorithm.extensions`:
 
@@ -8,25 +9,29 @@ Built-in methods register here as a user's own do, from a file named in `algorit
     @register_policy_loss("mine", "−r·A without a clip")
     def mine(tokens: TokenBatch) -> TokenLosses | Tensor: ...
 
+    @register_token_selection("mine", "tokens that were less likely than their entropy says")
+    def mine(tokens: TokenValues, settings: SelectionSettings) -> np.ndarray: ...
+
 Names are looked up before ranks start: nothing here imports torch.
 """
 
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from dapo_megatron.algorithms.keyed_random import keyed_numbers
 from dapo_megatron.errors import RequestError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 AGGREGATIONS = ("token-mean", "sequence-mean", "constant-length")
-BUILT_IN = ("advantage_rules", "policy_losses")  # files of this room that register
+BUILT_IN = ("advantage_rules", "policy_losses", "token_selection")  # files of this room that register
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -100,8 +105,53 @@ class TokenLosses:
     clipped_dual_N: "Tensor | None" = None
 
 
+@dataclass(frozen=True)
+class TokenValues:
+    """What a token selection sees: the N ≥ 1 trained tokens of a mini-batch, or of a part of it with
+    `algorithm.statistics: micro_batch`, end to end, fp32 [N] where not said otherwise.
+
+    samples_N, positions_N: integers ≥ 0, which response to which prompt, and the token's place in it.
+    clipped_N: bool, the loss's clip leaves no gradient. key: (run seed, step, update), of random draws.
+    """
+
+    logprobs_N: np.ndarray
+    entropies_N: np.ndarray
+    advantages_N: np.ndarray
+    clipped_N: np.ndarray
+    samples_N: np.ndarray
+    positions_N: np.ndarray
+    key: tuple[int, int, int] = (0, 0, 0)
+
+    def __len__(self) -> int:
+        return len(self.logprobs_N)
+
+    def uniform(self) -> np.ndarray:
+        """fp64 [N] in [0, 1): random numbers that are the same for every layout, and others in every update."""
+        numbers_N = keyed_numbers(self.key, self.samples_N, self.positions_N)
+        return (numbers_N >> np.uint64(11)) * 2.0**-53
+
+    def only(self, rows_N: np.ndarray) -> "TokenValues":
+        """The tokens of `rows_N`, bool [N] or numbers, alone."""
+        columns = {name: column[rows_N] for name, column in vars(self).items() if name != "key"}
+        return replace(self, **columns)
+
+
+@dataclass(frozen=True)
+class SelectionSettings:
+    """`algorithm.token_selection`, and the share of tokens that KL-Cov penalises (0: none)."""
+
+    kind: str = "none"
+    ratio: float = 0.2
+    threshold: float = 0.9
+    cov_ratio: float = 2e-4
+    cov_low: float = 1.0
+    cov_high: float = 5.0
+    penalised: float = 0.0
+
+
 AdvantageRule = Callable[[GroupRewards], np.ndarray]
 LossRule = Callable[[TokenBatch], "TokenLosses | Tensor"]
+SelectionRule = Callable[[TokenValues, SelectionSettings], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -127,8 +177,18 @@ class LossMethod:
     dual_clip: bool
 
 
+@dataclass(frozen=True)
+class SelectionMethod:
+    """A registered token selection: one bool a token, True for those that keep their gradient."""
+
+    name: str
+    description: str
+    compute: SelectionRule
+
+
 _advantages: dict[str, AdvantageMethod] = {}
 _policy_losses: dict[str, LossMethod] = {}
+_token_selections: dict[str, SelectionMethod] = {}
 
 
 def register_advantage(name: str, description: str, *, least_samples: int = 2) -> Callable[[Function], Function]:
@@ -172,6 +232,20 @@ def register_policy_loss(
     return register
 
 
+def register_token_selection(name: str, description: str) -> Callable[[Function], Function]:
+    """Decorator: `function(TokenValues, SelectionSettings) → bool [N]` becomes `algorithm.token_selection.kind: name`.
+
+    Raises:
+        RequestError: the name is taken.
+    """
+
+    def register(function: Function) -> Function:
+        _add(_token_selections, "token selection", SelectionMethod(name, description, function))
+        return function
+
+    return register
+
+
 def advantages() -> dict[str, AdvantageMethod]:
     """All registered advantage rules by name, built-in ones first."""
     _register_built_in()
@@ -184,6 +258,18 @@ def policy_losses() -> dict[str, LossMethod]:
     return dict(_policy_losses)
 
 
+def token_selections() -> dict[str, SelectionMethod]:
+    """All registered token selections by name, built-in ones first."""
+    _register_built_in()
+    return dict(_token_selections)
+
+
+def registered() -> set[tuple[str, str]]:
+    """(kind, name) of everything that is registered."""
+    kinds = {"advantage": advantages(), "policy loss": policy_losses(), "token selection": token_selections()}
+    return {(kind, name) for kind, methods in kinds.items() for name in methods}
+
+
 def raised(error: BaseException) -> str:
     """What a method raised and where, in a few words: "KeyError('x') at mine.py:12"."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -191,7 +277,7 @@ def raised(error: BaseException) -> str:
     return f"{error!r}{place}"
 
 
-def _add(known: dict, kind: str, method: AdvantageMethod | LossMethod) -> None:
+def _add(known: dict, kind: str, method: AdvantageMethod | LossMethod | SelectionMethod) -> None:
     if not isinstance(method.name, str) or not method.name:
         raise RequestError(f"{kind}: the name {method.name!r} must be text")
     before = known.get(method.name)

@@ -13,20 +13,21 @@ tokens: no split into ranks or micro-batches shows. N is the number of trained t
 Counts are at least 1 where there is a candidate. Equal values are taken in the order of sequences and tokens.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from dapo_megatron.algorithms.keyed_random import keyed_numbers
+from dapo_megatron.algorithms.registry import (
+    SelectionSettings,
+    TokenValues,
+    raised,
+    register_token_selection,
+    token_selections,
+)
+from dapo_megatron.errors import RunError
 
-SELECTIONS = {
-    "none": "every trained token keeps its gradient",
-    "high-entropy": "the token_selection.ratio of tokens of highest entropy keep theirs (80/20 rule)",
-    "low-entropy": "the token_selection.ratio of tokens of lowest entropy keep theirs (for study)",
-    "low-probability": "tokens less probable than token_selection.threshold keep theirs (SPO's probability mask)",
-    "clip-cov": "a random cov_ratio of tokens with covariance in (cov_low, cov_high) lose theirs (Clip-Cov)",
-}
 STATISTICS = {
     "old": "log-probs and entropies of the old-policy pass: free, and the same for every layout",
     "current": "of one more scoring pass before the update: the same for every layout",
@@ -34,50 +35,34 @@ STATISTICS = {
 }
 
 
-@dataclass(frozen=True)
-class TokenValues:
-    """The trained tokens of a mini-batch, or of a part of it, end to end, fp32 [N] where not said otherwise.
-
-    samples_N, positions_N: integers ≥ 0, which response to which prompt, and the token's place in it.
-    clipped_N: bool, the loss's clip leaves no gradient.
-    """
-
-    logprobs_N: np.ndarray
-    entropies_N: np.ndarray
-    advantages_N: np.ndarray
-    clipped_N: np.ndarray
-    samples_N: np.ndarray
-    positions_N: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.logprobs_N)
-
-
-@dataclass(frozen=True)
-class SelectionSettings:
-    """`algorithm.token_selection`, and the share of tokens that KL-Cov penalises (0: none)."""
-
-    kind: str = "none"
-    ratio: float = 0.2
-    threshold: float = 0.9
-    cov_ratio: float = 2e-4
-    cov_low: float = 1.0
-    cov_high: float = 5.0
-    penalised: float = 0.0
-
-
 def kept_tokens(values: TokenValues, settings: SelectionSettings, key: tuple[int, int, int]) -> np.ndarray:
     """bool [N]: the tokens that keep their gradient. `key`: (run seed, step, update), of random draws.
 
     Raises:
         KeyError: an unknown kind.
+        RunError: a registered selection raised, or did not return one bool a token.
     """
-    return _KINDS[settings.kind](values, settings, key)
+    method = token_selections()[settings.kind]
+    if not len(values):
+        return np.zeros(0, bool)  # a method need not expect it
+    told = f"algorithm.token_selection.kind={method.name}"
+    try:
+        kept_N = np.asarray(method.compute(replace(values, key=key), settings))
+    except RunError:
+        raise
+    except Exception as error:
+        raise RunError(f"{told} raised {raised(error)}") from error
+    if kept_N.dtype != bool or kept_N.shape != values.logprobs_N.shape:
+        raise RunError(
+            f"{told} returned {kept_N.dtype} {list(kept_N.shape)} for {len(values)} tokens; it must return one bool a "
+            "token, True for those that keep their gradient"
+        )
+    return kept_N
 
 
 def penalised_tokens(values: TokenValues, share: float) -> np.ndarray:
     """bool [N]: the max(1, ⌊share·N⌋) tokens of highest covariance (KL-Cov, arXiv 2505.22617)."""
-    return _highest(covariances(values), _count(share, len(values)))
+    return top_share(covariances(values), share)
 
 
 def covariances(values: TokenValues) -> np.ndarray:
@@ -100,29 +85,58 @@ def choose(
         kept_N = kept_tokens(values, settings, key)
         penalised_N = np.zeros(len(values), bool)
         if settings.penalised and kept_N.any():
-            left = TokenValues(**{name: column[kept_N] for name, column in vars(values).items()})
-            penalised_N[kept_N] = penalised_tokens(left, settings.penalised)
+            penalised_N[kept_N] = penalised_tokens(values.only(kept_N), settings.penalised)
         chosen.append((kept_N, penalised_N))
     return chosen
 
 
-def _clip_cov(values: TokenValues, settings: SelectionSettings, key: tuple[int, int, int]) -> np.ndarray:
+@register_token_selection("none", "every trained token keeps its gradient")
+def every_token(values: TokenValues, settings: SelectionSettings) -> np.ndarray:
+    """All True."""
+    return np.ones(len(values), bool)
+
+
+@register_token_selection(
+    "high-entropy", "the token_selection.ratio of tokens of highest entropy keep theirs (80/20 rule)"
+)
+def high_entropy(values: TokenValues, settings: SelectionSettings) -> np.ndarray:
+    """arXiv 2506.01939."""
+    return top_share(values.entropies_N, settings.ratio)
+
+
+@register_token_selection(
+    "low-entropy", "the token_selection.ratio of tokens of lowest entropy keep theirs (for study)"
+)
+def low_entropy(values: TokenValues, settings: SelectionSettings) -> np.ndarray:
+    """The other end."""
+    return top_share(-values.entropies_N, settings.ratio)
+
+
+@register_token_selection(
+    "low-probability", "tokens less probable than token_selection.threshold keep theirs (SPO's probability mask)"
+)
+def low_probability(values: TokenValues, settings: SelectionSettings) -> np.ndarray:
+    """arXiv 2505.23564."""
+    return values.logprobs_N < np.log(np.float32(settings.threshold))
+
+
+@register_token_selection(
+    "clip-cov", "a random cov_ratio of tokens with covariance in (cov_low, cov_high) lose theirs (Clip-Cov)"
+)
+def clip_cov(values: TokenValues, settings: SelectionSettings) -> np.ndarray:
+    """arXiv 2505.22617."""
     cov_N = covariances(values)
     candidates = np.flatnonzero((cov_N > settings.cov_low) & (cov_N < settings.cov_high) & ~values.clipped_N)
-    drawn = keyed_numbers(key, values.samples_N[candidates], values.positions_N[candidates])
+    drawn = keyed_numbers(values.key, values.samples_N[candidates], values.positions_N[candidates])
     count = min(_count(settings.cov_ratio, len(values)), len(candidates))
     kept_N = np.ones(len(values), bool)
     kept_N[candidates[np.argsort(drawn, kind="stable")[:count]]] = False
     return kept_N
 
 
-_KINDS: dict[str, Callable[[TokenValues, SelectionSettings, tuple[int, int, int]], np.ndarray]] = {
-    "none": lambda values, settings, key: np.ones(len(values), bool),
-    "high-entropy": lambda values, settings, key: _highest(values.entropies_N, _count(settings.ratio, len(values))),
-    "low-entropy": lambda values, settings, key: _highest(-values.entropies_N, _count(settings.ratio, len(values))),
-    "low-probability": lambda values, settings, key: values.logprobs_N < np.log(np.float32(settings.threshold)),
-    "clip-cov": _clip_cov,
-}
+def top_share(values_N: np.ndarray, share: float) -> np.ndarray:
+    """bool [N], True on the max(1, ⌊share·N⌋) highest values, share in (0, 1]; of equal ones the first. N may be 0."""
+    return _highest(values_N, _count(share, len(values_N)))
 
 
 def _count(share: float, tokens: int) -> int:

@@ -122,15 +122,33 @@ class DPO(Section):
     """Pairs whose rewards differ by less are left out (reward units)."""
 
 
+class AdaptiveEntropy(Section):
+    """An entropy bonus whose coefficient c follows the entropy (Skywork-OR1, arXiv 2505.22312). c begins at
+    `algorithm.entropy_coefficient`.
+
+    With e, a step's mean token entropy before its updates: the bonus acts with c while e <= target; then c rises by
+    `delta` if e < target and falls by it otherwise, between 0 and `max`.
+    """
+
+    target: float | None = Field(None, gt=0)
+    """Entropy to keep (nats); null = a fixed coefficient."""
+
+    delta: float = Field(0.005, gt=0)
+    """How far the coefficient moves in a rollout step (per nat)."""
+
+    max: float = Field(0.1, gt=0)
+    """Highest coefficient (per nat)."""
+
+
 class TokenSelection(Section):
     """Which trained tokens of a mini-batch keep their gradient; composes with every policy loss.
 
     cov = (A - mean A)(log pi - mean log pi), means over the mini-batch's trained tokens.
     """
 
-    kind: Literal["none", "high-entropy", "low-entropy", "low-probability", "clip-cov"] = "none"
-    """high-entropy, low-entropy keep the highest, the lowest `ratio` by entropy; low-probability keeps tokens of
-    p < threshold; clip-cov takes the gradient from a random few of high covariance."""
+    kind: str = Field("none", min_length=1)
+    """none: all; high-entropy, low-entropy keep the highest, the lowest `ratio` by entropy; low-probability keeps
+    tokens of p < threshold; clip-cov takes the gradient from a random few of high covariance; or a registered one."""
 
     ratio: float = Field(0.2, gt=0, le=1)
     """Share of tokens that high-entropy and low-entropy keep; exact, at least one token."""
@@ -159,7 +177,8 @@ class Algorithm(Section):
     """
 
     extensions: list[str] = Field(default_factory=list)
-    """Python files that register advantages and policy losses of one's own; trusted code, run before anything else."""
+    """Python files that register advantages, policy losses and token selections of one's own; trusted code, run before
+    anything else."""
 
     advantage: str = Field("group", min_length=1)
     """group: A = (R - mean R) / (std R + advantage_epsilon) over the responses to one prompt; group-mean: A = R -
@@ -218,6 +237,9 @@ class Algorithm(Section):
 
     entropy_coefficient: float = 0.0
     """Weight of the entropy bonus in the loss (per nat)."""
+
+    adaptive_entropy: AdaptiveEntropy = AdaptiveEntropy()
+    """Moves this weight from step to step."""
 
     advantage_epsilon: float = Field(1e-6, ge=0)
     """Added to the standard deviation that divides the advantage (reward units)."""

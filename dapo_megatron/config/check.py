@@ -1,5 +1,6 @@
 """Rules between settings of different sections, and between settings and the model."""
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -20,11 +21,13 @@ def check_recipe(recipe: Recipe, architecture: Architecture) -> None:
     problems = [
         *_engine(recipe),
         *_sampling(recipe),
+        *fork_problems(recipe),
         *_lengths(recipe, architecture),
         *_overlong(recipe),
         *_judge(recipe),
         *_algorithm(recipe),
         *_reference(recipe),
+        *_adaptive_entropy(recipe, architecture),
         *_critic(recipe),
         *shape_problems(recipe),
         *_data(recipe),
@@ -89,6 +92,26 @@ def _sampling(recipe: Recipe) -> Iterator[str]:
         yield (
             f"rollout.temperature={rollout.temperature} must be more than 0: greedily decoded "
             "responses of a group are all alike; use 1.0"
+        )
+
+
+def fork_problems(
+    recipe: Recipe, names: tuple[str, str] = ("evaluation.fork_temperature", "evaluation.entropy_threshold")
+) -> Iterator[str]:
+    """What is wrong with a second temperature for tokens of high entropy; `names`: what the user calls the settings."""
+    hot, threshold = recipe.evaluation.fork_temperature, recipe.evaluation.entropy_threshold
+    if hot is None and threshold is None:
+        return
+    if threshold is None:
+        yield (
+            f"{names[0]}={hot:g} needs {names[1]}, the entropy in nats above which it holds; `dapo-megatron analyze "
+            "entropy` tells where the model's top 20 % begin"
+        )
+    elif hot is None:
+        yield f"{names[1]}={threshold:g} would not act without {names[0]}, the temperature above it; give both"
+    elif recipe.rollout.engine == "vllm":
+        yield (
+            f"{names[0]}={hot:g} does not go with engine vllm, which draws a whole response at one temperature; use hf"
         )
 
 
@@ -178,6 +201,26 @@ def _reference(recipe: Recipe) -> Iterator[str]:
         yield (
             "algorithm.reference.placement=resident would keep a second model on the device that "
             "rollout.shape=preferences scores with only once, before the first step; use host"
+        )
+
+
+def _adaptive_entropy(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
+    adaptive, coefficient = recipe.algorithm.adaptive_entropy, recipe.algorithm.entropy_coefficient
+    if adaptive.target is None:
+        for name, value in adaptive.changed().items():
+            yield f"algorithm.adaptive_entropy.{name}={value:g} would not act without its target; give both"
+        return
+    most = math.log(architecture.vocab)
+    if adaptive.target >= most:
+        yield (
+            f"algorithm.adaptive_entropy.target={adaptive.target:g} nats is beyond any entropy over the model's "
+            f"{architecture.vocab} tokens, at most {most:.3f}: the coefficient would rise for ever; use 0.2"
+        )
+    if not 0 <= coefficient <= adaptive.max:
+        near = adaptive.max if coefficient > 0 else 0.0
+        yield (
+            f"algorithm.entropy_coefficient={coefficient:g}, where adaptive_entropy begins, must lie between 0 and "
+            f"algorithm.adaptive_entropy.max={adaptive.max:g}; use {near:g}"
         )
 
 

@@ -17,6 +17,13 @@ class Evaluation(Section):
     temperature: float = Field(1.0, ge=0)
     """Sampling temperature (divides the logits); 0 = the most likely token, which makes all samples equal."""
 
+    fork_temperature: float | None = Field(None, ge=0)
+    """Temperature of tokens whose entropy at temperature 1 exceeds `entropy_threshold`, `temperature` being that of all
+    others (arXiv 2506.01939); 0 = the most likely token, null = one temperature. For rollout.engine=hf."""
+
+    entropy_threshold: float | None = Field(None, ge=0)
+    """What `fork_temperature` begins above (nats); `dapo-megatron analyze entropy` tells a model's percentiles."""
+
     top_p: float = Field(0.7, gt=0, le=1)
     """Nucleus mass to sample from."""
 

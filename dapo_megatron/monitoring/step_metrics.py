@@ -123,6 +123,7 @@ def learner_metrics(result: PolicyStep | None) -> dict[str, float]:
         **_critic_metrics(result),
         **_selection_metrics(result),
         **_pair_metrics(result),
+        **_bonus_metrics(result),
     }
     if result.waited:
         return found
@@ -150,6 +151,12 @@ def _selection_metrics(result: PolicyStep) -> dict[str, float]:
         "selection/penalised": chosen.penalised,
         "selection/seconds": chosen.seconds,
     }
+
+
+def _bonus_metrics(result: PolicyStep) -> dict[str, float]:
+    """Weight of the entropy bonus in this step's losses, and the coefficient of the next; nothing where it is fixed."""
+    bonus = result.entropy_bonus
+    return {} if bonus is None else {"entropy/coefficient": bonus.applied, "entropy/coefficient_next": bonus.following}
 
 
 def _pair_metrics(result: PolicyStep) -> dict[str, float]:

@@ -19,10 +19,19 @@ from dapo_megatron.data.completions import Completion, FinishReason
 
 
 @dataclass(frozen=True)
+class Fork:
+    """Tokens whose distribution at temperature 1 has an entropy above `threshold` (nats) are drawn at `temperature`,
+    all others at the request's own (arXiv 2506.01939)."""
+
+    temperature: float
+    threshold: float
+
+
+@dataclass(frozen=True)
 class RolloutRequest:
     """One sample to draw. `ticket` identifies it; `seed` alone (not its batch mates) decides its random numbers.
 
-    temperature 0 means greedy. top_p < 1 is for evaluation only.
+    temperature 0 means greedy. top_p < 1 and `fork` are for evaluation only; the embedded engine alone knows `fork`.
     """
 
     ticket: int
@@ -31,6 +40,7 @@ class RolloutRequest:
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    fork: Fork | None = None
 
 
 @dataclass

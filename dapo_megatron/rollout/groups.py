@@ -16,7 +16,7 @@ from dapo_megatron.rewards.overlong import overlong_penalties
 from dapo_megatron.rollout.chain import value_chains
 from dapo_megatron.rollout.dispatcher import Dispatcher
 from dapo_megatron.rollout.dynamic_sampling import is_mixed
-from dapo_megatron.rollout.engine import RolloutRequest, sample_seed
+from dapo_megatron.rollout.engine import Fork, RolloutRequest, sample_seed
 from dapo_megatron.rollout.server_dispatcher import ServerDispatcher
 from dapo_megatron.rollout.tree import draw_trees, responses_of, value_tree
 
@@ -53,6 +53,7 @@ class GroupSampler:
         temperature: float,
         top_p: float,
         seed_key: tuple[int, ...],
+        fork: Fork | None = None,
         collect: bool = False,
     ) -> list[PromptGroup]:
         """One group of `samples` completions a prompt row, graded; rewards without overlong shaping.
@@ -68,6 +69,7 @@ class GroupSampler:
                 max_new_tokens=self.recipe.rollout.max_response_length,
                 temperature=temperature,
                 top_p=top_p,
+                fork=fork,
             )
             for i, row in enumerate(rows)
             for j in range(samples)

@@ -188,9 +188,13 @@ class HFEngine:
         return "length" if len(sequence.tokens) >= sequence.request.max_new_tokens else None
 
     def _draw(self, logits_BV: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids int64 [B] and their log-probs. Inverse transform of each sequence's own uniform number."""
-        temperatures = [1.0 if s is None else s.request.temperature or 1.0 for s in self._batch]
-        scale = torch.tensor(temperatures, device=self.device)[:, None]
+        """Token ids int64 [B] and their log-probs at the temperature they were drawn at, of greedy ones at 1.
+
+        Inverse transform of each sequence's own uniform number.
+        """
+        temperatures_B = _temperatures(logits_BV, [None if s is None else s.request for s in self._batch])
+        greedy_B = temperatures_B == 0
+        scale = temperatures_B.masked_fill(greedy_B, 1.0)[:, None]
         logp_BV = torch.log_softmax(logits_BV.float() / scale, dim=-1)
         uniforms = [0.5 if s is None else s.uniforms[len(s.tokens)] for s in self._batch]
         probabilities = logp_BV.exp().double()
@@ -200,8 +204,7 @@ class HFEngine:
         cumulative = probabilities.cumsum(-1)
         threshold = torch.tensor(uniforms, dtype=torch.float64, device=self.device)[:, None] * cumulative[:, -1:]
         chosen = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logp_BV.shape[1] - 1)
-        greedy = torch.tensor([s is not None and s.request.temperature == 0 for s in self._batch], device=self.device)
-        chosen = torch.where(greedy[:, None], logits_BV.argmax(-1, keepdim=True), chosen)
+        chosen = torch.where(greedy_B[:, None], logits_BV.argmax(-1, keepdim=True), chosen)
         return chosen.squeeze(1).cpu().numpy(), logp_BV.gather(1, chosen).squeeze(1).cpu().numpy()
 
     def _compact(self) -> None:
@@ -219,6 +222,24 @@ class HFEngine:
 
 def _uniforms(request: RolloutRequest) -> np.ndarray:
     return np.random.Generator(np.random.Philox(request.seed)).random(request.max_new_tokens)
+
+
+def _temperatures(logits_BV: Tensor, requests: Sequence[RolloutRequest | None]) -> Tensor:
+    """fp32 [B]: each row's temperature for the token that its logits are about, 0 = greedy; 1 for a row without one."""
+    device = logits_BV.device
+    temperatures_B = torch.tensor([1.0 if r is None else r.temperature for r in requests], device=device)
+    forks = {row: r.fork for row, r in enumerate(requests) if r is not None and r.fork is not None}
+    if not forks:
+        return temperatures_B
+    rows = torch.tensor(list(forks), device=device)
+    logp_FV = torch.log_softmax(logits_BV[rows].float(), dim=-1)
+    entropy_F = -(logp_FV.exp() * logp_FV).sum(-1)
+    thresholds_F, hot_F = (
+        torch.tensor([getattr(fork, name) for fork in forks.values()], device=device)
+        for name in ("threshold", "temperature")
+    )
+    temperatures_B[rows] = torch.where(entropy_F > thresholds_F, hot_F, temperatures_B[rows])
+    return temperatures_B
 
 
 def _nucleus(probabilities_BV: Tensor, top_p_B: Tensor) -> Tensor:

@@ -8,15 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapo_megatron.algorithms.keyed_random import keyed_numbers
-from dapo_megatron.algorithms.token_selection import (
-    SELECTIONS,
-    SelectionSettings,
-    TokenValues,
-    choose,
-    covariances,
-    kept_tokens,
-    penalised_tokens,
-)
+from dapo_megatron.algorithms.registry import SelectionSettings, TokenValues, token_selections
+from dapo_megatron.algorithms.token_selection import choose, covariances, kept_tokens, penalised_tokens
 
 KEY = (7, 3, 1)
 
@@ -131,7 +124,7 @@ def test_parts_are_looked_at_one_by_one():
     assert [kept.tolist() for kept, _ in choose([part([])], settings_, KEY)] == [[]]
 
 
-@pytest.mark.parametrize("kind", SELECTIONS)
+@pytest.mark.parametrize("kind", token_selections())
 def test_every_kind_that_is_listed_is_known(kind):
     values = TokenValues(*(np.zeros(3, t) for t in (np.float32, np.float32, np.float32, bool, int, int)))
     assert kept_tokens(values, SelectionSettings(kind), KEY).shape == (3,)

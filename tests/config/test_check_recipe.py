@@ -60,6 +60,23 @@ def test_what_is_allowed(sections):
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
+        (
+            {"algorithm": {"adaptive_entropy": {"delta": 0.01}}},
+            ["algorithm.adaptive_entropy.delta=0.01", "without its target"],
+        ),
+        ({"algorithm": {"adaptive_entropy": {"target": 99.0}}}, ["adaptive_entropy.target=99 nats", "rise for ever"]),
+        (
+            {"algorithm": {"adaptive_entropy": {"target": 0.2, "max": 0.01}, "entropy_coefficient": 0.5}},
+            ["algorithm.entropy_coefficient=0.5", "between 0 and", "adaptive_entropy.max=0.01", "use 0.01"],
+        ),
+        (
+            {"evaluation": {"fork_temperature": 1.2}},
+            ["evaluation.fork_temperature=1.2", "needs evaluation.entropy_threshold", "analyze entropy"],
+        ),
+        (
+            {"evaluation": {"fork_temperature": 1.2, "entropy_threshold": 0.6}, "rollout": {"engine": "vllm"}},
+            ["evaluation.fork_temperature=1.2", "vllm", "use hf"],
+        ),
         ({"rollout": {"top_p": 0.7}}, ["rollout.top_p=0.7", "could not reproduce", "use 1.0", "evaluation.top_p"]),
         (
             {"reward": {"judge": {"model": "judge"}}},

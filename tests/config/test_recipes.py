@@ -38,6 +38,7 @@ METHODS = {
     "cispo": {"policy_loss": "cispo"},
     "high-entropy": {"policy_loss": "clip"},
     "clip-cov": {"policy_loss": "clip", "eps_low": 1.0, "eps_high": 1.0},
+    "adaptive-entropy": {"policy_loss": "clip", "entropy_coefficient": 0.0},
     "kl-cov": {"policy_loss": "kl-cov", "eps_dual": None},
     "ppo": {"advantage": "gae", "policy_loss": "clip", "eps_high": 0.2, "whiten": False},
     "ppo-tricks/whitening": {"advantage": "gae", "whiten": True, "mini_batch_prompts": 32},

@@ -21,7 +21,7 @@ ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "docs/recipe.md", "docs/methods.md")
 SOURCES = {"dapo_megatron": ROOT / "dapo_megatron", "dapo_kernels": ROOT / "kernels" / "dapo_kernels"}
 KNOWN_KEYS = set(known_names(Recipe))
-GROUPS = ("convert",)  # commands that only hold others
+GROUPS = ("convert", "analyze")  # commands that only hold others
 ADOPTED = {"torch", "megatron", "transformers", "numpy", "dapo_kernels", "triton"}
 
 
@@ -73,7 +73,7 @@ def test_commands_in_the_readme_exist_with_their_options():
     commands = _commands(README)
     assert {" ".join(names) for names, _ in commands} == {
         "train", "check-method", "plan", "serve", "evaluate", "report", "convert hf-to-megatron",
-        "convert megatron-to-hf", "convert hf-to-hf", "convert megatron-to-megatron",
+        "convert megatron-to-hf", "convert hf-to-hf", "convert megatron-to-megatron", "analyze entropy",
     }  # fmt: skip
     for names, words in commands:
         unknown = _options(" ".join(words)) - _options(_help(names))

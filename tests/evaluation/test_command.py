@@ -96,6 +96,10 @@ def test_programs_have_no_majority(place, tmp_path, capsys):
         ({"samples": 0}, "evaluation.samples"),
         ({"temperature": 0.0}, "use --samples 1"),
         ({"top_p": 1.5}, "evaluation.top_p"),
+        ({"fork_temperature": 1.2}, "--fork-temperature=1.2 needs --entropy-threshold"),
+        ({"entropy_threshold": 0.5}, "--entropy-threshold=0.5 would not act without --fork-temperature"),
+        ({"entropy_threshold": -1.0, "fork_temperature": 1.2}, "evaluation.entropy_threshold"),
+        ({"temperature": 0.0, "entropy_threshold": 0.5, "fork_temperature": 0.0}, "use --samples 1"),
     ],
 )
 def test_what_cannot_work_is_refused(place, changes, said):
@@ -105,6 +109,21 @@ def test_what_cannot_work_is_refused(place, changes, said):
 
 def test_greedy_decoding_takes_one_sample(place):
     assert evaluate_model(place / "model", settings(place, samples=1, temperature=0.0)).scores.samples == 1
+
+
+def test_a_second_temperature_for_forking_tokens(place, capsys):
+    """Above no threshold at all it is the only one; vLLM has no such thing."""
+    hot = {"samples": 2, "temperature": 0.5, "fork_temperature": 1.5}
+    found = evaluate_model(place / "model", settings(place, entropy_threshold=0.0, **hot))
+    assert found.problems == evaluate_model(place / "model", settings(place, samples=2, temperature=1.5)).problems
+    half = evaluate_model(place / "model", settings(place, entropy_threshold=2.0, **hot))
+    assert half.problems != found.problems
+    assert (as_json(half)["fork_temperature"], as_json(half)["entropy_threshold"]) == (1.5, 2.0)
+    print_scores(half)
+    assert "temperature 0.5 (1.5 above 2 nats of entropy), top-p" in capsys.readouterr().out
+    asked = settings(place, entropy_threshold=2.0, **hot) | {"rollout": {"engine": "vllm"}}
+    with pytest.raises(RequestError, match=r"--fork-temperature=1\.5 does not go with engine vllm, .*; use hf"):
+        evaluate_model(place / "model", asked)
 
 
 def test_a_damaged_checkpoint_is_refused_or_passed_over(place, tmp_path):

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from dapo_megatron.errors import RunError
-from dapo_megatron.rollout.engine import sample_seed
+from dapo_megatron.rollout.engine import Fork, sample_seed
 from tests.rollout.engines import generate, logprob_table, request, requests, same, set_weights, start_engine
 from tests.tiny_models import load_model, write_model
 
@@ -111,6 +113,53 @@ def test_two_tokens_are_drawn_with_their_joint_probabilities(folder, model, temp
     assert chi_square_z(counts.sum(0), joint.sum(0)) < 4
     # the test has the power to see another temperature
     assert chi_square_z(counts.sum(1), torch.softmax(first.log() * 0.8, 0).numpy()) > 4
+
+
+def drawn_by_hand(model, wanted) -> tuple[list[int], list[float], int]:
+    """Tokens, their log-probs, and how many were drawn above the threshold: one sequence, fp64, no cache or batch."""
+    uniforms = np.random.Generator(np.random.Philox(wanted.seed)).random(wanted.max_new_tokens)
+    tokens, logprobs, forks = [], [], 0
+    for uniform in uniforms:
+        plain = logprob_table(model, wanted.prompt_tokens.tolist() + tokens)[-1].numpy()
+        forking = -(np.exp(plain) * plain).sum() > wanted.fork.threshold
+        forks += forking
+        temperature = wanted.fork.temperature if forking else wanted.temperature
+        scaled = plain / (temperature or 1.0)
+        scaled -= np.log(np.exp(scaled).sum())
+        token = int(np.searchsorted(np.exp(scaled).cumsum(), uniform)) if temperature else int(plain.argmax())
+        tokens.append(token)
+        logprobs.append(scaled[token])
+    return tokens, logprobs, int(forks)
+
+
+@pytest.mark.parametrize(("cold", "hot"), [(0.5, 1.8), (0.0, 1.0), (1.0, 0.0)])
+def test_forking_tokens_have_a_temperature_of_their_own(folder, model, cold, hot):
+    entropies = [-(t.exp() * t).sum(-1).median() for t in (logprob_table(model, [i, i + 3, 7]) for i in range(9))]
+    fork = Fork(hot, float(np.median(entropies)))
+    wanted = requests(12, seed=6, temperature=cold, fork=fork)
+    ordinary = [request(100 + i, [4, 2], 6, temperature=0.7) for i in range(3)]  # beside them in the batch
+    found = generate(start_engine(folder, batch=9), [*wanted, *ordinary])
+    forks = 0
+    for r in wanted:
+        tokens, logprobs, above = drawn_by_hand(model, r)
+        forks += above
+        assert found[r.ticket].tokens.tolist() == tokens
+        np.testing.assert_allclose(found[r.ticket].logprobs, logprobs, atol=3e-5, rtol=0)
+    assert 10 < forks < sum(r.max_new_tokens for r in wanted) - 10
+    alone = generate(start_engine(folder), ordinary)
+    assert all(same(found[r.ticket], alone[r.ticket]) for r in ordinary)
+
+
+def test_one_temperature_on_both_sides_gives_the_ordinary_samples(folder):
+    ordinary = requests(10, seed=7, temperature=0.8)
+    forked = [replace(r, fork=Fork(0.8, 1.0)) for r in ordinary]
+    first, second = (generate(start_engine(folder), wanted) for wanted in (ordinary, forked))
+    for ticket, completion in first.items():
+        assert completion.tokens.tolist() == second[ticket].tokens.tolist()
+        assert completion.logprobs.tolist() == second[ticket].logprobs.tolist()  # to the bit
+    # the threshold itself is not above it: with one that nothing exceeds, the other temperature does not act
+    never = [replace(r, fork=Fork(5.0, float(np.log(100)) + 1e-3)) for r in ordinary]
+    assert all(same(c, first[t]) for t, c in generate(start_engine(folder), never).items())
 
 
 @pytest.mark.parametrize("top_p", [0.5, 0.9])
