@@ -191,6 +191,7 @@ def _sample(recipe: Recipe, folder: Path, logs: Path) -> tuple[list, int]:
     """Graded groups and the number of items without a verdict."""
     from dapo_megatron.data.tokenizer import load_tokenizer, stop_tokens
     from dapo_megatron.evaluation_engine import check_engine, open_engine
+    from dapo_megatron.judge_assembly import check_judge_engine, judged_by_engine, judging
     from dapo_megatron.prepare import check_answers, encode_prompts
     from dapo_megatron.resharding.hf_layout import check_checkpoint
     from dapo_megatron.rewards.grader import Grader, check_grader
@@ -201,6 +202,8 @@ def _sample(recipe: Recipe, folder: Path, logs: Path) -> tuple[list, int]:
     check_checkpoint(folder, architecture)
     check_engine(recipe, architecture)
     check_grader(recipe.reward)
+    if judged_by_engine(recipe.reward):
+        check_judge_engine(recipe, cpu=own_device().type == "cpu")
     tokenizer = load_tokenizer(folder)
     prompts, token_ids, _ = encode_prompts(tokenizer, recipe, Path(recipe.data.validation), "validation")
     check_answers(recipe, prompts, recipe.data.validation)
@@ -211,7 +214,8 @@ def _sample(recipe: Recipe, folder: Path, logs: Path) -> tuple[list, int]:
         raise RequestError(f"{folder}: neither config.json nor the tokenizer names an end-of-sequence token")
     longest = max(map(len, used))
     with (
-        Grader(recipe.reward, own_device()) as grader,
+        judging(recipe, own_device(), logs) as judge,
+        Grader(recipe.reward, own_device(), judge=judge) as grader,
         open_engine(recipe, architecture, folder, stop_tokens=stops, longest_prompt=longest, logs=logs) as dispatcher,
     ):
         sampler = GroupSampler(recipe, tokenizer, prompts, token_ids, dispatcher, grader)
