@@ -24,7 +24,7 @@ from dapo_megatron.data.tokenizer import load_tokenizer
 from dapo_megatron.errors import RequestError, RunError
 from dapo_megatron.judge_assembly import JudgeEngine, check_judge_engine, judge_engine_settings, judging, plain_template
 from dapo_megatron.rewards.grader import Grader
-from dapo_megatron.rewards.judge_prompt import PROMPT, render
+from dapo_megatron.rewards.judge_prompt import PROMPT, Case, render
 from dapo_megatron.rewards.judge_records import read_judged
 from dapo_megatron.rewards.verdicts import TOP, p_yes
 from dapo_megatron.rollout import judge_engine
@@ -188,11 +188,16 @@ def test_what_this_machine_cannot_start(folder: Path, tmp_path: Path, monkeypatc
         JudgeEngine(chosen, torch.device("cuda", 0), threads=1, logs=tmp_path)
 
 
-def test_others_wait_while_it_starts_and_only_recipes_that_want_it_have_it(folder: Path, tmp_path: Path):
+def test_others_wait_while_it_starts_and_only_recipes_that_want_it_have_it(folder: Path, stand_in, tmp_path: Path):
+    stand_in()
     late = settings(folder, limit_s=1.0, vllm={"start_limit_s": 2000.0})
     assert judging_limit(Reward(grader="judge", judge=late)) == 2000 + JUDGING_SLACK_S
     with judging(recipe_of({"model": str(folder)}), CPU, tmp_path) as judge:
         assert judge is None
+    before = set(psutil.Process().children(recursive=True))
+    with judging(recipe_of({"model": str(folder), "engine": "vllm"}), CPU, tmp_path) as judge:
+        assert judge.ask([Case("q", "seven", "7")]).p_yes_B == pytest.approx([0.9])
+    assert set(psutil.Process().children(recursive=True)) <= before
 
 
 def is_server(process: psutil.Process) -> bool:
