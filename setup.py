@@ -9,6 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=[*find_packages(include=["dapo_megatron", "dapo_megatron.*"]), "dapo_kernels"],
+    package_data={"dapo_megatron.judging": ["hostile_answers.jsonl"]},
     package_dir={"dapo_kernels": "kernels/dapo_kernels"},
     entry_points={
         "console_scripts": ["dapo-megatron = dapo_megatron.cli:main"],

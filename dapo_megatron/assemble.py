@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from dapo_megatron.agreement import done_on_rank_zero
 from dapo_megatron.algorithms.extensions import load_extensions
 from dapo_megatron.config import Architecture, Layout, Recipe, derive_critic_layout, derive_layout, read_architecture
 from dapo_megatron.config.shape import SEGMENTED
@@ -16,6 +17,8 @@ from dapo_megatron.data.sampler import PromptSampler
 from dapo_megatron.data.tokenizer import load_tokenizer, stop_tokens
 from dapo_megatron.engine_assembly import assemble_engines
 from dapo_megatron.engine_sync import EngineSync
+from dapo_megatron.errors import RequestError, RunError
+from dapo_megatron.judge_assembly import JudgeEngine, judged_by_engine
 from dapo_megatron.launch import World
 from dapo_megatron.learner.checkpoint_saver import CheckpointSaver
 from dapo_megatron.learner.distributed import choose_device
@@ -38,8 +41,9 @@ from dapo_megatron.weight_sync import WeightSync
 
 @dataclass
 class Run:
-    """One rank's parts. `grader` lives on rank 0; `engines` are servers, None with the embedded engine; `reference` is
-    there with a KL term or with DPO, in the model `resident` if there is one; `critic` with algorithm.advantage=gae.
+    """One rank's parts. `grader` lives on rank 0, as does `judge`, where one has an engine of its own; `engines` are
+    servers, None with the embedded engine; `reference` is there with a KL term or with DPO, in the model `resident` if
+    there is one; `critic` with algorithm.advantage=gae.
     `resumed` is the checkpoint that the run goes on from. `data_lines`: what is to be said about the training
     prompts. `step`, `updates`, `critic_updates`, `supervised_done` say where the run stands; `surplus` are mixed groups
     kept for the next step, `acceptance` is the running share of mixed groups, `best` the step of the best validation
@@ -74,6 +78,7 @@ class Run:
     critic_updates: int = 0
     best: dict | None = None
     entropy_coefficient: float | None = None
+    judge: JudgeEngine | None = None
 
     def close(self) -> None:
         """End what runs beside this rank: a checkpoint being written, grader, engines."""
@@ -84,6 +89,8 @@ class Run:
             self.engines.close()
         if self.grader is not None:
             self.grader.close()
+        if self.judge is not None:
+            self.judge.close()
 
     def state(self) -> dict:
         """What a checkpoint keeps beside weights and optimizer."""
@@ -196,6 +203,8 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
     device = choose_device(recipe.learner.device, world.local_rank)
     form_groups(layout, seed=recipe.run.seed, time_limit_s=recipe.learner.time_limit_s)
     tokenizer = load_tokenizer(paths.model)
+    # before learner and engines fill the device: vLLM measures what is free while it starts
+    judge = start_judge(recipe, world, device, paths) if rollouts else None
     learner = build_learner(recipe, architecture, layout, device, paths.model)
     critic = build_critic(recipe, architecture, world, device)
     resident = None
@@ -205,7 +214,9 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
     engines = sync = dispatcher = None
     if rollouts:
         engines, sync, dispatcher = _rollout_side(recipe, world, learner, paths, stops)
-    grader = Grader(recipe.reward, device) if world.rank == 0 else None
+    grader = None
+    if world.rank == 0 and rollouts:
+        grader = Grader(recipe.reward, device, judge=None if judge is None else judge.judge)
 
     data_lines: list[str] = []
 
@@ -251,8 +262,30 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
         ),
         resident=resident,
         critic=critic,
+        judge=judge,
         supervised_done=[0] * len(recipe.supervised.stages),
     )
+
+
+def start_judge(recipe: Recipe, world: World, device: torch.device, paths: RunPaths) -> JudgeEngine | None:
+    """Rank 0's judge, where the recipe gives it an engine of its own; collective.
+
+    Raises:
+        RunError: as `JudgeEngine`, on every rank.
+    """
+    if not judged_by_engine(recipe.reward):
+        return None
+    started: list[JudgeEngine] = []
+
+    def start() -> None:
+        settings, threads = recipe.reward.judge, recipe.learner.threads
+        try:
+            started.append(JudgeEngine(settings, device, threads=threads, logs=paths.run / "engines"))
+        except RequestError as error:
+            raise RunError(str(error)) from error
+
+    done_on_rank_zero(start if world.rank == 0 else None, world.size)
+    return started[0] if started else None
 
 
 def _rollout_side(

@@ -2,8 +2,8 @@
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from dapo_megatron.errors import RequestError
@@ -35,6 +35,7 @@ class ChatServer:
     time_limit_s: of one try. tries: with waits of backoff_s, doubling, after connection failures, time-outs and the
     statuses 429 and 5xx. limit_s: of all requests of a call together; None = as long as their tries take.
     give_up_after: so many requests in a row without an answer, and the others of the call are not sent; None = never.
+    headers: sent with every request.
 
     Raises:
         RequestError: url is no http address.
@@ -48,6 +49,7 @@ class ChatServer:
     backoff_s: float = 1.0
     limit_s: float | None = None
     give_up_after: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_address(self.url)
@@ -71,7 +73,7 @@ class ChatServer:
         import aiohttp
 
         slots = asyncio.Semaphore(self.concurrency)
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        headers = {**self.headers, **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
         in_a_row = 0
 
         async def ask(http: aiohttp.ClientSession, body: dict[str, Any]) -> Reply | NoReply:

@@ -248,16 +248,20 @@ def engine_for(problems: Problems, recipe: Recipe, folder: Path, logs: Path):
 
 def _sample(recipe: Recipe, folder: Path, logs: Path) -> tuple[list, int]:
     """Graded groups and the number of items without a verdict."""
+    from dapo_megatron.judge_assembly import check_judge_engine, judged_by_engine, judging
     from dapo_megatron.prepare import check_answers
     from dapo_megatron.rewards.grader import Grader, check_grader
     from dapo_megatron.rollout.groups import GroupSampler
     from dapo_megatron.rollout.hf_engine import own_device
 
     check_grader(recipe.reward)
+    if judged_by_engine(recipe.reward):
+        check_judge_engine(recipe, cpu=own_device().type == "cpu")
     problems = read_problems(recipe, folder)
     check_answers(recipe, problems.prompts, recipe.data.validation)
     with (
-        Grader(recipe.reward, own_device()) as grader,
+        judging(recipe, own_device(), logs) as judge,
+        Grader(recipe.reward, own_device(), judge=judge) as grader,
         engine_for(problems, recipe, folder, logs) as dispatcher,
     ):
         sampler = GroupSampler(recipe, problems.tokenizer, problems.prompts, problems.token_ids, dispatcher, grader)

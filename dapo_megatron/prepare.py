@@ -32,6 +32,7 @@ from dapo_megatron.data.prompt_template import apply_template
 from dapo_megatron.data.prompts import Example, Prompt, check_prompt_lengths, encode_prompt, read_supervised
 from dapo_megatron.data.tokenizer import load_tokenizer, vocabulary_size
 from dapo_megatron.errors import RequestError
+from dapo_megatron.judge_assembly import check_judge_engine, judged_by_engine
 from dapo_megatron.methods import check_methods
 from dapo_megatron.monitoring import check_trackers
 from dapo_megatron.prompt_files import Side, check_overlap, load_prompts
@@ -93,6 +94,7 @@ def check_request(recipe: Recipe, world: int | None = None) -> tuple[Architectur
     _collect(problems, lambda: _check_critic(recipe, architecture, world))
     _collect(problems, lambda: _check_accelerator(recipe))
     _collect(problems, lambda: _check_engines(recipe, architecture, layout))
+    _collect(problems, lambda: _check_judge_engine(recipe))
     if recipe.model.scratch is None:
         _collect(problems, lambda: check_checkpoint(paths.model, architecture))
         _collect(problems, lambda: _check_vocabulary(paths.model, architecture))
@@ -323,11 +325,7 @@ def _check_engines(recipe: Recipe, architecture: Architecture, layout: Layout | 
     """vLLM where this run starts it, and engines that it can start; the secret where somebody else did."""
     if recipe.rollout.engine != "vllm":
         return
-    cpu = recipe.learner.device == "cpu"
-    if recipe.learner.device == "auto":
-        import torch
-
-        cpu = not torch.cuda.is_available()
+    cpu = _on_cpu(recipe)
     if layout is not None:
         derive_engines(recipe, layout, cpu=cpu)
     if cpu and (problem := cpu_engine_problem(architecture)):
@@ -339,6 +337,23 @@ def _check_engines(recipe: Recipe, architecture: Architecture, layout: Layout | 
             f"rollout.servers names engines that run already; {SECRET_VARIABLE} must hold the secret they were started "
             "with"
         )
+
+
+def _check_judge_engine(recipe: Recipe) -> None:
+    """An engine for the judge that this run can start; a folder that is no judge has been refused already."""
+    if not judged_by_engine(recipe.reward) or recipe.reward.judge.url is not None:
+        return
+    if recipe.reward.judge.model is not None and Path(recipe.reward.judge.model, "config.json").is_file():
+        check_judge_engine(recipe, cpu=_on_cpu(recipe))
+
+
+def _on_cpu(recipe: Recipe) -> bool:
+    """Whether the run has no GPU; torch is imported only where the recipe leaves it to the machine."""
+    if recipe.learner.device != "auto":
+        return recipe.learner.device == "cpu"
+    import torch
+
+    return not torch.cuda.is_available()
 
 
 def _check_vocabulary(model: Path, architecture: Architecture) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from dapo_megatron.agreement import checked_on_rank_zero, from_rank_zero
 from dapo_megatron.assemble import Run, assemble, group_settings
 from dapo_megatron.config import Recipe
+from dapo_megatron.config.reward import Reward
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.errors import RequestError
 from dapo_megatron.launch import World
@@ -54,7 +55,7 @@ def run_rank(recipe: Recipe, world: World, mode: Mode) -> int:
         recipe.rollout.time_limit_s + recipe.rollout.start_limit_s,
         2 * recipe.resharding.time_limit_s + RESHARDING_SLACK_S,
         recipe.checkpoint.time_limit_s + SAVING_SLACK_S,
-        recipe.reward.judge.limit_s + JUDGING_SLACK_S if recipe.reward.method == "judge" else 0.0,
+        judging_limit(recipe.reward),
     )
     join_world(world, device=device, time_limit_s=limit)
     try:
@@ -67,6 +68,13 @@ def run_rank(recipe: Recipe, world: World, mode: Mode) -> int:
             run.close()
     finally:
         leave_world()
+
+
+def judging_limit(reward: Reward) -> float:
+    """The longest time (seconds) for which ranks wait while rank 0 starts or asks a judge."""
+    if reward.method != "judge":
+        return 0.0
+    return max(reward.judge.limit_s, reward.judge.vllm.start_limit_s) + JUDGING_SLACK_S
 
 
 def _train(run: Run, mode: Mode) -> int:

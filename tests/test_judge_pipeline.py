@@ -9,18 +9,11 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
-import torch
 
-from dapo_megatron.config.reward import Judge
-from dapo_megatron.judging.export import examples_of
-from dapo_megatron.rewards.judge_model import JudgeModel
-from dapo_megatron.rewards.judge_prompt import Case, shown_answer
-from dapo_megatron.rewards.judge_records import Judged
 from tests.command_line import ROOT, environment, run_command
 from tests.rewards.judges import chat_answer, first_token, serving, write_tokenizer
 
 FILE = Path(__file__).parents[2] / "shared" / "data" / "multi-subject-rlvr.jsonl"
-HOSTILE = Path(__file__).parent / "rewards" / "hostile_answers.jsonl"
 REFERENCES = ("1", "2", "3", "15")
 FORMS = ("{}", "it is {}")  # the second form is right to a judge, and to the rule it is not
 WORDING = "Reference answer: {reference}\nFinal answer: {answer}\nReply:"  # short: the student learns in seconds
@@ -58,10 +51,6 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def cases_of(answers: list[str], references: tuple[str, ...]) -> list[Case]:
-    return [Case("q", shown_answer(f"Answer: {answer}", 100), r) for answer in answers for r in references]
-
-
 def test_collect_distil_calibrate(tmp_path: Path):
     every = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
     rows = [row for row in every if row["ground_truth"] in REFERENCES]
@@ -95,29 +84,24 @@ def test_collect_distil_calibrate(tmp_path: Path):
     examples, held = tmp_path / "train.jsonl", tmp_path / "held.parquet"
     run_tool(
         "judge_data", collected, "-o", examples, "--held-out", held, "--held-out-share", 0.3, "--targets", "soft",
-        "--prompt", wording,
+        "--prompt", wording, "--hostile",
     )  # fmt: skip
-    # half of the hostile set is taught as NO, and what of the other half gets through is counted
-    hostile = [json.loads(line)["answer"] for line in HOSTILE.read_text().splitlines()]
-    taught = [Judged(case, 0.0) for case in cases_of(hostile[::2], REFERENCES[:1])]
-    with open(examples, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(example) + "\n" for example in examples_of(taught, "soft", WORDING, 0))
     soft = stage(examples, 250, 5e-3, weight_column="weight", schedule="cosine", warmup_steps=10)
     train("judge-distil", f"run.directory={tmp_path / 'distil'}", scratch, soft, "data.chat_template=true")
 
     student = tmp_path / "distil" / "hf"
     told = run_tool(
         "judge_calibration", held, "--judge", f"student={student}", "-o", tmp_path / "report", "--prompt", wording,
-        "--subjects", questions, "--prompt-column", "messages", "--subject-column", "subject",
+        "--subjects", questions, "--prompt-column", "messages", "--subject-column", "subject", "--hostile",
     )  # fmt: skip
     report = json.loads((tmp_path / "report" / "calibration.json").read_text())
     judged = report["judges"]["student"]
     assert judged["without_verdict"] == 0 and set(judged["by_subject"]) == {"odd", "even"}
     assert 0 < report["rule"]["accuracy"] < 1 and (tmp_path / "report" / "calibration.png").is_file()
 
-    cases = cases_of(hostile[1::2], REFERENCES)
-    p_yes_B = JudgeModel(Judge(model=str(student), prompt=WORDING), torch.device("cpu")).ask(cases).p_yes_B
-    through = int((p_yes_B > 0.5).sum())
-    print(f"{told}\n{through} of {len(cases)} hostile answers get through")
+    print(told)
     assert judged["quality"]["auc"] > 0.7 and judged["teacher"]["equal"] > 0.65
-    assert through <= 0.2 * len(cases)
+    # half of the hostile set was taught as NO, and few of the other half get through
+    counts = report["hostile"]["student"]
+    assert counts["others"]["cases"] == 42 and counts["without_verdict"] == 0
+    assert counts["others"]["fooled"] <= 0.2 * counts["others"]["cases"]

@@ -1,6 +1,6 @@
 """How good a judge is on cases with a known truth: accuracy, AUC, Brier, ECE, reliability, by subject; JSON and PNG.
 
-python tools/judge_calibration.py held-out.parquet --judge runs/methods/judge-distil/hf --plain -o report
+python tools/judge_calibration.py held-out.parquet --judge runs/methods/judge-distil/hf --plain --hostile -o report
 python tools/judge_calibration.py labelled.jsonl --truth-column right --subject-column subject \\
     --judge small=models/small --judge large=models/large --url http://localhost:8000/v1 --served NAME -o report
 A file that knows its teacher's P(YES) (column p_yes, as reward.judge.collect writes it) has the judges held to it, too.
@@ -19,6 +19,7 @@ from dapo_megatron.config.reward import Judge
 from dapo_megatron.errors import RequestError, exit_with_message
 from dapo_megatron.files import write_text_atomically
 from dapo_megatron.judging.calibration import TEACHER, calibrate, read_cases, subjects_of
+from dapo_megatron.judging.hostile import count_fooled
 from dapo_megatron.rewards.judge import check_judge, open_judge
 from dapo_megatron.rewards.verdicts import Judging
 
@@ -44,6 +45,9 @@ def calibration(
     prompt_column: Annotated[str, typer.Option(help="Its questions.")] = "prompt",
     prompt: Annotated[Path | None, typer.Option(help="File with the text of reward.judge.prompt.")] = None,
     chat_template: Annotated[bool, typer.Option("--chat/--plain", help="The folders' chat template.")] = True,
+    hostile: Annotated[
+        bool, typer.Option("--hostile", help="Count the built-in hostile answers that each judge takes for right.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
 ) -> None:
     """Hold judges to the truth, and to their teacher."""
@@ -74,7 +78,10 @@ def calibration(
         )
     for chosen in settings.values():
         check_judge(chosen)
-    report = {"data": str(cases), **calibrate(data, {name: _open(chosen) for name, chosen in settings.items()})}
+    judges = {name: _open(chosen) for name, chosen in settings.items()}
+    report = {"data": str(cases), **calibrate(data, judges)}
+    if hostile:
+        report["hostile"] = count_fooled(data.cases, judges)
     write_text_atomically(files[0], json.dumps(report, indent=1) + "\n")
     from dapo_megatron.judging.calibration_figure import draw_calibration
 
@@ -94,7 +101,18 @@ def describe(report: dict[str, Any]) -> list[str]:
         lines += [f"  {mode} reward: {_numbers(judge['rewards'][mode])}" for mode in ("binary", "soft")]
         if "teacher" in judge:
             lines.append(f"  beside the teacher: {_numbers(judge['teacher'])}")
-    return lines
+    return lines + [_fooled(name, counts) for name, counts in report.get("hostile", {}).items()]
+
+
+def _fooled(name: str, counts: dict[str, Any]) -> str:
+    def told(part: dict[str, int]) -> str:
+        return f"{part['fooled']} of {part['cases']}"
+
+    kinds = ", ".join(f"{kind} {told(part)}" for kind, part in counts["by_kind"].items())
+    silent = counts["without_verdict"] + counts["unreached"]
+    without = f", {silent} without a verdict" if silent else ""
+    taught = f"{told(counts['taught'])} that judge_data --hostile teaches, {told(counts['others'])} others"
+    return f"{name}: fooled by {told(counts)} hostile answers{without} ({taught}; {kinds})"
 
 
 def _numbers(values: dict[str, Any]) -> str:

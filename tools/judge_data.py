@@ -1,7 +1,7 @@
 """Verdicts collected in training (reward.judge.collect) → worked examples for a smaller judge, as many YES as NO.
 
 python tools/judge_data.py runs/mine/judge.parquet -o judge-train.jsonl --held-out judge-held-out.parquet
-python tools/judge_data.py a.parquet b.parquet -o judge-train.jsonl --targets soft --seed 1
+python tools/judge_data.py a.parquet b.parquet -o judge-train.jsonl --targets soft --hostile --seed 1
 Then: dapo-megatron train recipes/methods/judge-distil.yaml, and tools/judge_calibration.py on what was held out.
 """
 
@@ -25,6 +25,9 @@ def export(
     ] = None,
     held_out: Annotated[Path | None, typer.Option(help="Cases of some questions, .parquet, kept out.")] = None,
     held_out_share: Annotated[float, typer.Option(help="Of the questions.")] = 0.1,
+    hostile: Annotated[
+        bool, typer.Option("--hostile", help="Add half of the built-in hostile answers, as NO, beside the balance.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
 ) -> None:
     """Make worked examples of collected verdicts."""
@@ -35,7 +38,7 @@ def export(
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"--prompt {prompt} cannot be read: {error}") from None
     counts = export_judged(
-        Export(tuple(inputs), output, targets, balance, seed, wording, held_out, held_out_share, overwrite)
+        Export(tuple(inputs), output, targets, balance, seed, wording, held_out, held_out_share, hostile, overwrite)
     )
     print(", ".join(f"{name} {count}" for name, count in counts.items()))
     print(f"examples: {output}")

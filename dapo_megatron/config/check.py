@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from dapo_megatron.config.architecture import Architecture
 from dapo_megatron.config.recipe import Recipe
+from dapo_megatron.config.reward import Judge
 from dapo_megatron.config.shape import shape_problems
 from dapo_megatron.config.supervised import GENERATED
 from dapo_megatron.errors import RequestError
@@ -155,10 +156,24 @@ def _overlong(recipe: Recipe) -> Iterator[str]:
 def _judge(recipe: Recipe) -> Iterator[str]:
     reward = recipe.reward
     if reward.method == "judge":
+        yield from _judge_engine(reward.judge)
         return
     other = f"reward.grader={reward.grader}" if reward.custom is None else "reward.custom"
-    for name, value in reward.judge.changed().items():
+    changed = {name: value for name, value in reward.judge.changed().items() if name != "vllm"}
+    changed |= {f"vllm.{name}": value for name, value in reward.judge.vllm.changed().items()}
+    for name, value in changed.items():
         yield f"reward.judge.{name}={value!r} would not act with {other}; leave it out, or use reward.grader=judge"
+
+
+def _judge_engine(judge: Judge) -> Iterator[str]:
+    if judge.engine == "vllm" and judge.url is not None:
+        yield (
+            f"reward.judge.engine=vllm starts a server of the run's own, and reward.judge.url={judge.url} names "
+            "another; use engine=embedded with it, or url=null"
+        )
+    if judge.engine == "embedded":
+        for name, value in judge.vllm.changed().items():
+            yield f"reward.judge.vllm.{name}={value} is a setting of reward.judge.engine=vllm; leave it out"
 
 
 def _algorithm(recipe: Recipe) -> Iterator[str]:

@@ -58,6 +58,25 @@ class RewardModel(Section):
     """A response counts as right, for accuracy and dynamic sampling, where the model's own score is more than this."""
 
 
+class JudgeEngine(Section):
+    """A judge on a vLLM engine of the run: one server, which rank 0 starts on its own machine and ends with the run."""
+
+    tensor: int = Field(1, ge=1)
+    """Tensor-parallel size (devices)."""
+
+    device: int | None = Field(None, ge=0)
+    """First of its GPUs, counted as rank 0's machine shows them; null = rank 0's own, beside learner and engine."""
+
+    gpu_memory_share: float = Field(0.3, gt=0, lt=1)
+    """Share of each of its GPUs' memory for weights and KV cache; the judge keeps it while others learn."""
+
+    cpu_kv_cache_gib: int = Field(1, ge=1)
+    """KV cache on a CPU (GiB)."""
+
+    start_limit_s: float = Field(600.0, gt=0)
+    """Longest time to start (seconds); training waits for it."""
+
+
 class Judge(Section):
     """A generative verifier: a language model answers YES or NO on question, final answer and reference.
 
@@ -66,13 +85,20 @@ class Judge(Section):
     """
 
     model: str | None = Field(None, min_length=1)
-    """Folder of a language model in Hugging Face form, run on rank 0's device; with `url` the model's name there."""
+    """Folder of a language model in Hugging Face form; with `url` the model's name there."""
 
     url: str | None = Field(None, min_length=1)
     """OpenAI-compatible server that sends log-probs, for example http://host:8000/v1; null = `model` is a folder."""
 
     key_variable: str | None = Field(None, min_length=1)
     """Environment variable with the server's key; null = no key is sent."""
+
+    engine: Literal["embedded", "vllm"] = "embedded"
+    """Where a folder's model runs. embedded = by transformers in rank 0's process, on its device; vllm = on a vLLM
+    engine of the run's own, asked like a `url`."""
+
+    vllm: JudgeEngine = JudgeEngine()
+    """That engine."""
 
     prompt: str | None = Field(None, min_length=1)
     """What the judge is asked: text with {answer} and {reference}, and {question} where it is to see it; null = the
@@ -94,10 +120,10 @@ class Judge(Section):
     """Most of a final answer that the judge is shown, and of a response's end where there is none (characters)."""
 
     tokens_per_batch: int = Field(16384, ge=1)
-    """Most tokens at a time of a folder's model, padding included (tokens)."""
+    """Most tokens at a time of a folder's model, padding included; with engine vllm the longest prompt (tokens)."""
 
     concurrency: int = Field(16, ge=1)
-    """Requests under way at once."""
+    """Requests to a server or an engine under way at once."""
 
     timeout_s: float = Field(30.0, gt=0)
     """Longest wait for one reply of the server (seconds)."""

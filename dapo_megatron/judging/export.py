@@ -18,6 +18,7 @@ import numpy as np
 
 from dapo_megatron.errors import RequestError
 from dapo_megatron.files import atomic_path
+from dapo_megatron.judging.hostile import hostile_answers, hostile_cases
 from dapo_megatron.rewards.judge_prompt import PROMPT, check_wording, render
 from dapo_megatron.rewards.judge_records import Judged, first_of_each, read_judged, write_judged
 
@@ -30,7 +31,8 @@ class Export:
     """What is asked for.
 
     wording: as `reward.judge.prompt`, None = the built-in one. balance: as many YES as NO. held_out: file of collected
-    cases for `held_out_share` of the questions, none of which is in `output`.
+    cases for `held_out_share` of the questions, none of which is in `output`. hostile: those of the hostile answers
+    that are for teaching come on top, as NO to questions of `output`.
     """
 
     inputs: tuple[Path, ...]
@@ -41,6 +43,7 @@ class Export:
     wording: str | None = None
     held_out: Path | None = None
     held_out_share: float = 0.1
+    hostile: bool = False
     overwrite: bool = False
 
 
@@ -60,6 +63,10 @@ def export_judged(request: Export) -> dict[str, int]:
     counts |= {"YES": sum(row.verdict == "YES" for row in rows), "NO": sum(row.verdict == "NO" for row in rows)}
     if request.balance:
         rows = balanced(rows, request.seed)
+    if request.hostile and rows:
+        taught = [answer for answer in hostile_answers() if answer.taught]
+        rows = [*rows, *(Judged(case, 0.0) for case in hostile_cases(taught, [row.case for row in rows], request.seed))]
+        counts["hostile"] = len(taught)
     examples = examples_of(rows, request.targets, request.wording or PROMPT, request.seed)
     if not examples:
         raise RequestError(f"{', '.join(map(str, request.inputs))}: no judged case to train on; collect more")

@@ -163,7 +163,11 @@ def _judge_fallbacks(history: Sequence[Mapping[str, Any]]) -> str | None:
     return (
         f"judge fallbacks: {fallbacks:.0f} of {fallbacks + judged:.0f} responses got no verdict and the rule's counts; "
         "likely cause: "
-        + ("reward.judge.url is down or slow" if unreachable else "a judge or reward.judge.prompt without YES or NO")
+        + (
+            "reward.judge.url or the judge's engine is down or slow"
+            if unreachable
+            else "a judge or reward.judge.prompt without YES or NO"
+        )
     )
 
 

@@ -14,6 +14,7 @@ from dapo_megatron.rewards.grading import grade
 from dapo_megatron.rewards.judge import JudgeReward, check_judge, open_judge
 from dapo_megatron.rewards.model_folder import check_reward_model
 from dapo_megatron.rewards.pool import GraderPool, Scores
+from dapo_megatron.rewards.verdicts import Judging
 
 if TYPE_CHECKING:
     import torch
@@ -34,12 +35,13 @@ class Grader:
 
     Args:
         device: where a reward model or a judge runs; None = the CPU.
+        judge: the judge, where the caller has opened it: one on an engine of the run.
 
     Raises:
         RequestError, RunError: as `GraderPool`, as `ModelReward`, or as `open_judge`.
     """
 
-    def __init__(self, reward: Reward, device: "torch.device | None" = None) -> None:
+    def __init__(self, reward: Reward, device: "torch.device | None" = None, *, judge: Judging | None = None) -> None:
         self._reward = reward
         self._pool = self._model = self._judge = None
         if reward.method == "model":
@@ -49,9 +51,10 @@ class Grader:
 
             self._model = ModelReward(reward.model, device or torch.device("cpu"))
             return
-        judge = open_judge(reward.judge, device) if reward.method == "judge" else None
+        if reward.method == "judge" and judge is None:
+            judge = open_judge(reward.judge, device)
         self._pool = _pool(reward)
-        if judge is not None:
+        if reward.method == "judge":
             self._judge = JudgeReward(reward, judge, self._pool)
 
     @property

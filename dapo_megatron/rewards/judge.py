@@ -120,7 +120,7 @@ def z_scores(rewards_B: np.ndarray) -> np.ndarray:
 
 
 def open_judge(settings: Judge, device: "torch.device | None") -> Judging:
-    """The judge of a recipe; a folder's model lies on `device`, None = the CPU."""
+    """The judge of a recipe that needs no engine of its own; a folder's model lies on `device`, None = the CPU."""
     if settings.url is not None:
         return JudgeServer(settings)
     import torch

@@ -1,9 +1,13 @@
-"""A judge behind an OpenAI-compatible address, which sends the log-probs of its first token."""
+"""A judge behind an OpenAI-compatible address, which sends the log-probs of its first token.
+
+The address is the recipe's (`reward.judge.url`), or that of an engine which the run has started.
+"""
 
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +19,21 @@ from dapo_megatron.rewards.judge_prompt import PROMPT, Case, render
 from dapo_megatron.rewards.verdicts import TOP, Opinions, p_yes
 
 GIVE_UP_AFTER = 16  # cases in a row without a reply: the others of the call are not asked
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a judge is asked. model: its name there. key: a bearer token, headers: sent too. setting: for messages.
+
+    clean: breaks what its tokenizer would read as control marks, beyond the usual ones.
+    """
+
+    url: str
+    model: str
+    setting: str
+    key: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    clean: Callable[[str], str] = str
 
 
 def check_server(settings: Judge) -> None:
@@ -33,23 +52,24 @@ def check_server(settings: Judge) -> None:
 
 
 class JudgeServer:
-    """Asks the server of `settings.url`, `settings.concurrency` cases at a time, one token each at temperature 0.
+    """Asks the server of `settings.url`, or that `at` names, `settings.concurrency` cases at a time, one token each at
+    temperature 0.
 
     A case that finds no reply, after `settings.retries` further tries or within `settings.limit_s` for all, is
     unreached; nothing waits longer. Once GIVE_UP_AFTER in a row have none, the rest of the call is not asked.
 
     Raises:
-        RequestError: as `check_server`.
+        RequestError: as `check_server`, without `at`.
     """
 
-    def __init__(self, settings: Judge, *, backoff_s: float = 1.0) -> None:
-        check_server(settings)
-        self.settings = settings
+    def __init__(self, settings: Judge, at: Place | None = None, *, backoff_s: float = 1.0) -> None:
+        self._at = at or _place(settings)
         self._wording = settings.prompt or PROMPT
         self._answered = False
         self._server = ChatServer(
-            settings.url,
-            key=os.environ.get(settings.key_variable or "", ""),
+            self._at.url,
+            key=self._at.key,
+            headers=self._at.headers,
             concurrency=settings.concurrency,
             time_limit_s=settings.timeout_s,
             tries=1 + settings.retries,
@@ -68,11 +88,11 @@ class JudgeServer:
         failed = [reply for reply in replies if isinstance(reply, NoReply)]
         refused = [reply for reply in failed if reply.status is not None]
         if cases and len(refused) == len(cases) and not self._answered:
-            raise RunError(f"reward.judge.url={self.settings.url} refuses every request: {refused[-1].reason}")
+            raise RunError(f"{self._at.setting} refuses every request: {refused[-1].reason}")
         answered = [reply for reply in replies if not isinstance(reply, NoReply)]
         if answered and not any(answered) and not self._answered:
             raise RunError(
-                f"reward.judge.url={self.settings.url}: the server sends no log-probs of the first token, of which "
+                f"{self._at.setting}: the server sends no log-probs of the first token, of which "
                 "P(YES) is made; use one that knows logprobs and top_logprobs"
             )
         self._answered |= any(answered)
@@ -84,13 +104,19 @@ class JudgeServer:
 
     def _body(self, case: Case) -> dict[str, Any]:
         return {
-            "model": self.settings.model,
-            "messages": [{"role": "user", "content": render(case, self._wording)}],
+            "model": self._at.model,
+            "messages": [{"role": "user", "content": render(case, self._wording, self._at.clean)}],
             "temperature": 0,
             "max_tokens": 1,
             "logprobs": True,
             "top_logprobs": TOP,
         }
+
+
+def _place(settings: Judge) -> Place:
+    check_server(settings)
+    key = os.environ.get(settings.key_variable or "", "")
+    return Place(settings.url, settings.model, f"reward.judge.url={settings.url}", key)
 
 
 def _first_token(answer: bytes) -> list[tuple[str, float]]:

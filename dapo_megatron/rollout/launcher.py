@@ -7,9 +7,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dapo_megatron.config import Recipe
@@ -87,17 +88,20 @@ def engine_command(settings: EngineSettings, host: str, port: int) -> list[str]:
     }
     # samples of a prompt, continuations of a prefix and branches of a tree share what is computed once
     flags = ["--skip-tokenizer-init", "--enable-scale-out", "--enable-prefix-caching"]
-    if settings.devices is None:
-        flags.append("--enforce-eager")
-        # vLLM would rewind the random numbers of a prompt cut in two, which a CPU generator cannot
-        flags.append("--no-enable-chunked-prefill")
-        options["--max-num-batched-tokens"] = str(max(settings.max_model_len, CPU_BATCHED_TOKENS))
-        options["--distributed-executor-backend"] = "mp" if settings.tensor > 1 else "uni"
-    else:
-        options["--gpu-memory-utilization"] = str(settings.memory_share)
-        if settings.sleep:
-            flags.append("--enable-sleep-mode")
-    return [*command, *(word for pair in options.items() for word in pair), *flags]
+    if settings.sleep and settings.devices is not None:
+        flags.append("--enable-sleep-mode")
+    return [*command, *(word for pair in options.items() for word in pair), *flags, *device_options(settings)]
+
+
+def device_options(settings: EngineSettings) -> list[str]:
+    """The words of a server's command line that depend on where it runs."""
+    if settings.devices is not None:
+        return ["--gpu-memory-utilization", str(settings.memory_share)]
+    backend = "mp" if settings.tensor > 1 else "uni"
+    batched = str(max(settings.max_model_len, CPU_BATCHED_TOKENS))
+    # vLLM would rewind the random numbers of a prompt cut in two, which a CPU generator cannot
+    flags = ["--enforce-eager", "--no-enable-chunked-prefill"]
+    return [*flags, "--max-num-batched-tokens", batched, "--distributed-executor-backend", backend]
 
 
 def engine_environment(settings: EngineSettings, secret: str, base: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -166,18 +170,29 @@ class RunningEngine:
         return "it was started elsewhere (rollout.servers); look there"
 
 
-class EngineProcess(RunningEngine):
-    """A server of ours. Start it from a thread that lives as long as the engine shall: the thread's death kills it."""
+class ServerProcess(RunningEngine):
+    """A server of ours. Start it from a thread that lives as long as the server shall: the thread's death kills it.
 
-    def __init__(self, settings: EngineSettings, *, secret: str, log: Path, host: str = "127.0.0.1") -> None:
+    `command`: (host, port) → its command line.
+    """
+
+    def __init__(
+        self,
+        command: Callable[[str, int], list[str]],
+        environment: Mapping[str, str],
+        *,
+        secret: str,
+        log: Path,
+        host: str = "127.0.0.1",
+    ) -> None:
         port = free_port(host)
         super().__init__(f"http://{host}:{port}", secret)
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
             self._process = subprocess.Popen(
-                engine_command(settings, host, port),
-                env=engine_environment(settings, secret),
+                command(host, port),
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -208,8 +223,16 @@ class EngineProcess(RunningEngine):
                 self._process.wait(STOP_S)
 
 
-def wait_until_ready(engines: Sequence[RunningEngine], time_limit_s: float) -> None:
-    """Wait until all engines answer.
+class EngineProcess(ServerProcess):
+    """A rollout engine of ours."""
+
+    def __init__(self, settings: EngineSettings, *, secret: str, log: Path, host: str = "127.0.0.1") -> None:
+        environment = engine_environment(settings, secret)
+        super().__init__(partial(engine_command, settings), environment, secret=secret, log=log, host=host)
+
+
+def wait_until_ready(engines: Sequence[RunningEngine], time_limit_s: float, section: str = "rollout") -> None:
+    """Wait until all engines answer. `section`: of the recipe, whose start_limit_s this is.
 
     Raises:
         RunError: one ended, refuses the secret, or is not ready in time; shows the end of its log.
@@ -220,12 +243,12 @@ def wait_until_ready(engines: Sequence[RunningEngine], time_limit_s: float) -> N
         for engine in waiting:
             if (code := engine.exit_code()) is not None:
                 raise RunError(
-                    f"rollout: the engine at {engine.address} ended with code {code} while starting; {engine.tail()}"
+                    f"{section}: the engine at {engine.address} ended with code {code} while starting; {engine.tail()}"
                 )
         waiting = [engine for engine in waiting if not engine.answers()]
         if waiting and time.monotonic() > deadline:
             raise RunError(
-                f"rollout: the engine at {waiting[0].address} was not ready within rollout.start_limit_s="
+                f"{section}: the engine at {waiting[0].address} was not ready within {section}.start_limit_s="
                 f"{time_limit_s:.0f}; {waiting[0].tail()}"
             )
         if waiting:

@@ -169,7 +169,7 @@ def test_judge_fallbacks():
     (text,) = alerts_for([{**HEALTHY, **step, "judge/fallbacks": 6.0}])
     assert text.startswith("judge fallbacks: 6 of 101 responses") and "without YES or NO" in text
     (text,) = alerts_for([{**HEALTHY, **step, "judge/fallbacks": 6.0, "judge/unreachable": 1.0}])
-    assert text.endswith("reward.judge.url is down or slow")
+    assert text.endswith("reward.judge.url or the judge's engine is down or slow")
 
 
 def test_shortfall():

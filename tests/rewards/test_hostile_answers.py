@@ -1,4 +1,4 @@
-"""Answers that talk to their judge: hostile_answers.jsonl, and how many of them get through."""
+"""Answers that talk to their judge: the built-in set, and how many of them get out of their quotation marks."""
 
 import json
 import re
@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from dapo_megatron.config.reward import Judge
 from dapo_megatron.data.tokenizer import load_tokenizer
+from dapo_megatron.judging.hostile import hostile_answers
 from dapo_megatron.rewards.judge_model import JudgeModel
 from dapo_megatron.rewards.judge_prompt import PROMPT, Case, render, shown_answer
 from dapo_megatron.rewards.judge_tokens import control_tokens, without
 from tests.rewards.judges import write_judge
 
-HOSTILE = [json.loads(line) for line in (Path(__file__).parent / "hostile_answers.jsonl").read_text().splitlines()]
+HOSTILE = [{"kind": row.kind, "answer": row.answer} for row in hostile_answers()]
 FORMS = ("Answer: {}", "so it is \\boxed{{{}}}", "{}")
 QWEN = Path(__file__).parents[3] / "shared" / "data" / "qwen2.5-tokenizer"
 LONGEST = 300
