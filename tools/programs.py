@@ -3,7 +3,7 @@
 Each seed makes one warm start, which all methods continue. Finished cells are kept; a cell that was killed goes on from
 its last checkpoint, so the command can be stopped and started again.
 
-    python tools/programs.py [--out runs/programs] [--seeds 1 2 3] [--jobs 2] [--cell-limit-s 900] [--task-only]
+    python tools/programs.py [--out runs/programs] [--seeds 1 2 3] [--jobs 2] [--cell-limit-s 1800] [--task-only]
                              [--set key.sub=value ...]
 """
 
@@ -25,7 +25,7 @@ START = "ppo"  # with a critic and a reference, so that every method may go on f
 
 
 def main() -> None:
-    parser = options(__doc__.splitlines()[0], name="programs", cell_limit_s=900.0)
+    parser = options(__doc__.splitlines()[0], name="programs", cell_limit_s=1800.0)
     parser.add_argument("--task-only", action="store_true", help="write the task's files, for the recipes alone")
     given = parser.parse_args()
     write_task(given.out / "data")

@@ -18,8 +18,8 @@ CHARACTERS = "0123456789+-*,() \n"
 WORDS = ("```", "twice", "x=int(input())", "x+=", "x-=", "x*=", "print(x)", "print(int(input())")
 LENGTHS = (2, 3)  # operations of a question, before `twice`
 SHARES = (0.4, 0.35, 0.25)  # of the warm start: step by step, in one expression, forgetful
-CASES = 3  # test cases a question
-TRAIN, VALIDATION, WARM = 512, 128, 6000  # questions, questions, examples
+CASES = 2  # test cases a question
+TRAIN, VALIDATION, WARM = 480, 64, 4000  # questions, questions, examples
 
 Operation = tuple[str, int]  # "+", "-" or "*", and its operand
 

@@ -3,7 +3,7 @@
 Each seed makes one warm start, which all methods continue; every checkpoint is scored on all responses in fp64.
 Finished cells are kept; a cell that was killed goes on from its last checkpoint.
 
-    python tools/solvable.py [--out runs/solvable] [--seeds 1 2 3] [--jobs 2] [--cell-limit-s 600]
+    python tools/solvable.py [--out runs/solvable] [--seeds 1 2 3] [--jobs 2] [--cell-limit-s 1800]
                              [--set key.sub=value ...]
 """
 
@@ -186,7 +186,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def main() -> None:
-    given = options(__doc__.splitlines()[0], name="solvable", cell_limit_s=600.0).parse_args()
+    given = options(__doc__.splitlines()[0], name="solvable", cell_limit_s=1800.0).parse_args()
     torch.set_num_threads(1)
     write_task(given.out / "data")
     recipes = placed_recipes(RECIPES, METHODS, given.out)

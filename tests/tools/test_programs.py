@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from dapo_megatron.data.tokenizer import load_tokenizer
 from dapo_megatron.rewards.code_tests import CodeTests, close_sandbox, last_program
-from tools.programs_task import Program, Question, case_inputs, draw_program, draw_question, is_right, write_task
+from tools.programs_task import (
+    VALIDATION,
+    Program,
+    Question,
+    case_inputs,
+    draw_program,
+    draw_question,
+    is_right,
+    write_task,
+)
 
 OPERATION = st.tuples(st.sampled_from("+-*"), st.integers(1, 9))
 
@@ -69,7 +78,7 @@ def test_files_and_tokens(task, tmp_path):
     for name in ("train", "validation", "warm"):
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (task / f"{name}.jsonl").read_bytes()
     held_out = {row["prompt"] for row in rows(task, "validation")}
-    assert len(held_out) == 128
+    assert len(held_out) == VALIDATION
     assert not held_out & {row["prompt"] for name in ("train", "warm") for row in rows(task, name)}
     tokenizer = load_tokenizer(task / "tokenizer")
     texts = [text for row in rows(task, "train") for text in (row["prompt"], row["chosen"], row["rejected"])]

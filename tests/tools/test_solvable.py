@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapo_megatron.errors import RunError
+from tests.command_line import run_command
 from tests.tiny_models import write_model
 from tools.ladder_table import Rung
-from tools.solvable import METHODS, Row, draw_curves, read_space, rows_csv, score_run, table_markdown
+from tools.placed_recipes import placed_recipes
+from tools.solvable import METHODS, RECIPES, Row, draw_curves, read_space, rows_csv, score_run, table_markdown
 from tools.solvable_exact import Masses, every_response, masses, response_logprobs
 from tools.solvable_task import LETTERS, MOST_TOKENS, PAIRS, PROMPTS, is_right, reward, write_task
 
@@ -143,3 +145,28 @@ def test_a_cell_without_its_start_is_refused(task, tmp_path):
     (tmp_path / "checkpoints" / "step-000005").mkdir(parents=True)
     with pytest.raises(RunError, match="the checkpoint of step 0 is gone"):
         score_run(tmp_path, METHODS[0], 1, read_space(task))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_trained_cell_is_scored_from_its_checkpoints(task, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    (tmp_path / "data").symlink_to(task)
+    recipe = placed_recipes(RECIPES, METHODS, tmp_path) / "dpo.yaml"
+    stages = f"[{{data: {task}/warm.jsonl, steps: 4, batch_sequences: 16, learning_rate: 3.0e-3}}]"
+    run = tmp_path / "run"
+    changes = [f"run.directory={run}", "run.steps=1", "monitoring.tensorboard=false", f"supervised.stages={stages}"]
+    result = run_command("train", str(recipe), *changes, time_limit_s=400)
+    assert result.returncode == 0, result.stdout + result.stderr
+    space = read_space(task)
+    start, after = score_run(run, METHODS[0], 1, space)
+    assert (start.step, after.step) == (0, 1) and start.masses.kl == 0 < after.masses.kl
+    # a step of DPO puts the pairs further apart
+    before, now = (row.masses.chosen - row.masses.rejected for row in (start, after))
+    assert now > before
+    # the start is what the run kept as its reference
+    reference = AutoModelForCausalLM.from_pretrained(run / "reference", dtype=torch.float64, local_files_only=True)
+    kept = response_logprobs(reference.eval(), space.prompt_tokens, end=space.end, most_tokens=MOST_TOKENS)
+    assert (kept.exp().sum(1) - 1).abs().max() < 1e-12
+    assert masses(kept, kept, **space.sets) == start.masses
