@@ -43,9 +43,14 @@ def train(
         return _print_methods(recipe, overrides or [])
     if recipe is None:
         raise RequestError("train needs a recipe: dapo-megatron train RECIPE")
+    from dapo_megatron.launch import name_meeting_point, start_ranks, world_from_environment
+    from dapo_megatron.stop_signals import hold_notice
+
+    world = world_from_environment()
+    if world is not None:
+        hold_notice()
     from dapo_megatron.config import load_recipe
     from dapo_megatron.debug_batches import find_batches
-    from dapo_megatron.launch import start_ranks, world_from_environment
     from dapo_megatron.learner.manifest import checkpoint_under_way
     from dapo_megatron.prepare import check_request
     from dapo_megatron.run_directory import claim_run_directory, lay_out_run
@@ -56,8 +61,8 @@ def train(
     files = tuple(find_batches(debug_train_only)) if debug_train_only is not None else ()
     if settings.learner.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported, here and in the ranks
-    world = world_from_environment()
     if world is not None:
+        name_meeting_point()
         from dapo_megatron.learner import megatron_cpu
 
         megatron_cpu.install()  # before megatron is imported, which it makes quicker

@@ -24,9 +24,9 @@ def sum_over_world(values: Tensor) -> Tensor:
     return values
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """True if any rank of the world says so."""
-    value = torch.tensor(int(flag), device=device)
+def largest_of_ranks(number: int, device: torch.device) -> int:
+    """The largest `number` that a rank of the world has, on every rank."""
+    value = torch.tensor(number, device=device)
     if dist.get_world_size() > 1:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+    return int(value.item())
