@@ -137,6 +137,27 @@ def plan(
 
 
 @app.command()
+def submit(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)],
+    overrides: Overrides = None,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option("--also", metavar="RECIPE", help="One more run of an array job; may be repeated."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write and show the batch file, call no sbatch.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest sound checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in run.directory.")] = False,
+) -> None:
+    """Write a recipe's batch file for slurm, show it, and submit it."""
+    from dapo_megatron import submit_command
+
+    if resume and overwrite:
+        raise RequestError("--resume and --overwrite exclude each other; give one")
+    recipes = [recipe, *(also or [])]
+    submit_command.submit(recipes, overrides or [], print, dry_run=dry_run, resume=resume, overwrite=overwrite)
+
+
+@app.command()
 def serve(
     recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)],
     overrides: Overrides = None,
