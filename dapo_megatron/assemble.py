@@ -36,6 +36,7 @@ from dapo_megatron.rollout.groups import GroupSampler
 from dapo_megatron.rollout.preference_pairs import PreferencePairs
 from dapo_megatron.rollout.server_dispatcher import ServerDispatcher
 from dapo_megatron.rollout.vllm_engines import VLLMEngines
+from dapo_megatron.watchdog import Watchdog
 from dapo_megatron.weight_sync import WeightSync
 
 
@@ -79,6 +80,12 @@ class Run:
     best: dict | None = None
     entropy_coefficient: float | None = None
     judge: JudgeEngine | None = None
+    watchdog: Watchdog | None = None
+
+    def begins(self, phase: str) -> None:
+        """Progress, for the watchdog."""
+        if self.watchdog is not None:
+            self.watchdog.beat(f"{phase}, step {self.step}")
 
     def close(self) -> None:
         """End what runs beside this rank: a checkpoint being written, grader, engines."""

@@ -43,9 +43,14 @@ def train(
         return _print_methods(recipe, overrides or [])
     if recipe is None:
         raise RequestError("train needs a recipe: dapo-megatron train RECIPE")
+    from dapo_megatron.launch import name_meeting_point, start_ranks, world_from_environment
+    from dapo_megatron.stop_signals import hold_notice
+
+    world = world_from_environment()
+    if world is not None:
+        hold_notice()
     from dapo_megatron.config import load_recipe
     from dapo_megatron.debug_batches import find_batches
-    from dapo_megatron.launch import start_ranks, world_from_environment
     from dapo_megatron.learner.manifest import checkpoint_under_way
     from dapo_megatron.prepare import check_request
     from dapo_megatron.run_directory import claim_run_directory, lay_out_run
@@ -56,8 +61,8 @@ def train(
     files = tuple(find_batches(debug_train_only)) if debug_train_only is not None else ()
     if settings.learner.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported, here and in the ranks
-    world = world_from_environment()
     if world is not None:
+        name_meeting_point()
         from dapo_megatron.learner import megatron_cpu
 
         megatron_cpu.install()  # before megatron is imported, which it makes quicker
@@ -129,6 +134,27 @@ def plan(
         print(json.dumps(plan_command.as_json(found, speeds)))
     else:
         plan_command.print_plan(found, speeds)
+
+
+@app.command()
+def submit(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)],
+    overrides: Overrides = None,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option("--also", metavar="RECIPE", help="One more run of an array job; may be repeated."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write and show the batch file, call no sbatch.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest sound checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in run.directory.")] = False,
+) -> None:
+    """Write a recipe's batch file for slurm, show it, and submit it."""
+    from dapo_megatron import submit_command
+
+    if resume and overwrite:
+        raise RequestError("--resume and --overwrite exclude each other; give one")
+    recipes = [recipe, *(also or [])]
+    submit_command.submit(recipes, overrides or [], print, dry_run=dry_run, resume=resume, overwrite=overwrite)
 
 
 @app.command()

@@ -1,19 +1,23 @@
 """This process's place in a world of ranks, and the start of such a world on one machine.
 
 In a world if RANK is set (torchrun); else if this is an srun step of several tasks; else `start_ranks` makes one.
+Ranks meet at MASTER_ADDR and MASTER_PORT, which torchrun sets and `name_meeting_point` reads out of srun's step.
 """
 
 import ctypes
 import errno
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+
+from dapo_megatron.stop_signals import CAUGHT, NOTICE
 
 PORTS = (15000, 30000)  # below the ephemeral ones, which connections of others take at any time
 STOP_GRACE_S = 300.0  # after the first signal ranks finish what they are doing; saves have their own time beside it
@@ -42,6 +46,22 @@ def world_from_environment(environment: Mapping[str, str] = os.environ) -> World
     return None
 
 
+def name_meeting_point(environment: MutableMapping[str, str] = os.environ) -> None:
+    """In an srun step: MASTER_ADDR = its first node, MASTER_PORT by job and step, where they are not set."""
+    if "RANK" in environment or "SLURM_STEP_NODELIST" not in environment:
+        return
+    environment.setdefault("MASTER_ADDR", first_node(environment["SLURM_STEP_NODELIST"]))
+    # jobs that share a node, and the steps of a job, must not meet at one port
+    key = 97 * int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])
+    environment.setdefault("MASTER_PORT", str(PORTS[0] + key % (PORTS[1] - PORTS[0])))
+
+
+def first_node(nodes: str) -> str:
+    """The first name of a slurm host list: node[007-012,20],login1 → node007. srun puts rank 0 there."""
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", nodes)
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0]) if first else ""
+
+
 def start_ranks(
     command: Sequence[str],
     size: int,
@@ -53,21 +73,25 @@ def start_ranks(
     """Run `command` as `size` ranks of one world on this machine and wait for all; returns the exit code.
 
     A signal to stop (SIGINT, SIGTERM) is passed on as SIGTERM and the ranks get STOP_GRACE_S, and `save_limit_s` twice:
-    for the checkpoint under way and for that of the last step; a second one kills them. When a rank fails the others
-    get FAIL_GRACE_S and, while rank 0 lives and `saving()` finds a checkpoint under way, up to `save_limit_s` more.
-    Ranks die with this process, whatever ends it.
+    for the checkpoint under way and for that of the last step; a second one kills them. SIGUSR1 is passed on as it is,
+    gives them the same time and kills nobody. When a rank fails the others get FAIL_GRACE_S and, while rank 0 lives and
+    `saving()` finds a checkpoint under way, up to `save_limit_s` more. Ranks die with this process, whatever ends it.
     """
     port = free_port()
     ranks = [_start(command, rank, size, port, threads) for rank in range(size)]
     received: list[int] = []
 
     def pass_on(number: int, _frame: object) -> None:
+        if number == NOTICE:
+            sent = NOTICE
+        else:
+            sent = signal.SIGKILL if any(earlier != NOTICE for earlier in received) else signal.SIGTERM
         received.append(number)
         for process in ranks:
             if process.poll() is None:
-                process.send_signal(signal.SIGKILL if len(received) > 1 else signal.SIGTERM)
+                process.send_signal(sent)
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, pass_on) for number in (*CAUGHT, NOTICE)}
     try:
         return _wait(ranks, received, save_limit_s, saving)
     finally:

@@ -4,28 +4,32 @@ import signal
 
 import torch
 
-from dapo_megatron.learner.reductions import any_rank
+from dapo_megatron.learner.reductions import largest_of_ranks
+from dapo_megatron.stop_signals import CAUGHT, NOTICE, hold_notice, notice_came
 
 
 class StopSignal:
-    """Remembers SIGTERM and SIGINT; the loop asks between steps, so that a usable checkpoint is left."""
+    """Remembers SIGTERM, SIGINT and SIGUSR1; the loop asks between steps, so that a usable checkpoint is left."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._received = 0
-        self._agreed = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self._agreed = 0
+        hold_notice()
+        for number in (*CAUGHT, NOTICE):  # a thread older than `hold_notice` may take the notice
             signal.signal(number, self._remember)
 
     def requested(self) -> bool:
         """True on all ranks once one has received a signal; collective."""
-        self._agreed = self._agreed or any_rank(bool(self._received), self._device)
-        return self._agreed
+        if not self._received and notice_came():
+            self._received = NOTICE
+        self._agreed = self._agreed or largest_of_ranks(int(self._received), self._device)
+        return bool(self._agreed)
 
     @property
     def exit_code(self) -> int:
-        """128 + signal number after a stop, else 0."""
-        return 128 + (self._received or signal.SIGTERM) if self._agreed else 0
+        """128 + signal number after a stop, the same on all ranks; else 0."""
+        return 128 + self._agreed if self._agreed else 0
 
     def _remember(self, number: int, _frame: object) -> None:
         self._received = number

@@ -34,6 +34,7 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
         warm_start(run, journal, stop)
     if not stop.requested() or (run.step and run.recipe.algorithm.reference.moves):
         begin_learning(run)  # also before stopping at once, for the next checkpoint holds a reference that moves
+    run.begins("reshard")
     with checkpoint_on_failure(run):
         run.sync.push(run.updates)
     if run.step == 0 and not stop.requested():
@@ -57,6 +58,7 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
             save_batch(run, sampled.trained)
         else:
             metrics |= held_on_card(run.learner.device, "learn")
+            run.begins("learn")
             with clock.phase("learn"), run.optimizer_memory.on_device():
                 metrics |= learner_metrics(learn(run, sampled.trained, sampled.kept))
                 metrics |= move_reference(run)
@@ -64,6 +66,7 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
             run.surplus, run.acceptance = sampled.kept, sampled.acceptance
         run.step += 1
         if not rollout_only:
+            run.begins("reshard")
             with clock.phase("reshard"), checkpoint_on_failure(run, partial(journal.step, metrics)):
                 transfer = run.sync.push(run.updates)
             metrics["resharding/bytes_sent"] = float(transfer.bytes_sent if transfer else 0)
@@ -88,6 +91,7 @@ def train_from_files(run: Run, journal: Journal, stop: StopSignal, files: Sequen
             break
         clock = Clock()
         metrics = {"step": run.step + 1, "learning_rate": learning_rate(run)}
+        run.begins("learn")
         with clock.phase("learn"), run.optimizer_memory.on_device():
             metrics |= learner_metrics(learn(run, groups))
             metrics |= move_reference(run)
@@ -109,6 +113,7 @@ def warm_start(run: Run, journal: Journal, stop: StopSignal) -> None:
         def report(metrics: dict[str, float], i: int = i, before: int = before) -> bool:
             run.supervised_done[i] += 1
             run.updates += 1
+            run.begins("supervised")
             journal.supervised(before + run.supervised_done[i], total, metrics)
             return stop.requested()
 
@@ -132,8 +137,13 @@ def begin_learning(run: Run) -> None:
 
 def roll_out(run: Run) -> SampledStep:
     """Sample until the step has its mixed groups (DAPO's dynamic sampling)."""
+
+    def draw(count: int, wave: int) -> list[PromptGroup]:
+        run.begins("rollout")
+        return run.training.draw_for_training(run.prompt_order.take(count), run.step, wave)
+
     return sample_step(
-        lambda count, wave: run.training.draw_for_training(run.prompt_order.take(count), run.step, wave),
+        draw,
         run.recipe.algorithm.dynamic_sampling,
         wanted=run.recipe.rollout.prompts_per_step,
         step=run.step,
@@ -186,6 +196,7 @@ def validate(run: Run, when: str, tell: Callable[[], None]) -> dict[str, float]:
     """Validation metrics; a few completions are kept for the report. `tell`: as in `checkpoint_on_failure`."""
     if run.validation is None or not run.recipe.evaluation.every:
         return {}
+    run.begins("validation")
     clock = Clock()
     with clock.phase("validation"), checkpoint_on_failure(run, tell):
         metrics, groups = evaluate(run.validation, run.recipe)
@@ -233,6 +244,7 @@ def save(run: Run) -> None:
     Raises:
         RunError: as `CheckpointSaver.save`; the judge's file could not be written, and then the checkpoint is.
     """
+    run.begins("checkpoint")
     run.saver.save(run.state(), run.surplus, run.reference)
     try:
         done_on_rank_zero(None if run.grader is None else run.grader.write_records, run.world.size)

@@ -23,11 +23,13 @@ from dapo_megatron.prepare import check_request
 from dapo_megatron.run_directory import claim_run_directory, lay_out_run
 from dapo_megatron.stop import StopSignal
 from dapo_megatron.train import train, train_from_files
+from dapo_megatron.watchdog import Watchdog
 from dapo_megatron.weight_sync import export_hugging_face
 
 RESHARDING_SLACK_S = 300.0  # rank 0 settles with the engines after a transfer
 SAVING_SLACK_S = 300.0  # ranks come to the end of a save one after the other
 JUDGING_SLACK_S = 300.0  # the rule's pool comes before the judge
+STALLED = 4.0  # a phase may hold several of the longest waits
 SHOWN_CHARACTERS = 300  # of a sample completion on the console
 
 
@@ -62,9 +64,11 @@ def run_rank(recipe: Recipe, world: World, mode: Mode) -> int:
         if not mode.prepared:
             _prepare_on_rank_zero(recipe, world, mode)
         run = assemble(recipe, world, rollouts=not mode.train_only)
+        run.watchdog = Watchdog(recipe.run.stall_limit_s or STALLED * limit, world.rank)
         try:
             return _train(run, mode)
         finally:
+            run.watchdog.close()
             run.close()
     finally:
         leave_world()
@@ -91,6 +95,7 @@ def _train(run: Run, mode: Mode) -> int:
         if stop.requested():
             journal.note(f"stopped at step {run.step}; continue with --resume")
             return stop.exit_code
+        run.begins("the end")
         if run.recipe.checkpoint.hugging_face and not mode.rollout_only:
             limit = run.recipe.resharding.time_limit_s
             export_hugging_face(run.learner, run.paths.run / "hf", side_files=run.paths.model, time_limit_s=limit)

@@ -15,6 +15,7 @@ from dapo_megatron.config.reward import Reward
 from dapo_megatron.config.rollout import Rollout
 from dapo_megatron.config.run import Run
 from dapo_megatron.config.section import Section
+from dapo_megatron.config.slurm import Slurm
 from dapo_megatron.config.supervised import Supervised
 
 
@@ -69,3 +70,6 @@ class Recipe(Section):
 
     supervised: Supervised = Supervised()
     """Training on worked examples first."""
+
+    slurm: Slurm = Slurm()
+    """Nodes, time and environment of `dapo-megatron submit`."""

@@ -19,3 +19,7 @@ class Run(Section):
 
     seed: int = Field(0, ge=0)
     """Seed of the weights, the prompt order and the samples."""
+
+    stall_limit_s: float | None = Field(None, gt=0)
+    """Longest a phase of a step may take (seconds); after it every rank tells its stack and the collective it waits in,
+    and the run ends. null = four times the longest wait that the recipe allows anywhere."""

@@ -42,9 +42,9 @@ class _SumOverContext(torch.autograd.Function):
         return _SumOverContext.forward(None, gradient)
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """True if any rank of the world says so."""
-    value = torch.tensor(int(flag), device=device)
+def largest_of_ranks(number: int, device: torch.device) -> int:
+    """The largest `number` that a rank of the world has, on every rank."""
+    value = torch.tensor(number, device=device)
     if dist.get_world_size() > 1:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+    return int(value.item())

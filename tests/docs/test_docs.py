@@ -1,5 +1,5 @@
-"""README.md, ARCHITECTURE.md, docs/recipe.md and docs/methods.md say what the code does: names, options, links and
-imports agree."""
+"""README.md, ARCHITECTURE.md, docs/recipe.md, docs/methods.md and docs/slurm.md say what the code does: names, options,
+links and imports agree."""
 
 import ast
 import importlib.util
@@ -18,7 +18,7 @@ from dapo_megatron.config.problems import known_names
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "docs/recipe.md", "docs/methods.md")
+DOCUMENTS = ("README.md", "ARCHITECTURE.md", "docs/recipe.md", "docs/methods.md", "docs/slurm.md")
 SOURCES = {"dapo_megatron": ROOT / "dapo_megatron", "dapo_kernels": ROOT / "kernels" / "dapo_kernels"}
 KNOWN_KEYS = set(known_names(Recipe))
 GROUPS = ("convert", "analyze")  # commands that only hold others
@@ -72,7 +72,7 @@ def test_recipe_reference_has_every_key():
 def test_commands_in_the_readme_exist_with_their_options():
     commands = _commands(README)
     assert {" ".join(names) for names, _ in commands} == {
-        "train", "check-method", "plan", "serve", "evaluate", "report", "convert hf-to-megatron",
+        "train", "check-method", "plan", "submit", "serve", "evaluate", "report", "convert hf-to-megatron",
         "convert megatron-to-hf", "convert hf-to-hf", "convert megatron-to-megatron", "analyze entropy",
     }  # fmt: skip
     for names, words in commands:
@@ -91,6 +91,7 @@ def test_every_command_and_option_is_in_the_readme():
     assert _options(_help(["train"])) <= _options(README)
     assert _options(_help(["plan"])) <= _options(README)
     assert _options(_help(["report"])) <= _options(README)
+    assert _options(_help(["submit"])) <= _options(README)
     for command in groups["convert"].registered_commands:
         assert _options(_help(["convert", command.name])) <= _options(README)
 

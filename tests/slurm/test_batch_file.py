@@ -1,0 +1,153 @@
+"""The batch file: what it asks for, and what it does when run, with small scripts in the place of srun and scontrol."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dapo_megatron.config import load_recipe
+from dapo_megatron.slurm.batch_file import batch_file
+from tests.command_line import ROOT
+from tools.write_slurm_files import FILES, FOLDER, TWO_NODES, render
+
+TINY = ROOT / "recipes" / "slurm" / "tiny.yaml"
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+ODD = (
+    "slurm.setup=['module load \"cuda 12\"', 'export X=\"$HOME\"']",
+    "slurm.environment=['NCCL_IB_HCA=^mlx5_1,mlx5_2']",
+    "slurm.options=['--mail-type=END']",
+    "slurm.container_mounts=['/data:/data']",
+    "slurm.container_image=docker://us.er/image:1",
+    "slurm.health_check=false",
+    "slurm.requeue=false",
+    "run.name='a name; with blanks'",
+)
+
+
+def text(*overrides: str, recipe: Path | str = TINY, **options: bool) -> str:
+    loaded = load_recipe(recipe, overrides)
+    return batch_file(loaded, command="test", arguments=[["recipe.yaml"]], **options)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_committed_files_are_what_submit_writes(name):
+    committed = (FOLDER / f"{name}.sbatch").read_text(encoding="utf-8")
+    assert committed == render(name), "run python tools/write_slurm_files.py"
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing(tmp_path):
+    for launcher in ("srun", "torchrun"):
+        odd = text(*ODD, f"slurm.launcher={launcher}", recipe=ROOT / TWO_NODES, overwrite=True)
+        (tmp_path / f"{launcher}.sbatch").write_text(odd)
+    files = [*FOLDER.glob("*.sbatch"), *tmp_path.glob("*.sbatch")]
+    assert len(files) == len(FILES) + 2
+    files.append(ROOT / "tests" / "slurm" / "run.sh")
+    found = subprocess.run([SHELLCHECK, *files], capture_output=True, text=True, timeout=60)
+    assert found.returncode == 0, found.stdout
+
+
+def test_the_options_come_from_the_recipe():
+    lines = text(*ODD, "slurm.nodes=4", "slurm.partition=h100", recipe=ROOT / TWO_NODES).splitlines()
+    asked = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
+    assert asked == {
+        "job-name=a-name-with-blanks", "output=runs/slurm-two-nodes.slurm/%j.out", "open-mode=append", "nodes=4",
+        "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=12", "mem=0", "partition=h100", "time=1-00:00:00",
+        "signal=B:USR1@1800", "exclusive", "no-requeue", "mail-type=END",
+    }  # fmt: skip
+    assert "export NCCL_IB_HCA=^mlx5_1,mlx5_2" in lines and "export CUDA_DEVICE_MAX_CONNECTIONS=1" in lines
+    assert '    --container-mounts="$PWD:$PWD,/data:/data"  # paths mean the same inside and outside' in lines
+    assert "scontrol requeue" not in "\n".join(lines) and "node_health" not in "\n".join(lines)
+    torchrun = text("slurm.launcher=torchrun", recipe=ROOT / TWO_NODES).splitlines()
+    assert {"#SBATCH --ntasks-per-node=1", "#SBATCH --cpus-per-task=96", "    --nproc-per-node=8"} <= set(torchrun)
+    assert not [line for line in text().splitlines() if "NCCL" in line or "gpus" in line]
+
+
+# writes down how it was called; as the launcher of `train` it leaves at USR1 as ranks do
+SRUN = """#!/bin/bash
+echo "$*" >>calls
+case "$*" in
+*node_health*) exit "${HEALTH:-0}" ;;
+esac
+[ -n "${QUICK:-}" ] && exit "$QUICK"
+trap 'exit 138' USR1
+touch training
+for _ in {1..300}; do sleep 0.1; done
+"""
+
+
+def run_batch(folder: Path, *, overrides: tuple[str, ...] = (), notice: bool = False, **variables: str):
+    """(exit code, output, the calls) of a batch file run by bash; with `notice` USR1 comes during the training."""
+    (folder / "job.sbatch").write_text(text("run.directory=run", *overrides))
+    for name, body in (("srun", SRUN), ("scontrol", '#!/bin/bash\necho "scontrol $*" >>calls\n')):
+        (folder / name).write_text(body)
+        (folder / name).chmod(0o755)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "PATH": f"{folder}:{os.environ['PATH']}"}
+    process = subprocess.Popen(
+        ["bash", "job.sbatch"],
+        cwd=folder,
+        env=clean | job | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while notice and not (folder / "training").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        if notice:
+            process.send_signal(signal.SIGUSR1)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, output, (folder / "calls").read_text().splitlines()
+
+
+def test_a_run_that_ends_is_not_queued_again(tmp_path):
+    code, output, calls = run_batch(tmp_path, QUICK="0")
+    assert code == 0 and "ends with code 0" in output
+    assert len(calls) == 2 and "node_health recipe.yaml" in calls[0]
+    assert calls[1].endswith("--output=run.slurm/7-rank-%t.log --open-mode=append dapo-megatron train recipe.yaml")
+
+
+def test_the_notice_reaches_the_launcher_and_the_job_is_queued_again(tmp_path):
+    code, output, calls = run_batch(tmp_path, notice=True)
+    assert code == 138 and "the time limit is near" in output
+    assert calls[2:] == ["scontrol requeue 7"]
+
+
+def test_after_a_restart_it_resumes_and_restarts_have_an_end(tmp_path):
+    overrides = ("slurm.most_restarts=3",)
+    code, output, calls = run_batch(tmp_path, overrides=overrides, notice=True, SLURM_RESTART_COUNT="3")
+    assert code == 138 and "not queued again after 3 restarts" in output
+    assert len(calls) == 2 and calls[1].endswith("train recipe.yaml --resume")
+
+
+def test_a_failure_of_its_own_is_not_repeated(tmp_path):
+    code, _, calls = run_batch(tmp_path, QUICK="1")
+    assert code == 1 and len(calls) == 2
+
+
+def test_nodes_that_are_not_fit_train_nothing(tmp_path):
+    code, output, calls = run_batch(tmp_path, HEALTH="1")
+    assert code == 1 and len(calls) == 1 and "ends with code 1" in output
+
+
+def test_each_task_of_an_array_has_its_own_recipe(tmp_path):
+    arguments = [["a.yaml"], ["b.yaml", "run.seed=2"]]
+    whole = batch_file(load_recipe(TINY, ["run.directory=run"]), command="test", arguments=arguments)
+    assert "#SBATCH --array=0-1" in whole and "run.slurm/%A_%a.out" in whole
+    (tmp_path / "srun").write_text(SRUN)
+    (tmp_path / "srun").chmod(0o755)
+    job = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "8", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_NODELIST": "n1"}
+    environment = {**os.environ, **job, "QUICK": "0", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", whole], cwd=tmp_path, env=environment, check=True, timeout=60, capture_output=True)
+    last = (tmp_path / "calls").read_text().splitlines()[-1]
+    assert last.endswith("--output=run.slurm/8_1-rank-%t.log --open-mode=append dapo-megatron train b.yaml run.seed=2")
