@@ -132,6 +132,22 @@ def plan(
 
 
 @app.command()
+def doctor(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="Recipe file (YAML): judge by what it needs.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what this machine has, what is missing and what that costs. Exit code 1 where a run would fail."""
+    from dapo_megatron.config import load_recipe
+    from dapo_megatron.doctor.command import examine
+
+    settings = load_recipe(recipe, overrides or []) if recipe is not None else None
+    _leave(examine(settings, recipe and str(recipe), json_wanted=as_json))
+
+
+@app.command()
 def serve(
     recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)],
     overrides: Overrides = None,

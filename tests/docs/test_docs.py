@@ -1,4 +1,4 @@
-"""README.md, ARCHITECTURE.md, docs/recipe.md and docs/methods.md say what the code does: names, options, links and
+"""README.md, ARCHITECTURE.md, docs/recipe.md, docs/methods.md and docs/doctor.md say what the code does: names, options, links and
 imports agree."""
 
 import ast
@@ -20,7 +20,7 @@ from dapo_megatron.errors import RequestError
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "docs/recipe.md", "docs/methods.md")
+DOCUMENTS = ("README.md", "ARCHITECTURE.md", "docs/recipe.md", "docs/methods.md", "docs/doctor.md")
 SOURCES = {"dapo_megatron": ROOT / "dapo_megatron", "dapo_kernels": ROOT / "kernels" / "dapo_kernels"}
 KNOWN_KEYS = set(known_names(Recipe))
 GROUPS = ("convert",)  # commands that only hold others
@@ -90,7 +90,7 @@ def test_values_listed_as_refused_are_refused():
 def test_commands_in_the_readme_exist_with_their_options():
     commands = _commands(README)
     assert {" ".join(names) for names, _ in commands} == {
-        "train", "check-method", "plan", "serve", "evaluate", "report", "convert hf-to-megatron",
+        "train", "check-method", "plan", "doctor", "serve", "evaluate", "report", "convert hf-to-megatron",
         "convert megatron-to-hf", "convert hf-to-hf", "convert megatron-to-megatron",
     }  # fmt: skip
     for names, words in commands:
