@@ -147,8 +147,9 @@ def find_gpus(machine: Machine) -> tuple[str | None, list[GPU]]:
     gpus, driver = [], None
     for line in (machine.run(GPU_QUERY) or "").splitlines():
         fields = [field.strip() for field in line.split(",")]
-        if len(fields) == 4 and fields[1].isdigit():
-            gpus.append(GPU(fields[0], int(fields[1]), fields[2]))
+        if len(fields) == 4:
+            memory = int(fields[1]) if fields[1].isdigit() else 0  # [N/A] where it is the machine's own
+            gpus.append(GPU(fields[0], memory, fields[2]))
             driver = fields[3]
     if driver is None:
         told = re.search(r"Kernel Module.*?\s(\d+\.\d+(\.\d+)?)\s", machine.read("/proc/driver/nvidia/version") or "")

@@ -81,7 +81,6 @@ class Machine:
     system: str
     cores: int
     usable_cores: int
-    environment: Mapping[str, str]
     distribution: Callable[[str], Distribution | None]
     find: Callable[[str], str | None]
     read: Callable[[str], str | None]
@@ -99,7 +98,6 @@ def this_machine() -> Machine:
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         cores=os.cpu_count() or 1,
         usable_cores=len(os.sched_getaffinity(0)),
-        environment=os.environ,
         distribution=_distribution,
         find=_find,
         read=_read,

@@ -1,4 +1,4 @@
-"""README.md, ARCHITECTURE.md, docs/recipe.md, docs/methods.md and docs/doctor.md say what the code does: names, options, links and
+"""README.md, ARCHITECTURE.md and the pages of docs/ named below say what the code does: names, options, links and
 imports agree."""
 
 import ast

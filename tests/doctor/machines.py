@@ -56,7 +56,6 @@ def machine(
         system="Linux 6.8.0 x86_64",
         cores=cores,
         usable_cores=cores,
-        environment={},
         distribution=distributions.get,
         find=dict(folders or {}).get,
         read={"/proc/meminfo": "MemTotal:       24684092 kB\n", **files}.get,
