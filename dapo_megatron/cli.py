@@ -158,6 +158,31 @@ def submit(
 
 
 @app.command()
+def doctor(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="Recipe file (YAML): judge by what it needs.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    parity: Annotated[
+        bool, typer.Option("--parity", help="Run layers, kernels, vLLM and a reshard beside their references.")
+    ] = False,
+    time_limit: Annotated[float, typer.Option(help="Longest time of a part of --parity (seconds).")] = 300.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what this machine has, what is missing and what that costs. Exit code 1 where a run would fail."""
+    from dapo_megatron.config import load_recipe
+
+    settings = load_recipe(recipe, overrides or []) if recipe is not None else None
+    if parity:
+        from dapo_megatron.doctor.parity import check_parity
+
+        _leave(check_parity(settings, recipe and str(recipe), json_wanted=as_json, time_limit_s=time_limit))
+    from dapo_megatron.doctor.command import examine
+
+    _leave(examine(settings, recipe and str(recipe), json_wanted=as_json))
+
+
+@app.command()
 def serve(
     recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)],
     overrides: Overrides = None,

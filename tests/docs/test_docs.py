@@ -1,5 +1,5 @@
-"""README.md, ARCHITECTURE.md, docs/recipe.md, docs/methods.md and docs/slurm.md say what the code does: names, options,
-links and imports agree."""
+"""README.md, ARCHITECTURE.md and the pages of docs/ named below say what the code does: names, options, links and
+imports agree."""
 
 import ast
 import importlib.util
@@ -18,7 +18,7 @@ from dapo_megatron.config.problems import known_names
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "docs/recipe.md", "docs/methods.md", "docs/slurm.md")
+DOCUMENTS = ("README.md", "ARCHITECTURE.md", "docs/recipe.md", "docs/methods.md", "docs/slurm.md", "docs/doctor.md")
 SOURCES = {"dapo_megatron": ROOT / "dapo_megatron", "dapo_kernels": ROOT / "kernels" / "dapo_kernels"}
 KNOWN_KEYS = set(known_names(Recipe))
 GROUPS = ("convert", "analyze")  # commands that only hold others
@@ -72,7 +72,7 @@ def test_recipe_reference_has_every_key():
 def test_commands_in_the_readme_exist_with_their_options():
     commands = _commands(README)
     assert {" ".join(names) for names, _ in commands} == {
-        "train", "check-method", "plan", "submit", "serve", "evaluate", "report", "convert hf-to-megatron",
+        "train", "check-method", "plan", "doctor", "submit", "serve", "evaluate", "report", "convert hf-to-megatron",
         "convert megatron-to-hf", "convert hf-to-hf", "convert megatron-to-megatron", "analyze entropy",
     }  # fmt: skip
     for names, words in commands:
