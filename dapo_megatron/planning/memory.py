@@ -86,7 +86,7 @@ def plan_memory(recipe: Recipe, a: Architecture, layout: Layout) -> Memory:
         stages.append(
             StageMemory(state, judged, compute.activations, compute.logits, fixed + lost, engine, learn, sampling)
         )
-    fullest = max(range(layout.pipeline), key=lambda i: max(stages[i].learn, stages[i].rollout))
+    fullest = max(range(layout.pipeline), key=lambda i: stages[i].learn)  # sampling takes about the same everywhere
     problems = _problems(recipe, stages, engine, card) if card.memory is not None else []
     return Memory(tuple(stages), fullest, card, tuple(problems))
 

@@ -1,4 +1,4 @@
-"""What the planner counts is what megatron builds: real modules of every recipe for GPUs, without memory behind them."""
+"""What the planner counts is what megatron builds: real modules of the recipes for GPUs, without memory behind them."""
 
 import json
 import subprocess
