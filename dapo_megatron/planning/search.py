@@ -6,6 +6,7 @@ from itertools import product
 from typing import Any
 
 from dapo_megatron.config import Architecture, Recipe, derive_layout
+from dapo_megatron.config.derive import derive_engines
 from dapo_megatron.errors import RequestError
 from dapo_megatron.planning.memory import largest_share, plan_memory
 
@@ -91,6 +92,8 @@ def _made_to_fit(recipe: Recipe, a: Architecture) -> dict[str, Any] | None:
     """What else must change for the candidate to fit: nothing, or the engines' share; None if it does not."""
     try:
         layout = derive_layout(recipe, a)
+        if recipe.rollout.engine == "vllm":
+            derive_engines(recipe, layout, cpu=recipe.learner.device == "cpu")
     except RequestError:
         return None
     memory = plan_memory(recipe, a, layout)

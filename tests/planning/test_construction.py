@@ -52,7 +52,7 @@ def constructed(request: pytest.FixtureRequest) -> list[tuple[tuple[str, list[st
     command = [sys.executable, "-W", "ignore", "-m", "tests.planning.construction"]
     started = time.perf_counter()
     done = subprocess.run(
-        command, cwd=ROOT, input=json.dumps(asked), capture_output=True, text=True, timeout=850, check=False
+        command, cwd=ROOT, input=json.dumps(asked), capture_output=True, text=True, timeout=800, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     print(f"{len(cases)} cases in {time.perf_counter() - started:.1f} s")

@@ -1,10 +1,11 @@
 """Buffers and shards hold every parameter once."""
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dapo_megatron.planning.weights import Parameter, buffer_of, shard_elements
 
+anywhere = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # also on busy cores
 parameters = st.lists(
     st.builds(
         Parameter,
@@ -17,6 +18,7 @@ parameters = st.lists(
 )
 
 
+@anywhere
 @given(parameters=parameters, data_parallel=st.integers(1, 12), distributed=st.booleans())
 def test_every_parameter_has_a_place_of_its_own(parameters, data_parallel, distributed):
     buffer = buffer_of(parameters, data_parallel=data_parallel, distributed=distributed)
@@ -38,6 +40,7 @@ def test_every_parameter_has_a_place_of_its_own(parameters, data_parallel, distr
             assert inside[0][0] == start
 
 
+@anywhere
 @given(parameters=parameters, data_parallel=st.integers(1, 12))
 def test_shards_cover_the_parameters_and_no_padding(parameters, data_parallel):
     buffer = buffer_of(parameters, data_parallel=data_parallel, distributed=True)
