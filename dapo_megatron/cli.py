@@ -117,18 +117,32 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     link_gbps: Annotated[
         list[float] | None,
-        typer.Option(metavar="N", min=1e-3, help="Link speed of a rank, Gbit/s each way; may be repeated."),
+        typer.Option(
+            metavar="N", min=1e-3, help="With --resharding: link speed of a rank, Gbit/s each way; may be repeated."
+        ),
+    ] = None,
+    mean_prompt: Annotated[
+        float | None, typer.Option(metavar="N", min=1, help="Mean tokens of a prompt.", show_default=False)
+    ] = None,
+    mean_response: Annotated[
+        float | None, typer.Option(metavar="N", min=1, help="Mean tokens of a response.", show_default=False)
     ] = None,
 ) -> None:
-    """Say what a recipe will cost, without its weights and without its machines."""
+    """Say what a recipe needs and takes, without its weights and without its machines; refuse what does not fit."""
     import json
 
     from dapo_megatron import plan_command
     from dapo_megatron.config import load_recipe
 
+    settings = load_recipe(recipe, overrides or [])
     if not resharding:
-        raise RequestError("plan needs --resharding; other plans do not exist yet")
-    found = plan_command.plan_resharding(load_recipe(recipe, overrides or []))
+        verdict = plan_command.judge(settings, prompt=mean_prompt, response=mean_response)
+        if as_json:
+            print(json.dumps(plan_command.verdict_as_json(verdict)))
+        elif verdict.plan is not None:
+            plan_command.print_run(verdict.plan)
+        return verdict.check()
+    found = plan_command.plan_resharding(settings)
     speeds = tuple(link_gbps or plan_command.LINK_GBPS)
     if as_json:
         print(json.dumps(plan_command.as_json(found, speeds)))

@@ -1,6 +1,7 @@
-"""`dapo-megatron plan --resharding`: what moving the weights will cost, computed for a world that need not exist.
+"""`dapo-megatron plan`: what a recipe will need and take, or with --resharding what moving its weights will cost,
+computed for a world that need not exist.
 
-Reads the recipe and config.json, no weights and no torch.
+Reads the recipe and, where it is there, config.json; no weights and no torch.
 """
 
 import time
@@ -10,8 +11,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dapo_megatron.config import Architecture, Layout, Recipe, derive_layout
+from dapo_megatron.config import Architecture, Layout, Recipe, check_recipe, derive_layout
 from dapo_megatron.config.derive import derive_engines
+from dapo_megatron.errors import RequestError
+from dapo_megatron.methods import check_methods
+from dapo_megatron.planning.plan import RunPlan, plan_run
+from dapo_megatron.planning.search import nearest_fit
+from dapo_megatron.planning.weights import ITEMSIZE
+from dapo_megatron.planning.words import plan_as_json, print_run
 from dapo_megatron.prepare import planned_architecture
 from dapo_megatron.resharding.hf_layout import whole_layout
 from dapo_megatron.resharding.layout import WeightLayout
@@ -22,8 +29,65 @@ from dapo_megatron.resharding.plan import make_plan
 from dapo_megatron.resharding.summary import PlanSummary, Spread, summarise
 from dapo_megatron.resharding.vllm_layout import vllm_layout
 
-ITEMSIZE = {"bf16": 2, "fp32": 4}
+__all__ = ["as_json", "judge", "plan_resharding", "print_plan", "print_run", "verdict_as_json"]
+
 LINK_GBPS = (100.0, 200.0, 400.0)  # of one rank, where the command line names none
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A recipe's plan, None where its sizes do not go together; why it cannot run, a line each; settings that make it
+    fit, None where it fits or none are found."""
+
+    plan: RunPlan | None
+    problems: tuple[str, ...]
+    suggestion: dict[str, Any] | None
+
+    def check(self) -> None:
+        """Raise RequestError for a recipe that does not fit, with the nearest layout that does."""
+        if not self.problems:
+            return
+        nearest = "no layout of up to 8 times as many ranks fits"
+        if self.suggestion is not None:
+            nearest = f"the nearest layout that fits: {' '.join(overrides_of(self.suggestion))}"
+        raise RequestError("\n".join((*self.problems, nearest)))
+
+
+def judge(recipe: Recipe, *, prompt: float | None = None, response: float | None = None) -> Verdict:
+    """Plan a run and search for what fits where it does not.
+
+    Args:
+        prompt, response: mean lengths (tokens); None assumes them.
+
+    Raises:
+        RequestError: what no layout would mend: the model folder, methods, settings that contradict each other.
+    """
+    architecture = planned_architecture(recipe, folder_needed=False)
+    check_recipe(recipe, architecture)
+    check_methods(recipe)
+    try:
+        derive_layout(recipe, architecture)
+    except RequestError as error:
+        return Verdict(None, tuple(str(error).splitlines()), nearest_fit(recipe, architecture))
+    busiest = plan_resharding(recipe).summary.busiest_link_bytes
+    found = plan_run(recipe, architecture, busiest_link_bytes=busiest, prompt=prompt, response=response)
+    problems = found.memory.problems
+    return Verdict(found, problems, nearest_fit(recipe, architecture) if problems else None)
+
+
+def verdict_as_json(verdict: Verdict) -> dict[str, Any]:
+    """One object of plain values: docs/planning.md."""
+    return {
+        "fits": not verdict.problems,
+        "problems": list(verdict.problems),
+        "suggestion": verdict.suggestion,
+        **plan_as_json(verdict.plan),
+    }
+
+
+def overrides_of(settings: dict[str, Any]) -> list[str]:
+    """`key.sub=value` as the command line takes it."""
+    return [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in settings.items()]
 
 
 @dataclass(frozen=True)
@@ -45,7 +109,7 @@ def plan_resharding(recipe: Recipe) -> ReshardingPlan:
         RequestError: the model folder, or sizes that do not divide.
         RunError: the layouts do not fit each other.
     """
-    architecture = planned_architecture(recipe)
+    architecture = planned_architecture(recipe, folder_needed=False)
     layout = derive_layout(recipe, architecture)
     itemsize = ITEMSIZE[recipe.model.dtype]
     started = time.perf_counter()

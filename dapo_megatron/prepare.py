@@ -25,6 +25,7 @@ from dapo_megatron.config.architecture import architecture_from_dict, critic_of
 from dapo_megatron.config.check import cpu_engine_problem
 from dapo_megatron.config.data import Data
 from dapo_megatron.config.derive import derive_engines
+from dapo_megatron.config.known_models import KNOWN_MODELS, check_known
 from dapo_megatron.config.supervised import GENERATED, Stage
 from dapo_megatron.data.arithmetic import build_tokenizer, check_task, longest_example
 from dapo_megatron.data.preferences import Preference, read_preferences
@@ -113,11 +114,22 @@ def check_request(recipe: Recipe, world: int | None = None) -> tuple[Architectur
     return architecture, layout
 
 
-def planned_architecture(recipe: Recipe) -> Architecture:
-    """The model's architecture, also of one that is yet to be made."""
-    scratch = recipe.model.scratch
+def planned_architecture(recipe: Recipe, *, folder_needed: bool = True) -> Architecture:
+    """The model's architecture, also of one that is yet to be made.
+
+    `folder_needed`: false takes the published shape that model.architecture names where model.path does not exist.
+
+    Raises:
+        RequestError: as `read_architecture`; the folder's model is not the one that model.architecture names.
+    """
+    scratch, known = recipe.model.scratch, recipe.model.architecture
     if scratch is None:
-        return read_architecture(Path(recipe.model.path))
+        if known is not None and not folder_needed and not Path(recipe.model.path).exists():
+            return KNOWN_MODELS[known]
+        found = read_architecture(Path(recipe.model.path))
+        if known is not None:
+            check_known(known, found, recipe.model.path)
+        return found
     config = scratch_config(scratch, vocabulary=vocabulary_of(scratch), eos_token=0)
     return architecture_from_dict(config, "model.scratch")
 

@@ -1,4 +1,4 @@
-"""`dapo-megatron plan RECIPE --resharding` as a user runs it."""
+"""`dapo-megatron plan RECIPE`, with and without --resharding, as a user runs it."""
 
 import json
 import subprocess
@@ -65,7 +65,7 @@ def test_a_table_for_people():
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ((), "plan needs --resharding"),
+        (("parallel.tensor=3",), "the nearest layout that fits: parallel.tensor=4"),
         (("--resharding", "rollout.engine=vllm", "rollout.tensor=3"), "rollout.tensor=3 does not divide 4 attention"),
         (("--resharding", "parallel.tensor=3"), "parallel.tensor=3 does not divide 4 attention heads"),
         (("--resharding", "model.scratch=", "model.path=nowhere"), "model folder nowhere does not exist"),
@@ -82,9 +82,22 @@ def test_planning_imports_neither_torch_nor_megatron(paper):
     program = (
         "import sys\nfrom dapo_megatron.cli import app\n"
         f"app(['plan', {str(paper)!r}, '--resharding', '--json'], standalone_mode=False)\n"
+        f"app(['plan', {str(RECIPE)!r}], standalone_mode=False)\n"
         "print(sorted({'torch', 'megatron', 'transformers', 'vllm'} & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0 and done.stderr.strip() == "[]", done.stderr
+
+
+def test_what_does_not_fit_is_told_on_both_channels():
+    recipe = ROOT / "recipes" / "gpu" / "qwen2.5-32b-dapo-paper.yaml"
+    done = run_command("plan", recipe, "learner.recompute=none", "--mean-response", 5000, "--json")
+    assert done.returncode == 2 and "the nearest layout that fits: learner.recompute=full" in done.stderr
+    found = json.loads(done.stdout)
+    assert not found["fits"] and found["suggestion"] == {"learner.recompute": "full"}
+    assert found["memory_by_phase"]["learn"] > found["card_bytes"] > found["memory_by_phase"]["rollout"]
+    assert found["tokens_per_step"] == 8192 * 5256 and found["bottleneck"].startswith("rollout")
+    assert set(found["seconds"]) == {"rollout", "score", "update", "reshard", "step"}
+    assert len(found["ranks"]) == 128 and found["gpu_hours"] > 0

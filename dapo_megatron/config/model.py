@@ -1,9 +1,12 @@
 """Section `model`: the policy to train, read from a folder or made new with random weights."""
 
+from difflib import get_close_matches
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from dapo_megatron.config.known_models import KNOWN_MODELS
+from dapo_megatron.config.problems import join_or
 from dapo_megatron.config.section import Section
 
 
@@ -64,6 +67,10 @@ class Model(Section):
     path: str | None = Field(None, min_length=1)
     """Hugging Face folder (config.json, safetensors, tokenizer) to start from; relative to the working directory."""
 
+    architecture: str | None = Field(None, min_length=1)
+    """Name of a published model, such as qwen2.5-32b: `plan` then needs no folder, and a folder of other sizes is
+    refused; null = what the folder says."""
+
     scratch: Scratch | None = None
     """Sizes of a new model with random weights."""
 
@@ -79,4 +86,16 @@ class Model(Section):
             raise ValueError("neither path nor scratch is given; set one of them")
         if self.path is not None and self.scratch is not None:
             raise ValueError("both path and scratch are given; set one of them to null")
+        return self
+
+    @model_validator(mode="after")
+    def _architecture_is_known(self) -> Self:
+        if self.architecture is None:
+            return self
+        if self.path is None:
+            raise ValueError(f"architecture={self.architecture} is the shape of a folder; with scratch use null")
+        if self.architecture not in KNOWN_MODELS:
+            alike = get_close_matches(self.architecture.lower(), KNOWN_MODELS, n=1, cutoff=0.8)
+            use = join_or([*(alike or KNOWN_MODELS), "null"])
+            raise ValueError(f"architecture={self.architecture} is not known; use {use}")
         return self

@@ -5,6 +5,7 @@ from dapo_megatron.config.checkpoint import Checkpoint
 from dapo_megatron.config.critic import Critic
 from dapo_megatron.config.data import Data
 from dapo_megatron.config.evaluation import Evaluation
+from dapo_megatron.config.hardware import Hardware
 from dapo_megatron.config.learner import Learner
 from dapo_megatron.config.model import Model
 from dapo_megatron.config.monitoring import Monitoring
@@ -34,6 +35,9 @@ class Recipe(Section):
 
     parallel: Parallel = Parallel()
     """How the learner is cut over ranks."""
+
+    hardware: Hardware = Hardware()
+    """The machines that plans count with."""
 
     data: Data = Data()
     """Prompts to train and to validate on."""

@@ -18,7 +18,8 @@ from dapo_megatron.config.problems import known_names
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "docs/recipe.md", "docs/methods.md", "docs/slurm.md", "docs/doctor.md")
+PAGES = ("recipe", "methods", "slurm", "doctor", "planning")
+DOCUMENTS = ("README.md", "ARCHITECTURE.md", *(f"docs/{page}.md" for page in PAGES))
 SOURCES = {"dapo_megatron": ROOT / "dapo_megatron", "dapo_kernels": ROOT / "kernels" / "dapo_kernels"}
 KNOWN_KEYS = set(known_names(Recipe))
 GROUPS = ("convert", "analyze")  # commands that only hold others

@@ -1,0 +1,159 @@
+"""Plans of the recipes for GPU nodes: they fit, they are what the documents say, and wrong ones are mended."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from dapo_megatron.config import Recipe, check_recipe, derive_layout, load_recipe
+from dapo_megatron.errors import RequestError
+from dapo_megatron.planning.activations import chunks_in_flight, compute_bytes
+from dapo_megatron.planning.engine import engine_bytes
+from dapo_megatron.planning.hardware import CARDS, GIB
+from dapo_megatron.planning.plan import RunPlan, plan_run
+from dapo_megatron.planning.search import nearest_fit, with_settings
+from dapo_megatron.planning.words import plan_as_json
+from dapo_megatron.planning.workload import micro_batches
+from dapo_megatron.prepare import planned_architecture
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "recipes" / "gpu"
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.endswith("base"))
+PAPER = "qwen2.5-32b-dapo-paper"
+
+
+def loaded(name: str, *overrides: str) -> Recipe:
+    return load_recipe(FOLDER / f"{name}.yaml", overrides)
+
+
+def planned(recipe: Recipe, **lengths: float) -> RunPlan:
+    return plan_run(recipe, planned_architecture(recipe, folder_needed=False), **lengths)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_fits_its_cards(name):
+    recipe = loaded(name)
+    check_recipe(recipe, planned_architecture(recipe, folder_needed=False))
+    plan = planned(recipe)
+    assert plan.fits and plan.devices == recipe.parallel.world
+    for stage in plan.memory.stages:
+        assert 0 < stage.learn <= plan.memory.card.memory and 0 < stage.rollout <= plan.memory.card.memory
+
+
+def test_worlds_are_the_nodes_that_names_promise():
+    nodes = {name: loaded(name).parallel.world / loaded(name).hardware.gpus_per_node for name in RECIPES}
+    assert {nodes[name] for name in RECIPES if name.endswith("8-nodes")} == {8}
+    assert nodes[PAPER] == nodes["qwen2.5-32b-dapo-reproduction"] == nodes[f"{PAPER}-h200"] == 16
+    assert [nodes[f"qwen2.5-{size}-dapo"] for size in ("0.5b", "1.5b", "7b", "14b", "72b")] == [1, 1, 1, 2, 32]
+
+
+def test_paper_and_reproduction_differ_where_they_do():
+    paper, other = loaded(PAPER), loaded("qwen2.5-32b-dapo-reproduction")
+    assert (paper.algorithm.eps_dual, other.algorithm.eps_dual) == (None, 10.0)
+    assert (paper.optimizer.warmup_rollout_steps, other.optimizer.warmup_rollout_steps) == (20, 10)
+    assert (paper.algorithm.overlong_filtering, other.algorithm.overlong_filtering) == (True, False)
+    for recipe in (paper, other):
+        assert (recipe.algorithm.eps_low, recipe.algorithm.eps_high) == (0.2, 0.28)
+        assert (recipe.rollout.prompts_per_step, recipe.rollout.samples_per_prompt) == (512, 16)
+        assert recipe.algorithm.mini_batch_prompts * recipe.rollout.samples_per_prompt == 512
+        assert (recipe.rollout.max_response_length, recipe.reward.overlong.cache_length) == (20480, 4096)
+        assert recipe.optimizer.learning_rate == 1e-6
+    assert other.algorithm.dynamic_sampling.over_sampling * other.rollout.prompts_per_step == 1536
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["parallel.tensor=3"], "parallel.tensor=3 does not divide 40 attention heads"),
+        (["parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false"], "learning needs"),
+        (["learner.recompute=none"], "activations 89.9 GB"),
+        (["parallel.pipeline=3"], "parallel.pipeline=3 does not divide 64 layers"),
+        (["rollout.gpu_memory_share=0.9"], "use 0.6 or less"),
+        (["rollout.gpu_memory_share=0.2"], "for the KV cache"),
+        (["parallel.world=8"], "beside the learner's state needs"),  # a node alone
+    ],
+)
+def test_wrong_layouts_are_refused_and_the_suggestion_works(overrides, told):
+    recipe = loaded(PAPER, *overrides)
+    a = planned_architecture(recipe, folder_needed=False)
+    try:
+        problems = "\n".join(planned(recipe).memory.problems)
+    except RequestError as error:
+        problems = str(error)
+    assert told in problems
+    suggestion = nearest_fit(recipe, a)
+    if overrides[0] == "rollout.gpu_memory_share=0.2":
+        assert suggestion is None or suggestion["rollout.tensor"] == 8
+    if suggestion is None:
+        return
+    assert suggestion and planned(with_settings(recipe, suggestion)).fits
+
+
+def test_the_search_keeps_what_fits():
+    assert nearest_fit(loaded(PAPER), planned_architecture(loaded(PAPER), folder_needed=False)) == {}
+
+
+def test_memory_counted_by_hand():
+    recipe = loaded(PAPER)
+    a = planned_architecture(recipe, folder_needed=False)
+    layout = derive_layout(recipe, a)
+    rows, h, f, q, k = 22528, 5120, 27648, 5120, 1024
+    norms, attention, forward = 2 * rows // 4 * h * 4, rows * (6 * (q + k) + 160) // 4, rows * f // 4 * 6
+    layer = norms + attention + forward
+    work = rows * 2 * (3 * f // 4 + 2 * h) + 2 * (152064 // 4 * h)
+    found = compute_bytes(recipe, a, layout, 0, 9)
+    assert found.activations == 2 * 32 * 2 * rows // 4 * h + layer + work + 2 * 2 * 2 * rows // 4 * h
+    assert found.logits == 0
+    assert compute_bytes(recipe, a, layout, 1, 9).logits == 2 * rows * h * 2 + (2048 * 2 + 4 * h) * 152064 // 4
+    bare = with_settings(recipe, {"learner.recompute": "none"})
+    assert compute_bytes(bare, a, layout, 1, 9).activations == 32 * layer + work + 2 * 2 * rows // 4 * h
+    engine = engine_bytes(recipe, a, CARDS["h100"])
+    assert engine.kv_token == 2 * 64 * 2 * 128 * 2
+    assert engine.weights + engine.kv_cache + 3 * GIB == round(0.55 * 79 * GIB)
+
+
+def test_micro_batches_kept_follow_the_schedules():
+    recipe = loaded(PAPER, "parallel.pipeline=4")
+    layout = derive_layout(recipe, planned_architecture(recipe, folder_needed=False))
+    assert [chunks_in_flight(layout, stage, 9) for stage in range(4)] == [4, 3, 2, 1]
+    assert [chunks_in_flight(layout, stage, 2) for stage in range(4)] == [2, 2, 2, 1]
+    recipe = loaded(PAPER, "parallel.pipeline=4", "parallel.virtual_pipeline=2")
+    layout = derive_layout(recipe, planned_architecture(recipe, folder_needed=False))
+    assert [chunks_in_flight(layout, stage, 8) for stage in range(4)] == [11, 9, 7, 5]
+
+
+def test_time_follows_the_work():
+    plan, longer = planned(loaded(PAPER), response=5000), planned(loaded(PAPER), response=10000)
+    for phase in ("rollout", "score", "update"):
+        assert longer.time.phases[phase].seconds > plan.time.phases[phase].seconds
+    half = planned(loaded(f"{PAPER}-8-nodes"), response=5000)
+    assert half.time.phases["score"].seconds == pytest.approx(2 * plan.time.phases["score"].seconds, rel=0.1)
+    packs = micro_batches(plan.recipe, plan.layout, 512, plan.work.sequence).count
+    assert plan.time.bubble == pytest.approx(1 / (packs + 1))
+    assert plan.work.trained_tokens == 8192 * (5000 + 256)
+    assert plan.gpu_hours == pytest.approx(1000 * plan.time.seconds * 128 / 3600)
+    named = plan.time.bottleneck.split(",")[0]
+    assert plan.time.phases[named].seconds == max(phase.seconds for phase in plan.time.phases.values())
+
+
+def test_json_has_the_same_keys_with_and_without_a_plan():
+    found = plan_as_json(planned(loaded(PAPER)))
+    assert set(found) == set(plan_as_json(None))
+    ranks = found["ranks"]
+    assert len(ranks) == 128 and ranks[127] == {
+        "rank": 127, "node": 15, "tensor": 3, "data": 15, "pipeline": 1, "layers": [[32, 63]],
+    }  # fmt: skip
+    assert sum(found["seconds"].values()) == pytest.approx(2 * found["seconds"]["step"])
+
+
+def test_the_table_of_the_document_is_todays():
+    spec = importlib.util.spec_from_file_location("plan_table", ROOT / "tools" / "plan_table.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    text = tool.DOCUMENT.read_text(encoding="utf-8").partition(tool.MARKS[0])[2].partition(tool.MARKS[1])[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()]
+    assert tuple(lines[0]) == tool.COLUMNS and [line[0] for line in lines[2:]] == RECIPES
+    for cells in lines[2:]:
+        told = dict(zip(tool.COLUMNS, cells, strict=True))
+        expected = tool.row(told["recipe"], tool.planned(told["recipe"]))
+        assert told == expected, "run python tools/plan_table.py"
