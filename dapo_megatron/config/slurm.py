@@ -10,11 +10,11 @@ from dapo_megatron.config.section import Section
 class Slurm(Section):
     """A job of nodes x ranks a node. That product is the world: tensor x pipeline x context must divide it."""
 
-    nodes: int = Field(1, ge=1)
-    """Nodes of the job."""
+    nodes: int | None = Field(None, ge=1)
+    """Nodes of the job; null = as many as hold parallel.world, 1 without it."""
 
     gpus_per_node: int | None = Field(None, ge=0)
-    """GPUs of a node; null = 8, and none with learner.device=cpu."""
+    """GPUs of a node; null = hardware.gpus_per_node or a smaller parallel.world, and none with learner.device=cpu."""
 
     tasks_per_node: int | None = Field(None, ge=1)
     """Ranks of a node; null = a rank a GPU, without GPUs the learner's ranks spread over the nodes."""

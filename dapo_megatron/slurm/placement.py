@@ -8,7 +8,6 @@ from dapo_megatron.config import Recipe
 from dapo_megatron.config.problems import show
 from dapo_megatron.errors import RequestError
 
-GPUS_PER_NODE = 8
 TIME = re.compile(r"(?:([0-9]+)-)?([0-9]{1,3}):([0-5][0-9]):([0-5][0-9])")
 # what may stand unquoted in a line of options; more than slurm's own names need would invite mistakes
 NAME = re.compile(r"[\w.@+,:&|*()\[\]/-]+")
@@ -48,9 +47,12 @@ def place_ranks(recipe: Recipe) -> Placement:
     product = parallel.tensor * parallel.pipeline * parallel.context
     wanted = parallel.world or product
     on_cpu = recipe.learner.device == "cpu"
-    gpus = slurm.gpus_per_node if slurm.gpus_per_node is not None else 0 if on_cpu else GPUS_PER_NODE
-    tasks = slurm.tasks_per_node or gpus or max(1, wanted // slurm.nodes)
-    placement = Placement(slurm.nodes, tasks, gpus, _seconds(slurm.time_limit) or 0)
+    gpus = slurm.gpus_per_node
+    if gpus is None:
+        gpus = 0 if on_cpu else min(recipe.hardware.gpus_per_node, parallel.world or recipe.hardware.gpus_per_node)
+    tasks = slurm.tasks_per_node or gpus or max(1, wanted // (slurm.nodes or 1))
+    nodes = slurm.nodes or -(-(parallel.world or tasks) // tasks)
+    placement = Placement(nodes, tasks, gpus, _seconds(slurm.time_limit) or 0)
     problems = [*_world_problems(recipe, placement, product), *_time_problems(recipe), *_text_problems(recipe)]
     if on_cpu and gpus:
         problems.append(f"slurm.gpus_per_node={gpus} with learner.device=cpu asks for GPUs to leave idle; use 0")

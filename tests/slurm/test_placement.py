@@ -24,14 +24,29 @@ def test_a_rank_a_gpu_and_without_gpus_the_learners_ranks():
 
 
 @pytest.mark.parametrize(
+    ("overrides", "nodes", "tasks", "gpus"),
+    [
+        (["parallel.world=128"], 16, 8, 8),
+        (["parallel.world=1"], 1, 1, 1),
+        (["parallel.world=16", "hardware.gpus_per_node=4"], 4, 4, 4),
+        (["parallel.world=4", "learner.device=cpu"], 1, 4, 0),
+        (["parallel.tensor=4"], 1, 8, 8),
+    ],
+)
+def test_nodes_follow_from_the_world_and_the_hardware(overrides, nodes, tasks, gpus):
+    found = place_ranks(recipe(*overrides))
+    assert (found.nodes, found.tasks_per_node, found.gpus_per_node) == (nodes, tasks, gpus)
+
+
+@pytest.mark.parametrize(
     ("overrides", "told"),
     [
         (
             ["parallel.pipeline=12"],
             "= 8 ranks, which is not a multiple of 12 = parallel.tensor 1 x .*use slurm.nodes=3",
         ),
-        (["parallel.world=24"], "parallel.world=24; use slurm.nodes=3 or parallel.world=8"),
-        (["parallel.world=9"], "parallel.world=9; use parallel.world=8"),
+        (["parallel.world=24", "slurm.nodes=1"], "parallel.world=24; use slurm.nodes=3 or parallel.world=8"),
+        (["parallel.world=9"], "parallel.world=9; use parallel.world=16"),
         (["slurm.tasks_per_node=9"], "tasks_per_node=9 ranks share slurm.gpus_per_node=8; use 8 or fewer"),
         (["learner.device=cpu", "slurm.gpus_per_node=2"], "slurm.gpus_per_node=2 with learner.device=cpu .*; use 0"),
         (["learner.device=cuda", "slurm.gpus_per_node=0"], "slurm.gpus_per_node=0 with learner.device=cuda"),
