@@ -1,5 +1,5 @@
-"""README.md, ARCHITECTURE.md, docs/recipe.md and docs/methods.md say what the code does: names, options, links and
-imports agree."""
+"""README.md, ARCHITECTURE.md, docs/recipe.md, docs/methods.md and docs/entropy.md say what the code does: names,
+options, links and imports agree."""
 
 import ast
 import importlib.util
@@ -20,7 +20,7 @@ from dapo_megatron.errors import RequestError
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "docs/recipe.md", "docs/methods.md")
+DOCUMENTS = ("README.md", "ARCHITECTURE.md", "docs/recipe.md", "docs/methods.md", "docs/entropy.md")
 SOURCES = {"dapo_megatron": ROOT / "dapo_megatron", "dapo_kernels": ROOT / "kernels" / "dapo_kernels"}
 KNOWN_KEYS = set(known_names(Recipe))
 GROUPS = ("convert", "analyze")  # commands that only hold others
