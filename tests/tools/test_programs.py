@@ -6,7 +6,7 @@ import random
 from contextlib import redirect_stdout
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapo_megatron.data.tokenizer import load_tokenizer
@@ -36,6 +36,7 @@ def rows(folder, name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
+@settings(deadline=None)
 @given(st.lists(OPERATION, min_size=1, max_size=6), st.booleans(), st.integers(-99, 99))
 def test_a_program_prints_what_python_prints(operations, flat, number):
     program = Program(tuple(operations), flat)

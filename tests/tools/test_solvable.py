@@ -37,6 +37,7 @@ def task(tmp_path_factory):
     return folder
 
 
+@settings(deadline=None)
 @given(st.integers(2, 5), st.integers(1, 4), st.data())
 def test_every_response_is_listed_once(vocabulary, most, data):
     end = data.draw(st.integers(0, vocabulary - 1))
@@ -65,7 +66,7 @@ def test_probabilities_are_those_of_whole_sequences_and_sum_to_one(model):
             assert math.isclose(found, alone, abs_tol=1e-10)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 3), st.integers(2, 6), st.integers(0, 2**32 - 1))
 def test_masses_are_those_counted_one_by_one(prompts, responses, seed):
     rng = np.random.default_rng(seed)
