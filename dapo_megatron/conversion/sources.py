@@ -150,8 +150,8 @@ def open_megatron(folder: Path, part: str = POLICY) -> Source:
         RequestError: no critic where one is asked for; a weight that is missing or of another shape, a tensor that does
             not belong.
     """
-    if not (folder / part).is_dir():
-        raise RequestError(f"{folder} holds no {part}: its run had none, or it was converted, which leaves one behind")
+    if part == CRITIC and not (folder / part).is_dir():
+        raise RequestError(f"{folder} holds no critic: its run had none, or it was converted, which leaves one behind")
     side_files = folder / "hf"
     if (folder / part / "hf").is_dir():  # of a critic that began from a folder of its own
         side_files = folder / part / "hf"
