@@ -15,6 +15,7 @@ from dapo_megatron.config.reward import Judge
 from dapo_megatron.rewards.judge_prompt import Case, shown_answer
 from dapo_megatron.rewards.verdicts import Judging, Opinions
 
+FORMS = ("Answer: {}", "\\boxed{{{}}}", "{}")  # of a response that ends in an answer
 FILE = Path(__file__).with_name("hostile_answers.jsonl")
 
 
@@ -34,14 +35,14 @@ def hostile_answers() -> list[HostileAnswer]:
 
 
 def hostile_cases(answers: Sequence[HostileAnswer], cases: Sequence[Case], seed: int = 0) -> list[Case]:
-    """Each answer, cut as training cuts it, as the answer to a question of `cases`, whose reference it does not hold
-    where there is such a one; the truth is NO."""
+    """Each answer, cut as training cuts it out of the form of response that leaves most of it, as the answer to a
+    question of `cases`, whose reference it does not hold where there is such a one; the truth is NO."""
     pairs = list(dict.fromkeys((case.question, case.reference) for case in cases))
     order = np.random.default_rng([seed, 3]).permutation(len(pairs))
     characters = Judge().answer_characters
     found = []
     for i, hostile in enumerate(answers):
-        shown = shown_answer(f"Answer: {hostile.answer}", characters)
+        shown = max((shown_answer(form.format(hostile.answer), characters) for form in FORMS), key=len)
         turned = [pairs[order[(i + step) % len(pairs)]] for step in range(len(pairs))]
         foreign = (pair for pair in turned if pair[1].strip().casefold() not in shown.casefold())
         question, reference = next(foreign, turned[0])
