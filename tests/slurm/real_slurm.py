@@ -1,6 +1,6 @@
 """A slurm of one node on this machine: munged, slurmctld and slurmd, children of this process in a folder of its own.
 
-The node claims four CPUs whatever the machine has. A requeued job waits 3 s instead of 2 minutes.
+The node claims four CPUs whatever the machine has. A requeued job waits 6 s instead of 2 minutes.
 """
 
 import os
@@ -27,7 +27,7 @@ ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=3
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 SlurmctldPort={controller_port}
 SlurmdPort={node_port}
@@ -45,6 +45,7 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=2
 KillWait=10
+PropagatePrioProcess=1
 ReturnToService=2
 PlugStackConfig=/dev/null
 NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 CPUs=4 State=UNKNOWN
