@@ -11,9 +11,11 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from dapo_megatron.launch import die_with_parent, free_port
 
@@ -139,6 +141,15 @@ def running_slurm(folder: Path) -> Iterator[Slurm]:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        _kill_left_behind(folder)
+
+
+def _kill_left_behind(folder: Path) -> None:
+    """Processes of jobs that slurm did not end in time, known by the configuration in their environment."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get("SLURM_CONF") == str(folder / "slurm.conf"):
+                process.kill()
 
 
 def _wait_until(ready, slurm: Slurm) -> None:
