@@ -39,7 +39,6 @@ def recipe(tmp_path):
         ("rollout.samples_per_prompt=1", ("rollout.samples_per_prompt=1", "use 2 or more")),
         ("parallel.tensor=3", ("parallel.tensor=3", "4 attention heads", "use 1, 2 or 4")),
         ("parallel.pipeline=3", ("parallel.pipeline=3", "4 layers", "use 2 or 4")),
-        ("parallel.context=2", ("parallel.context=2", "use 1")),
         ("parallel.world=6", ("parallel.world=6", "4 = ", "use 4 or 8")),
         ("rollout.max_response_length=4000", ("rollout.max_response_length=4000", "128 positions")),
         ("algorithm.mini_batch_prompts=5", ("algorithm.mini_batch_prompts=5", "use 4 or 8")),
