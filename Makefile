@@ -46,7 +46,7 @@ controls: $(INSTALLED)
 ladder: $(INSTALLED)
 	$(RUN)/python tools/ladder.py
 
-# the methods of recipes/methods/ side by side on the ladder's task, over three seeds: runs/compare/
+# the methods of recipes/methods/ side by side on the ladder's task, over three seeds: docs/compare.md
 compare: $(INSTALLED)
 	$(RUN)/python tools/compare.py
 

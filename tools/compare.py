@@ -58,7 +58,7 @@ def rungs_of(names: Sequence[str]) -> list[Rung]:
             hint = f" did you mean {near}?" if near else ""
             raise RequestError(f"--methods {name}: not known;{hint} use {', '.join(COMPARED)}")
     return [
-        Rung(f"{place}-{name}", title)
+        Rung(f"{place:02d}-{name}", title)
         for place, (name, title) in enumerate(COMPARED.items())
         if not names or name in names
     ]

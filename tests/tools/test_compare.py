@@ -64,12 +64,12 @@ def test_the_warm_start_has_a_recipe_of_its_own(recipes, tmp_path):
 
     warm = write_warm_recipe(recipes)
     run_ladder(tmp_path, [1], SETTINGS, train, jobs=1, rungs=rungs_of(["grpo"]), recipes=recipes, warm=warm)
-    assert asked == ["warm", "1-grpo"]
+    assert asked == ["warm", "01-grpo"]
 
 
 def test_names_choose_cells_in_one_order():
-    assert [rung.recipe for rung in rungs_of([])] == [f"{i}-{name}" for i, name in enumerate(COMPARED)]
-    assert [rung.recipe for rung in rungs_of(["kl-cov", "dapo"])] == ["0-dapo", "8-kl-cov"]
+    assert [rung.recipe for rung in rungs_of([])] == [f"{i:02d}-{name}" for i, name in enumerate(COMPARED)]
+    assert [rung.recipe for rung in rungs_of(["kl-cov", "dapo"])] == ["00-dapo", "08-kl-cov"]
     with pytest.raises(RequestError, match="--methods kl-kov: not known; did you mean kl-cov"):
         rungs_of(["kl-kov"])
 
