@@ -15,10 +15,11 @@ from dapo_megatron.doctor.parity_model import VOCABULARY, Trial, random_batch, r
 from dapo_megatron.doctor.verdict import Measurement, Skipped
 from dapo_megatron.evaluation_engine import open_engine
 from dapo_megatron.launch import World
-from dapo_megatron.learner.distributed import form_groups, join_world, leave_world
+from dapo_megatron.learner.distributed import join_world, leave_world
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.losses import supervised_loss
 from dapo_megatron.learner.model import HAVE_TE
+from dapo_megatron.learner.parallel_groups import form_groups
 from dapo_megatron.rollout.engine import RolloutRequest
 from dapo_megatron.rollout.vllm_plugin import vllm_version
 from dapo_megatron.weight_sync import whole_on_rank_zero
