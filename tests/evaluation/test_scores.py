@@ -80,7 +80,8 @@ class Sampler:
     def __init__(self):
         self.prompts, self.asked = [None, None, None], []
 
-    def draw(self, rows, *, samples, temperature, top_p, seed_key):
+    def draw(self, rows, *, samples, temperature, top_p, seed_key, fork=None):
+        assert fork is None  # no recipe here asks for a second temperature
         self.asked.append((list(rows), samples, temperature, top_p, seed_key))
         return [GROUPS[row] if samples > 1 else group(row, ["Answer: 7"], [1], [1]) for row in rows]
 
