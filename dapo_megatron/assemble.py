@@ -218,6 +218,8 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
     if recipe.algorithm.needs_reference and recipe.algorithm.reference.placement == "resident":
         resident = build_learner(recipe, architecture, layout, device, None, resident_reference=True)
     stops = stop_tokens(architecture.eos_token_ids, tokenizer)
+    learners = [learner] if critic is None else [learner, critic]
+    optimizer_memory = OptimizerMemory(learners, offload=recipe.learner.offload_optimizer)
     engines = sync = dispatcher = None
     if rollouts:
         engines, sync, dispatcher = _rollout_side(recipe, world, learner, paths, stops)
@@ -264,9 +266,7 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
             critic=critic,
             critic_files=None if recipe.critic.path is None else Path(recipe.critic.path),
         ),
-        optimizer_memory=OptimizerMemory(
-            [learner] if critic is None else [learner, critic], offload=recipe.learner.offload_optimizer
-        ),
+        optimizer_memory=optimizer_memory,
         resident=resident,
         critic=critic,
         judge=judge,

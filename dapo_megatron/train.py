@@ -30,8 +30,7 @@ from dapo_megatron.supervised import run_stage
 def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = False) -> None:
     """Train until run.steps or a stop signal; every rank calls it. A checkpoint is left in both cases."""
     steps, checkpoint, evaluation = run.recipe.run.steps, run.recipe.checkpoint, run.recipe.evaluation
-    with run.optimizer_memory.on_device():
-        warm_start(run, journal, stop)
+    warm_start(run, journal, stop)
     if not stop.requested() or (run.step and run.recipe.algorithm.reference.moves):
         begin_learning(run)  # also before stopping at once, for the next checkpoint holds a reference that moves
     run.begins("reshard")
@@ -117,14 +116,15 @@ def warm_start(run: Run, journal: Journal, stop: StopSignal) -> None:
             journal.supervised(before + run.supervised_done[i], total, metrics)
             return stop.requested()
 
-        run_stage(
-            run.learner,
-            stage,
-            encode_examples(run.tokenizer, run.recipe, stage),
-            seed=run.recipe.run.seed,
-            done=run.supervised_done[i],
-            report=report,
-        )
+        with run.optimizer_memory.on_device():
+            run_stage(
+                run.learner,
+                stage,
+                encode_examples(run.tokenizer, run.recipe, stage),
+                seed=run.recipe.run.seed,
+                done=run.supervised_done[i],
+                report=report,
+            )
 
 
 def begin_learning(run: Run) -> None:

@@ -19,7 +19,8 @@ from dapo_megatron.learner.snapshot import HostMemory, parts
 
 
 class OptimizerMemory:
-    """What some learners on one device need for updates alone. `offload`: whether it may leave the device at all."""
+    """What some learners on one device need for updates alone. `offload`: whether it may leave the device at all; it
+    then does at once, for engines that start beside it."""
 
     def __init__(self, learners: Sequence[Learner], *, offload: bool) -> None:
         self._learners = [learner for learner in learners if learner.optimizer is not None]
@@ -27,6 +28,7 @@ class OptimizerMemory:
         self._host = HostMemory()
         self._gradients: list[tuple[Tensor, int]] = []  # (gradient buffer without memory, its bytes)
         self._away = False
+        self._put_away()
 
     @contextmanager
     def on_device(self) -> Iterator[None]:

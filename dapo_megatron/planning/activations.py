@@ -1,7 +1,8 @@
 """Bytes that a learner rank needs while it computes a mini-batch, beside its weights and optimizer.
 
-Letters: T rows of a micro-batch (the token budget), S = T / t under sequence parallelism, else T; t tensor-parallel
-size; h hidden, f ffn, q = heads x head size, k = kv heads x head size; b bytes a number (bf16 2).
+Letters: T rows of a micro-batch on a rank (the token budget / c), S = T / t under sequence parallelism, else T;
+t tensor- and c context-parallel size; h hidden, f ffn, q = heads x head size, k = kv heads x head size; b bytes a
+number (bf16 2).
 """
 
 from dataclasses import dataclass
@@ -49,9 +50,11 @@ def kept_bytes(a: Architecture, layout: Layout, rows: int, *, dtype: str, spec: 
 
 def working_bytes(a: Architecture, layout: Layout, rows: int, *, dtype: str, largest: int) -> float:
     """What the backward pass of a layer makes anew: T b (3 f / t + 2 h) for gradients of the feed-forward layer and
-    gathered rows, and the gradient of the `largest` weight (elements) before it is added to the fp32 buffer."""
-    b = ITEMSIZE[dtype]
-    return rows * b * (3 * a.ffn / layout.tensor + 2 * a.hidden) + b * largest
+    gathered rows, and the gradient of the `largest` weight (elements) before it is added to the fp32 buffer. Under
+    context parallelism also 4 c T k b / t: keys and values of the whole pack, and their gradients."""
+    b, keys = ITEMSIZE[dtype], a.kv_heads * a.head_dim / layout.tensor
+    gathered = 4 * layout.context * rows * keys * b if layout.context > 1 else 0
+    return rows * b * (3 * a.ffn / layout.tensor + 2 * a.hidden) + b * largest + gathered
 
 
 def chunks_in_flight(layout: Layout, pipeline: int, count: int) -> int:
@@ -73,7 +76,7 @@ def compute_bytes(recipe: Recipe, a: Architecture, layout: Layout, pipeline: int
     """
     dtype, spec = recipe.model.dtype, layer_spec_of(recipe)
     b, t = ITEMSIZE[dtype], layout.tensor
-    rows = -(-recipe.learner.tokens_per_micro_batch // t) * t
+    rows = -(-recipe.learner.tokens_per_micro_batch // (t * layout.context)) * t
     scattered = scattered_rows(layout, rows)
     kept = kept_bytes(a, layout, rows, dtype=dtype, spec=spec)
     last = pipeline == layout.pipeline - 1

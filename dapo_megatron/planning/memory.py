@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dapo_megatron.config import Architecture, Layout, Recipe
+from dapo_megatron.config import Architecture, Layout, Recipe, derive_critic_layout
 from dapo_megatron.config.architecture import critic_of
 from dapo_megatron.planning.activations import compute_bytes
 from dapo_megatron.planning.engine import EngineBytes, engine_bytes, longest_sequence
@@ -59,7 +59,9 @@ def plan_memory(recipe: Recipe, a: Architecture, layout: Layout) -> Memory:
         rollout  = parameters + gradients + optimizer + critic + engine's share of the card + fixed reserve
 
     Engines that share the learner's cards give their memory back while it learns (vLLM's sleep); the learner keeps its
-    state while they sample. The embedded engine keeps its weights throughout. A reference policy lies in host memory.
+    state while they sample, with learner.offload_optimizer the parameters alone. Of a critic cut otherwise every rank
+    is taken to hold the largest stage. The embedded engine keeps its weights throughout. A reference policy lies in
+    host memory.
     """
     card = card_of(recipe)
     dtype, distributed = recipe.model.dtype, recipe.optimizer.distributed
@@ -67,18 +69,18 @@ def plan_memory(recipe: Recipe, a: Architecture, layout: Layout) -> Memory:
     per_update = layout.mini_batch_prompts * recipe.rollout.samples_per_prompt
     count = micro_batches(recipe, layout, per_update, float(longest_sequence(recipe))).count
     embedded, beside = recipe.rollout.engine == "hf", recipe.rollout.placement == "colocated"
-    critic = critic_of(a) if recipe.algorithm.advantage == "gae" else None
+    critic = _critic_state(recipe, a, layout) if recipe.algorithm.advantage == "gae" else None
     fixed = 0 if card.memory is None else FIXED_BYTES
     stages = []
     for pipeline in range(layout.pipeline):
         state, _ = state_bytes(a, layout, pipeline, dtype=dtype, distributed=distributed)
         compute = compute_bytes(recipe, a, layout, pipeline, count)
-        judged = 0
-        if critic is not None:
-            judged = state_bytes(critic, layout, pipeline, dtype=dtype, distributed=distributed)[0].total
+        judged = 0 if critic is None else critic.total
         lost = 0 if card.memory is None else round(FRAGMENTED * (compute.activations + compute.logits))
         held = state.total + judged + fixed + (engine.weights if embedded else 0)
         sampling = held + (max(0, engine.kv_cache) if embedded else 0)
+        if recipe.learner.offload_optimizer:
+            sampling -= sum(s.gradients + s.optimizer for s in (state, critic) if s is not None)
         if beside and not embedded:
             whole = engine.weights + max(0, engine.kv_cache)
             sampling += whole if card.memory is None else round(recipe.rollout.gpu_memory_share * card.memory)
@@ -89,6 +91,15 @@ def plan_memory(recipe: Recipe, a: Architecture, layout: Layout) -> Memory:
     fullest = max(range(layout.pipeline), key=lambda i: stages[i].learn)  # sampling takes about the same everywhere
     problems = _problems(recipe, stages, engine, card) if card.memory is not None else []
     return Memory(tuple(stages), fullest, card, tuple(problems))
+
+
+def _critic_state(recipe: Recipe, a: Architecture, layout: Layout) -> StateBytes:
+    """The largest stage of the critic, as large as the policy where its folder is not known here."""
+    critic = critic_of(a)
+    own = derive_critic_layout(recipe, critic, layout.world)
+    settings = {"dtype": recipe.model.dtype, "distributed": recipe.optimizer.distributed}
+    stages = (state_bytes(critic, own, pipeline, **settings)[0] for pipeline in range(own.pipeline))
+    return max(stages, key=lambda state: state.total)
 
 
 def _problems(recipe: Recipe, stages: list[StageMemory], engine: EngineBytes, card: Card) -> list[str]:

@@ -18,9 +18,10 @@ def nearest_fit(recipe: Recipe, a: Architecture) -> dict[str, Any] | None:
     """Settings (dotted names) that make the recipe fit, None if the search finds none.
 
     Looks at tensor and pipeline sizes and, where they alone do not help, larger worlds; recomputation; the fused output
-    layer; the engines' tensor size and share of the cards. The cost of a candidate is the sum of |log2(new / old)| over
-    sizes, worlds counted four times, plus 1 for each switch that is turned, plus 5 times what the engines' share loses;
-    the cheapest that fits is taken, of equal ones that with fewer pipeline stages.
+    layer; the optimizer in host memory while engines sample on the same cards; the engines' tensor size and share of
+    the cards. The cost of a candidate is the sum of |log2(new / old)| over sizes, worlds counted four times, plus 1 for
+    each switch that is turned, plus 5 times what the engines' share loses; the cheapest that fits is taken, of equal
+    ones that with fewer pipeline stages.
     """
     best: tuple[float, dict[str, Any]] | None = None
     for (cost, *_), settings in sorted(_candidates(recipe, a), key=lambda found: found[0]):
@@ -61,10 +62,13 @@ def _candidates(recipe: Recipe, a: Architecture) -> Iterator[tuple[tuple[float, 
     pipelines = [n for n in range(1, a.layers + 1) if a.layers % n == 0]
     recomputes = list(dict.fromkeys([learner.recompute, "full"]))
     fusions = list(dict.fromkeys([learner.fused_linear_loss, True]))
+    beside = rollout.engine == "vllm" and rollout.placement == "colocated"
+    offloads = list(dict.fromkeys([learner.offload_optimizer, learner.offload_optimizer or beside]))
     engines = [rollout.tensor]
     if rollout.engine == "vllm":
         engines = sorted({rollout.tensor, *(n for n in range(1, node + 1) if node % n == 0)})
-    for times, t, p, recompute, fused, e in product(WORLDS, tensors, pipelines, recomputes, fusions, engines):
+    sizes = (WORLDS, tensors, pipelines, recomputes, fusions, offloads, engines)
+    for times, t, p, recompute, fused, offload, e in product(*sizes):
         model_ranks = t * p * parallel.context
         world = times * (parallel.world or model_ranks)
         if world % model_ranks:
@@ -75,13 +79,14 @@ def _candidates(recipe: Recipe, a: Architecture) -> Iterator[tuple[tuple[float, 
             "parallel.sequence": t > 1 and (parallel.sequence or parallel.tensor == 1),
             "learner.recompute": recompute,
             "learner.fused_linear_loss": fused,
+            "learner.offload_optimizer": offload,
             "rollout.tensor": e,
         }
         if times > 1 or parallel.world is not None:
             settings["parallel.world"] = world
         cost = 4 * math.log2(times) + abs(math.log2(t / parallel.tensor)) + abs(math.log2(p / parallel.pipeline))
         cost += abs(math.log2(e / rollout.tensor)) + (recompute != learner.recompute)
-        cost += fused != learner.fused_linear_loss
+        cost += (fused != learner.fused_linear_loss) + (offload != learner.offload_optimizer)
         if a.layers % (p * parallel.virtual_pipeline) or (p == 1 and parallel.virtual_pipeline > 1):
             settings["parallel.virtual_pipeline"] = 1
             cost += 1

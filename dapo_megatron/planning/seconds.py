@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from dapo_megatron.config import Architecture, Layout, Recipe
+from dapo_megatron.config import Architecture, Layout, Recipe, derive_critic_layout
 from dapo_megatron.config.architecture import critic_of
 from dapo_megatron.planning.engine import engine_bytes
 from dapo_megatron.planning.hardware import (
@@ -74,8 +74,11 @@ def step_time(
     phases["update"] = _passes(recipe, a, layout, card, work, mini, updates=work.updates, backward=True)
     if recipe.algorithm.advantage == "gae":
         critic, epochs = critic_of(a), recipe.critic.epochs
-        values = _passes(recipe, critic, layout, card, work, score, updates=1, backward=False)
-        learnt = _passes(recipe, critic, layout, card, work, mini, updates=work.updates * epochs, backward=True)
+        own = derive_critic_layout(recipe, critic, layout.world)
+        score = micro_batches(recipe, own, work.trained, work.sequence)
+        mini_critic = micro_batches(recipe, own, work.trained // work.updates, work.sequence)
+        values = _passes(recipe, critic, own, card, work, score, updates=1, backward=False)
+        learnt = _passes(recipe, critic, own, card, work, mini_critic, updates=work.updates * epochs, backward=True)
         names = (*learnt.parts, *values.parts)
         phases["critic"] = Phase({n: learnt.parts.get(n, 0.0) + values.parts.get(n, 0.0) for n in names})
     if busiest_link_bytes is not None:
@@ -140,12 +143,14 @@ def _passes(
     products     2 T (layers of a stage x weights + output layer) / t / rate     once forward, twice backward,
     attention    2 T length q layers / t / rate                                  once more with recomputation
     tensor       4 T h b (t - 1) / t / link a layer                              forward; 1.5 times backward
+    context      2 T k b (c - 1) / t / link a layer                              forward; twice backward
     bubble       ((p - 1) / v) / count of all that
-    gradients    (4 + b) x elements (d - 1) / d / link an update, and the optimizer's reading and writing
+    gradients    (4 + b) x elements (d c - 1) / (d c) / link an update, and the optimizer's reading and writing
     """
-    b, t, p, d = ITEMSIZE[recipe.model.dtype], layout.tensor, layout.pipeline, layout.data
+    b, t, p, c = ITEMSIZE[recipe.model.dtype], layout.tensor, layout.pipeline, layout.context
+    d = layout.data * c  # ranks that share the gradients
     layers = a.layers / p
-    rows = packs.rows
+    rows = packs.rows / c
     head = (a.hidden if a.value_head else a.vocab * a.hidden) / t
     weights = layers * (model_parameters(a) - head * t) / a.layers / t + head
     again = recipe.learner.recompute == "full" and backward
@@ -157,10 +162,16 @@ def _passes(
     attention = steps * times * 2 * rows * work.sequence * queries * layers / t / (card.flops * ATTENTION)
     exchanges = (2.5 if backward else 1.0) + (1.0 if again else 0.0)
     tensor = steps * exchanges * layers * 4 * rows * a.hidden * b * (t - 1) / t / (inside * LINKS)
-    bubble = (p - 1) / layout.virtual_pipeline / packs.count * (products + attention + tensor)
+    keys = a.kv_heads * a.head_dim / t
+    near = card.inside if t * c <= recipe.hardware.gpus_per_node else card.outside
+    passes = (3.0 if backward else 1.0) + (1.0 if again else 0.0)
+    context = steps * passes * layers * 2 * rows * keys * b * (c - 1) / (near * LINKS)
+    bubble = (p - 1) / layout.virtual_pipeline / packs.count * (products + attention + tensor + context)
     parts = {"matrix products": products, "attention": attention}
     if t > 1:
         parts["exchanges between tensor-parallel ranks"] = tensor
+    if c > 1:
+        parts["keys and values between context-parallel ranks"] = context
     if p > 1:
         parts["pipeline bubble"] = bubble
     if backward:

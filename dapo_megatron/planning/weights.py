@@ -131,7 +131,8 @@ def shard_elements(buffer: Buffer, data_parallel: int) -> list[int]:
 def state_bytes(
     a: Architecture, layout: Layout, pipeline: int, *, dtype: str, distributed: bool
 ) -> tuple[StateBytes, list[int]]:
-    """(bytes of the fullest data-parallel rank, optimizer bytes of each) on pipeline stage `pipeline`.
+    """(bytes of the fullest rank, optimizer bytes of each that shares the state) on pipeline stage `pipeline`: data x
+    context ranks hold the same weights.
 
     parameters   itemsize x elements             with the distributed optimizer padding included
     gradients    4 x elements                    fp32, likewise
@@ -141,13 +142,14 @@ def state_bytes(
     itemsize = ITEMSIZE[dtype]
     each = (3 if itemsize < FP32 else 2) * FP32
     parameters = gradients = 0
-    optimizer = [0] * layout.data
+    sharers = layout.data * layout.context
+    optimizer = [0] * sharers
     for v in range(layout.virtual_pipeline):
         chunk = chunk_parameters(a, layout, v * layout.pipeline + pipeline)
-        buffer = buffer_of(chunk, data_parallel=layout.data, distributed=distributed)
+        buffer = buffer_of(chunk, data_parallel=sharers, distributed=distributed)
         parameters += itemsize * buffer.elements
         gradients += FP32 * buffer.elements
-        shards = shard_elements(buffer, layout.data) if distributed else [buffer.elements] * layout.data
+        shards = shard_elements(buffer, sharers) if distributed else [buffer.elements] * sharers
         optimizer = [total + each * own for total, own in zip(optimizer, shards, strict=True)]
     return StateBytes(parameters, gradients, max(optimizer)), optimizer
 

@@ -34,6 +34,7 @@ def plan_as_json(found: RunPlan | None) -> dict[str, Any]:
             "tensor": layout.tensor,
             "pipeline": layout.pipeline,
             "virtual_pipeline": layout.virtual_pipeline,
+            "context": layout.context,
             "data": layout.data,
             "engines": time.engines,
         },
@@ -48,6 +49,8 @@ def print_run(found: RunPlan) -> None:
     told = f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"
     if layout.virtual_pipeline > 1:
         told += f", virtual {layout.virtual_pipeline}"
+    if layout.context > 1:
+        told += f", context {layout.context}"
     console.print(f"{found.recipe.run.name}: {layout.world} ranks of {memory.card.name}, {told}", markup=False)
     console.print("pipeline stages, GB of the fullest rank:")
     stages = Table()
@@ -93,7 +96,8 @@ def _rank(found: RunPlan, rank: int) -> dict[str, Any]:
         "rank": rank,
         "node": rank // found.recipe.hardware.gpus_per_node,
         "tensor": position.tensor,
-        "data": rank // layout.tensor % layout.data,
+        "context": rank // layout.tensor % layout.context,
+        "data": rank // (layout.tensor * layout.context) % layout.data,
         "pipeline": position.pipeline,
         "layers": [list(span) for span in _layers(found, position.pipeline)],
     }
