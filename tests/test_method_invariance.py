@@ -27,7 +27,7 @@ def model(out):
 
 @pytest.fixture(scope="module")
 def alone(model, out):
-    payload = {"model": model, "layouts": ["tp1pp1"], "budgets": [1000, 80], "methods": list(METHODS), "out": str(out)}
+    payload = {"model": model, "layouts": ["tp1pp1"], "budgets": [1000, 60], "methods": list(METHODS), "out": str(out)}
     return run_ranks(1, "tests.method_cases:every_method", payload)
 
 
@@ -172,7 +172,7 @@ def test_what_the_methods_do_to_weights(alone):
 
 
 def test_statistics_of_micro_batches_change_with_the_split(alone):
-    whole, split = (alone[f"tp1pp1|{budget}|high-entropy, micro_batch"] for budget in (1000, 80))
+    whole, split = (alone[f"tp1pp1|{budget}|high-entropy, micro_batch"] for budget in (1000, 60))
     # one micro-batch: the choice over the mini-batch, which that of `old` is while the policy stands still
     assert whole["weights"] == alone["tp1pp1|1000|high-entropy, kept"]["weights"]
     assert [w > 0 for w in whole["weights"][0]] != [w > 0 for w in split["weights"][0]]

@@ -50,8 +50,8 @@ def away_between_updates(payload: dict) -> dict[str, dict[str, bool]]:
         after_third = state_of(plain)
 
         moving = make()
-        memory = OptimizerMemory([moving], offload=True)
         whole = gradient_bytes(moving)
+        memory = OptimizerMemory([moving], offload=True)  # it leaves at once, before there are moments
         places = []
         for _ in range(2):
             with memory.on_device():
