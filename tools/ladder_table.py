@@ -118,8 +118,11 @@ def effective_batch(line: dict[str, Any], prompts: int, *, replaced: bool) -> fl
     trained = finite_number(line, "groups/trained")
     if trained is None:
         return None
-    uniform = 0.0 if replaced else line["groups/all_right"] + line["groups/all_wrong"]
-    return trained * (1.0 - uniform) / prompts
+    if replaced:
+        return trained / prompts
+    if "groups/all_right" not in line:  # pairs of a file: nothing was drawn
+        return None
+    return trained * (1.0 - line["groups/all_right"] - line["groups/all_wrong"]) / prompts
 
 
 def check_finished(marker: Path, wanted: str) -> bool:
@@ -261,5 +264,7 @@ def _mean(values: Sequence[float | None]) -> float:
 
 
 def _spread(values: Sequence[float], form: str) -> str:
+    if any(math.isnan(value) for value in values):
+        return "–"
     mean = format(statistics.fmean(values), form)
     return mean if len(values) < 2 else f"{mean} ± {format(statistics.stdev(values), form.lstrip('+'))}"

@@ -175,6 +175,7 @@ def test_effective_batch_counts_mixed_groups():
     assert effective_batch(line, 8, replaced=False) == 6 * 0.25 / 8
     assert effective_batch(line, 8, replaced=True) == 6 / 8
     assert effective_batch({}, 8, replaced=True) is None
+    assert effective_batch({"groups/trained": 6.0}, 8, replaced=False) is None  # pairs of a file are no drawn groups
 
 
 def test_table_of_means_and_deviations(cells):
