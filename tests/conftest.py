@@ -1,4 +1,4 @@
-"""Properties are checked without a limit of time an example: a busy machine must not turn a right answer into a failure."""
+"""Properties are checked without a limit of time an example: a busy machine must not make right answers wrong."""
 
 from hypothesis import HealthCheck, settings
 
