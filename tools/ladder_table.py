@@ -162,11 +162,11 @@ def table_markdown(cells: Sequence[Cell], *, of: str = "rung", last_less_first: 
     lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     start = [cell for cell in cells if cell.rung == rungs[0] and cell.validations[0]["step"] == 0]
     if start:
-        accuracies = [_spread([cell.validations[0][key] for cell in start], ".3f") for key in (SAMPLED, GREEDY)]
+        accuracies = [spread([cell.validations[0][key] for cell in start], ".3f") for key in (SAMPLED, GREEDY)]
         lines.append(f"| warm start | {len(start)} | {' | '.join(accuracies)} |" + " – |" * (len(COLUMNS) - 2))
     for rung in rungs:
         of_rung = [cell for cell in cells if cell.rung == rung]
-        entries = [_spread([value(cell) for cell in of_rung], form) for _, form, value in COLUMNS]
+        entries = [spread([value(cell) for cell in of_rung], form) for _, form, value in COLUMNS]
         lines.append(f"| {rung.name} | {len(of_rung)} | {' | '.join(entries)} |")
     below = _comparison(cells, rungs[0], rungs[-1]) if last_less_first else []
     return "\n".join([*lines, "", *below]).rstrip() + "\n"
@@ -181,7 +181,7 @@ def _comparison(cells: Sequence[Cell], first: Rung, last: Rung) -> list[str]:
     for heading, form, value in COLUMNS[:COMPARED]:
         differences = [value(b) - value(a) for a, b in pairs]
         each = " · ".join(format(difference, "+" + form) for difference in differences)
-        lines.append(f"| {heading} | {each} | {_spread(differences, '+' + form)} |")
+        lines.append(f"| {heading} | {each} | {spread(differences, '+' + form)} |")
     return lines
 
 
@@ -263,7 +263,8 @@ def _mean(values: Sequence[float | None]) -> float:
     return statistics.fmean(known) if known else float("nan")
 
 
-def _spread(values: Sequence[float], form: str) -> str:
+def spread(values: Sequence[float], form: str) -> str:
+    """mean ± standard deviation over the seeds; of one seed its value, a dash where a value is missing."""
     if any(math.isnan(value) for value in values):
         return "–"
     mean = format(statistics.fmean(values), form)
