@@ -24,6 +24,7 @@ from dapo_megatron.launch import die_with_parent
 
 PARTS = {
     "kernels": "Triton kernels beside torch in fp64",
+    "parameters": "TransformerEngine's parameters beside the table that plans count with",
     "layers": "TransformerEngine's layers beside the local ones",
     "engine": "vLLM's log-probs beside the learner's",
     "reshard": "weights from Megatron shards into an engine's, by checksum",

@@ -6,14 +6,11 @@ number (bf16 2).
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from dapo_megatron.config import Architecture, Layout, Recipe
-from dapo_megatron.planning.weights import FP32, ITEMSIZE, chunk_parameters
+from dapo_megatron.planning.weights import FP32, ITEMSIZE, LayerSpec, chunk_parameters
 
 CHUNK_ROWS = 2048  # rows of logits alive at a time where the output layer is fused into the loss
-
-LayerSpec = Literal["local", "transformer_engine"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ def compute_bytes(recipe: Recipe, a: Architecture, layout: Layout, pipeline: int
     kept = kept_bytes(a, layout, rows, dtype=dtype, spec=spec)
     last = pipeline == layout.pipeline - 1
     stages = [v * layout.pipeline + pipeline for v in range(layout.virtual_pipeline)]
-    largest = max(p.elements for stage in stages for p in chunk_parameters(a, layout, stage))
+    largest = max(p.elements for stage in stages for p in chunk_parameters(a, layout, stage, spec))
     flight = chunks_in_flight(layout, pipeline, count)
     layers = flight * layout.layers_per_chunk
     full = recipe.learner.recompute == "full"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from dapo_megatron.config import Architecture, Layout, Recipe, derive_critic_layout
 from dapo_megatron.config.architecture import critic_of
-from dapo_megatron.planning.activations import compute_bytes
+from dapo_megatron.planning.activations import compute_bytes, layer_spec_of
 from dapo_megatron.planning.engine import EngineBytes, engine_bytes, longest_sequence
 from dapo_megatron.planning.hardware import FIXED_BYTES, FRAGMENTED, Card, card_of
 from dapo_megatron.planning.weights import StateBytes, state_bytes
@@ -73,7 +73,7 @@ def plan_memory(recipe: Recipe, a: Architecture, layout: Layout) -> Memory:
     fixed = 0 if card.memory is None else FIXED_BYTES
     stages = []
     for pipeline in range(layout.pipeline):
-        state, _ = state_bytes(a, layout, pipeline, dtype=dtype, distributed=distributed)
+        state, _ = state_bytes(a, layout, pipeline, dtype=dtype, distributed=distributed, spec=layer_spec_of(recipe))
         compute = compute_bytes(recipe, a, layout, pipeline, count)
         judged = 0 if critic is None else critic.total
         lost = 0 if card.memory is None else round(FRAGMENTED * (compute.activations + compute.logits))
@@ -97,7 +97,11 @@ def _critic_state(recipe: Recipe, a: Architecture, layout: Layout) -> StateBytes
     """The largest stage of the critic, as large as the policy where its folder is not known here."""
     critic = critic_of(a)
     own = derive_critic_layout(recipe, critic, layout.world)
-    settings = {"dtype": recipe.model.dtype, "distributed": recipe.optimizer.distributed}
+    settings = {
+        "dtype": recipe.model.dtype,
+        "distributed": recipe.optimizer.distributed,
+        "spec": layer_spec_of(recipe),
+    }
     stages = (state_bytes(critic, own, pipeline, **settings)[0] for pipeline in range(own.pipeline))
     return max(stages, key=lambda state: state.total)
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from dapo_megatron.config import Architecture, Layout, Recipe, derive_critic_layout
 from dapo_megatron.config.architecture import critic_of
+from dapo_megatron.planning.activations import layer_spec_of
 from dapo_megatron.planning.engine import engine_bytes
 from dapo_megatron.planning.hardware import (
     ALL_REDUCE_S,
@@ -175,7 +176,8 @@ def _passes(
     if p > 1:
         parts["pipeline bubble"] = bubble
     if backward:
-        state, _ = state_bytes(a, layout, 0, dtype=recipe.model.dtype, distributed=recipe.optimizer.distributed)
+        options = {"distributed": recipe.optimizer.distributed, "spec": layer_spec_of(recipe)}
+        state, _ = state_bytes(a, layout, 0, dtype=recipe.model.dtype, **options)
         one_node = t * d <= recipe.hardware.gpus_per_node
         link = (card.inside if one_node else card.outside) * LINKS
         gradients = state.gradients / FP32
