@@ -104,6 +104,8 @@ def warm_start(run: Run, journal: Journal, stop: StopSignal) -> None:
     """The supervised stages that are not done yet."""
     stages = run.recipe.supervised.stages
     total = sum(stage.steps for stage in stages)
+    if sum(run.supervised_done) < total and not stop.requested():
+        run.sync.give_way()
     for i, stage in enumerate(stages):
         if run.supervised_done[i] >= stage.steps or stop.requested():
             continue
