@@ -24,7 +24,7 @@ def draw_sizes(report: Mapping[str, Any], cells: Sequence[Student], path: Path) 
         ("AUC", {"": lambda judge: judge["quality"]["auc"]}, "auc"),
         ("ECE", {"": lambda judge: judge["quality"]["ece"]}, "ece"),
         (
-            "Reward: squared distance from the truth",
+            "Squared error of the reward",
             {mode: lambda judge, mode=mode: judge["rewards"][mode]["brier"] for mode in ("binary", "soft")},
             "brier",
         ),
