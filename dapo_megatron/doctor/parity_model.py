@@ -46,7 +46,7 @@ def trial_of(recipe: Recipe | None) -> Trial:
     """
     if recipe is None:
         return Trial()
-    architecture = planned_architecture(recipe)
+    architecture = planned_architecture(recipe, folder_needed=False)
     needed = {}
     if recipe.learner.loss_kernel == "triton":
         needed["kernels"] = "learner.loss_kernel=triton"

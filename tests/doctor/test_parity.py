@@ -18,7 +18,7 @@ from dapo_megatron.doctor.parity_learner import mean_gap
 from dapo_megatron.doctor.parity_model import Trial, read_trial, trial_of, write_trial
 from dapo_megatron.doctor.verdict import FAILED, PASSED, SKIPPED, verdict_of
 from dapo_megatron.rollout.vllm_plugin import vllm_version
-from tests.command_line import RECIPE, run_command
+from tests.command_line import RECIPE, ROOT, run_command
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -97,6 +97,11 @@ def test_the_trial_follows_the_recipe(tmp_path):
     assert (trial.family, trial.temperature, trial.needed) == ("qwen2", 0.8, {"engine": "rollout.engine=vllm"})
     write_trial(trial, tmp_path)
     assert read_trial(tmp_path) == trial
+
+
+def test_a_published_model_need_not_be_on_this_machine():
+    trial = trial_of(load_recipe(ROOT / "recipes" / "gpu" / "qwen2.5-7b-dapo.yaml"))
+    assert (trial.family, trial.vocabulary) == ("qwen2", 152064)
 
 
 def test_what_a_recipe_has_no_use_for_is_skipped(tmp_path):

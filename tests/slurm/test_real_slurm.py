@@ -26,7 +26,7 @@ import pathlib, time
 
 def score(responses, answers, prompts):
     if not set(pathlib.Path({checkpoints!r}).glob("step-*")) - set(pathlib.Path({checkpoints!r}).glob("step-000000")):
-        time.sleep(6)
+        time.sleep(9)
     return [float(len(response) % 3) for response in responses]
 """
 
