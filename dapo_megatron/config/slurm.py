@@ -77,6 +77,13 @@ class Slurm(Section):
     health_check: bool = True
     """Whether GPUs, all-reduce and disk of every node are tried before the run starts."""
 
+    parity_check: bool = True
+    """Whether `doctor --parity` tries the first node's stack before the run starts; a part that fails ends the job. Not
+    repeated after a requeue on the same nodes."""
+
+    parity_limit_s: int = Field(300, ge=1)
+    """Longest time of a part of it (seconds); the check as a whole gets five times as much."""
+
     least_gb_per_s: float = Field(0.0, ge=0)
     """Least all-reduce bus bandwidth that the health check accepts, of a node alone and of all together (GB/s)."""
 

@@ -1,6 +1,7 @@
 """The batch file of a recipe: text for sbatch, in which every number comes from the recipe. No torch.
 
-    health check of all nodes → train → where the notice of the time limit came: checkpoint, requeue, `--resume`
+    health check of all nodes → `doctor --parity` on the first one → train → where the notice of the time limit came:
+    checkpoint, requeue, `--resume`
 
 Slurm sends USR1 to the script alone; the script hands it to the launcher, which hands it to the ranks.
 """
@@ -15,6 +16,7 @@ from dapo_megatron.launch import PORTS
 from dapo_megatron.slurm.placement import Placement, place_ranks
 
 ENDING_S = 300  # after the first rank has left the others get this long to write their last files
+PARITY_LIMITS = 5  # limits of a part that the whole parity check gets: its four parts, and the start of its container
 
 RUN = """\
 say() {
@@ -42,6 +44,27 @@ notice() {
     if [ -n "$step" ]; then kill -USR1 "$step" || true; fi
 }
 trap notice USR1
+"""
+
+PARITY = """\
+# a job keeps its recipe: its verdict holds after a requeue, until the nodes are others
+parity() {{
+    if [ "$(cat "$log-parity.nodes" 2>/dev/null)" = "$SLURM_JOB_NODELIST" ]; then
+        say "parity: these nodes have passed in this job, verdict in $log-parity.json"
+        return
+    fi
+    say "parity on the first node, verdict in $log-parity.json"
+    local one=(
+{options}
+    )
+    run "${{launch[@]}}" "${{one[@]}}" dapo-megatron doctor --parity "${{arguments[@]}}" --json --time-limit {limit}
+    if [ "$code" -eq 0 ]; then
+        echo "$SLURM_JOB_NODELIST" >"$log-parity.nodes"
+    elif [ "$stopping" -eq 0 ]; then
+        say "parity: FAILED, so the run does not start"
+        cat "$log-parity.json" "$log-parity.log" || true
+    fi
+}}
 """
 
 REQUEUE = """\
@@ -100,6 +123,7 @@ def batch_file(
         _environment(recipe, placement),
         RUN,
         _launcher(recipe, placement),
+        _parity(recipe, placement) if recipe.slurm.parity_check else "",
         _work(recipe),
         REQUEUE.format(most=recipe.slurm.most_restarts) if recipe.slurm.requeue else "",
         'say "ends with code $code"\nexit "$code"\n',
@@ -202,6 +226,17 @@ def _launcher(recipe: Recipe, placement: Placement) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _parity(recipe: Recipe, placement: Placement) -> str:
+    """The shell function `parity`: one task, which sees all GPUs of its node as every rank does."""
+    limit = recipe.slurm.parity_limit_s
+    minutes, seconds = divmod(PARITY_LIMITS * limit, 60)
+    options = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--relative=0", f"--time={minutes}:{seconds:02d}"]
+    if recipe.slurm.launcher == "srun" and (cpus := _cpus(recipe, placement)) is not None:
+        options.append(f"--cpus-per-task={cpus * placement.tasks_per_node}")
+    options += ['--output="$log-parity.json"', '--error="$log-parity.log"', "--open-mode=truncate"]
+    return PARITY.format(options="\n".join(f"        {option}" for option in options), limit=limit)
+
+
 def _work(recipe: Recipe) -> str:
     return "\n".join(_steps(recipe)) + "\n"
 
@@ -212,20 +247,24 @@ def _steps(recipe: Recipe) -> Iterator[str]:
     output = "node-%n" if torchrun else "rank-%t"
     files = f'--output="$log-{output}.log" --open-mode=append'
     train = '"${launch[@]}" ' + files + (' "${torchrun[@]}"' if torchrun else "")
-    indent = ""
     if recipe.slurm.requeue:
         yield "finished=0"
+    checks = []
     if recipe.slurm.health_check:
         yield 'say "health check of $SLURM_JOB_NODELIST"'
-        yield f'run {inner} python -m dapo_megatron.slurm.node_health "${{arguments[@]}}"'
-        yield 'if [ "$code" -eq 0 ] && [ "$stopping" -eq 0 ]; then'
-        indent = "    "
+        checks.append(f'run {inner} python -m dapo_megatron.slurm.node_health "${{arguments[@]}}"')
+    if recipe.slurm.parity_check:
+        checks.append("parity")
+    for depth, check in enumerate(checks):
+        yield f"{'    ' * depth}{check}"
+        yield f"{'    ' * depth}" + 'if [ "$code" -eq 0 ] && [ "$stopping" -eq 0 ]; then'
+    indent = "    " * len(checks)
     yield f'{indent}say "train ${{arguments[*]}} $mode, output in $log-*"'
     yield f'{indent}run {train} dapo-megatron train "${{arguments[@]}}" ${{mode:+"$mode"}}'
     if recipe.slurm.requeue:
         yield f'{indent}if [ "$code" -eq 0 ]; then finished=1; fi'
-    if indent:
-        yield "fi"
+    for depth in reversed(range(len(checks))):
+        yield f"{'    ' * depth}fi"
 
 
 def _cpus(recipe: Recipe, placement: Placement) -> int | None:
