@@ -1,6 +1,7 @@
 """One rank of a run, from joining the world to leaving it."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from dapo_megatron.assemble import Run, assemble, group_settings
 from dapo_megatron.config import Recipe
 from dapo_megatron.config.reward import Reward
 from dapo_megatron.data.completions import PromptGroup
-from dapo_megatron.errors import RequestError
+from dapo_megatron.errors import RequestError, tell_final
 from dapo_megatron.launch import World
 from dapo_megatron.learner.checkpoint import load_checkpoint
 from dapo_megatron.learner.checkpoint_files import load_surplus, random_states_file
@@ -66,7 +67,8 @@ def run_rank(recipe: Recipe, world: World, mode: Mode) -> int:
         run = assemble(recipe, world, rollouts=not mode.train_only)
         run.watchdog = Watchdog(recipe.run.stall_limit_s or STALLED * limit, world.rank)
         try:
-            return _train(run, mode)
+            with run.phases.counting_waits() if run.stragglers.active else nullcontext():
+                return _train(run, mode)
         finally:
             run.watchdog.close()
             run.close()
@@ -93,7 +95,9 @@ def _train(run: Run, mode: Mode) -> int:
         else:
             train(run, journal, stop, rollout_only=mode.rollout_only)
         if stop.requested():
-            journal.note(f"stopped at step {run.step}; continue with --resume")
+            told = f"stopped at step {run.step}; continue with --resume"
+            journal.note(told)
+            tell_final(told)
             return stop.exit_code
         run.begins("the end")
         if run.recipe.checkpoint.hugging_face and not mode.rollout_only:
