@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dapo_megatron.config.load import build_recipe
 from dapo_megatron.config.optimizer import Guard
-from dapo_megatron.errors import RequestError
+from dapo_megatron.errors import FINAL, RequestError
 from dapo_megatron.learner.learner import GradientNorm
 from dapo_megatron.monitoring import alerts_for, read_metrics
 from dapo_megatron.update_guard import UpdateGuard
@@ -106,8 +106,9 @@ def poisoned(group):
 
 
 @pytest.mark.distributed
-def test_a_run_skips_tells_and_ends_with_the_checkpoint_to_go_back_to(tmp_path):
-    poison, run = tmp_path / "poison.py", tmp_path / "run"
+def test_a_run_skips_tells_and_ends_with_the_checkpoint_to_go_back_to(tmp_path, monkeypatch):
+    poison, run, final = tmp_path / "poison.py", tmp_path / "run", tmp_path / "final"
+    monkeypatch.setenv(FINAL, str(final))
     poison.write_text(POISON)
     settings = ["parallel.pipeline=1", "supervised.stages=[]", "evaluation.every=0", "run.steps=9"]
     settings += ["checkpoint.every=1", "checkpoint.keep=9", "monitoring.report=false"]
@@ -119,6 +120,7 @@ def test_a_run_skips_tells_and_ends_with_the_checkpoint_to_go_back_to(tmp_path):
     assert f"the newest checkpoint from before them is {run}/checkpoints/step-000003: change a setting" in done.stderr
     assert "up to step-000004, out of" in done.stderr and "likely causes: " in done.stderr
     assert "Traceback" not in done.stderr
+    assert final.read_text().startswith("3 of the last 4 policy updates")  # a batch job does not repeat it
     metrics = [row for row in read_metrics(run / "metrics.jsonl") if row["step"]]
     assert [row["guard/skipped"] for row in metrics] == [0, 1, 0, 2, 1]
     assert [row["guard/skipped_total"] for row in metrics] == [0, 1, 1, 3, 4]
