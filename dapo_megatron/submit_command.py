@@ -65,7 +65,12 @@ def submit(
     frozen = tuple(folder / name for name in names)
     command = " ".join(["dapo-megatron submit", *map(str, paths), *overrides])
     text = batch_file(
-        first, command=command, arguments=[[path.as_posix()] for path in frozen], resume=resume, overwrite=overwrite
+        first,
+        command=command,
+        arguments=[[path.as_posix()] for path in frozen],
+        directories=directories,
+        resume=resume,
+        overwrite=overwrite,
     )
     submission = Submission(folder / "submit.sbatch", text, frozen)
     try:

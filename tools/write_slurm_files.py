@@ -40,10 +40,12 @@ FILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 def render(name: str) -> str:
     """The text of one of FILES."""
     recipes, overrides = FILES[name]
+    loaded = [load_recipe(ROOT / recipe, overrides) for recipe in recipes]
     return batch_file(
-        load_recipe(ROOT / recipes[0], overrides),
+        loaded[0],
         command="python tools/write_slurm_files.py",
         arguments=[[recipe, *overrides] for recipe in recipes],
+        directories=[recipe.run.directory for recipe in loaded],
     )
 
 

@@ -14,7 +14,8 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from dapo_megatron.learner.learner import Learner
-from dapo_megatron.learner.snapshot import HostMemory, parts
+from dapo_megatron.learner.optimizer import parts
+from dapo_megatron.learner.snapshot import HostMemory
 
 
 class OptimizerMemory:

@@ -91,11 +91,22 @@ case "$*" in
 *node_health*) exit "${HEALTH:-0}" ;;
 *parity*) out="$(tr ' ' '\n' <<<"$*" | sed -n 's/^--output=//p')"; echo verdict >"$out"; exit "${PARITY:-0}" ;;
 esac
+[ -n "${FINALLY:-}" ] && echo why >"$DAPO_MEGATRON_FINAL"
 [ -n "${QUICK:-}" ] && exit "$QUICK"
 trap 'exit 138' USR1
 touch training
 for _ in {1..300}; do sleep 0.1; done
 """
+
+
+def fails(folder: Path, times: int, *, code: str = "1", restarts: int = 0, **variables: str) -> list[str]:
+    """What the last of so many failures in a row said, each in a start of its own."""
+    for start in range(times):
+        (folder / "calls").unlink(missing_ok=True)
+        found, output, calls = run_batch(folder, QUICK=code, SLURM_RESTART_COUNT=str(restarts + start), **variables)
+        assert found == int(code)
+    trained = next(i for i, call in enumerate(calls) if " train " in call)
+    return [*calls[trained + 1 :], *output.splitlines()]
 
 
 def run_batch(folder: Path, *, overrides: tuple[str, ...] = (), notice: bool = False, **variables: str):
@@ -148,11 +159,6 @@ def test_after_a_restart_it_resumes_and_restarts_have_an_end(tmp_path):
     assert len(calls) == 3 and calls[2].endswith("train recipe.yaml --resume")
 
 
-def test_a_failure_of_its_own_is_not_repeated(tmp_path):
-    code, _, calls = run_batch(tmp_path, QUICK="1")
-    assert code == 1 and len(calls) == 3
-
-
 def test_a_stack_that_fails_trains_nothing_and_shows_its_verdict(tmp_path):
     code, output, calls = run_batch(tmp_path, PARITY="1")
     assert code == 1 and len(calls) == 2 and "parity" in calls[1]
@@ -175,6 +181,33 @@ def test_a_passed_stack_is_not_tried_again_on_the_same_nodes_of_the_job(tmp_path
         assert ("these nodes have passed" in output) == (variables is restarted)
 
 
+def test_a_failure_is_repeated_as_long_as_the_run_gets_further(tmp_path):
+    assert fails(tmp_path, 2)[0] == "scontrol requeue 7"
+    (tmp_path / "run" / "checkpoints" / "step-000002").mkdir(parents=True)
+    assert fails(tmp_path, 2, code="137", restarts=2)[0] == "scontrol requeue 7"  # killed for its memory, twice again
+    told = fails(tmp_path, 1, restarts=4)
+    assert "scontrol requeue 7" not in told
+    assert "failed with code 1, 3 in a row without a new checkpoint" in told[-3] and "not queued again" in told[-2]
+
+
+def test_a_failure_that_would_come_again_is_not_repeated(tmp_path):
+    told = fails(tmp_path, 1, code="2", FINALLY="1")
+    assert "scontrol requeue 7" not in told and "it would end in the same way" in told[-2]
+    assert fails(tmp_path, 1, code="1")[0] == "scontrol requeue 7"  # what an earlier start said is forgotten
+
+
+def test_a_node_that_is_lost_again_and_again_does_not_start_the_run_for_ever(tmp_path):
+    (tmp_path / "calls").touch()
+    code, output, calls = run_batch(tmp_path, overrides=("slurm.most_restarts=3",), SLURM_RESTART_COUNT="4")
+    assert (code, calls) == (1, []) and "not started again after 3 restarts" in output
+
+
+@pytest.mark.parametrize("settings", [("slurm.failures=0",), ("slurm.requeue=false",)])
+def test_restarts_after_failures_can_be_left_out(tmp_path, settings):
+    code, _, calls = run_batch(tmp_path, overrides=settings, QUICK="1")
+    assert code == 1 and len(calls) == 3
+
+
 def test_nodes_that_are_not_fit_train_nothing(tmp_path):
     code, output, calls = run_batch(tmp_path, HEALTH="1")
     assert code == 1 and len(calls) == 1 and "ends with code 1" in output
@@ -182,7 +215,9 @@ def test_nodes_that_are_not_fit_train_nothing(tmp_path):
 
 def test_each_task_of_an_array_has_its_own_recipe(tmp_path):
     arguments = [["a.yaml"], ["b.yaml", "run.seed=2"]]
-    whole = batch_file(load_recipe(TINY, ["run.directory=run"]), command="test", arguments=arguments)
+    recipe = load_recipe(TINY, ["run.directory=run"])
+    whole = batch_file(recipe, command="test", arguments=arguments, directories=["run", "other"])
+    assert "    1) arguments=(b.yaml run.seed=2) run_in=other ;;" in whole.splitlines()
     assert "#SBATCH --array=0-1" in whole and "run.slurm/%A_%a.out" in whole
     (tmp_path / "srun").write_text(SRUN)
     (tmp_path / "srun").chmod(0o755)
