@@ -86,7 +86,7 @@ class Slurm(Section):
     repeated after a requeue on the same nodes."""
 
     parity_limit_s: int = Field(300, ge=1)
-    """Longest time of a part of it (seconds); the check as a whole gets five times as much."""
+    """Longest time of a part of it (seconds); the check as a whole gets six times as much."""
 
     least_gb_per_s: float = Field(0.0, ge=0)
     """Least all-reduce bus bandwidth that the health check accepts, of a node alone and of all together (GB/s)."""

@@ -18,7 +18,7 @@ from dapo_megatron.launch import PORTS
 from dapo_megatron.slurm.placement import Placement, place_ranks
 
 ENDING_S = 300  # after the first rank has left the others get this long to write their last files
-PARITY_LIMITS = 5  # limits of a part that the whole parity check gets: its four parts, and the start of its container
+PARITY_LIMITS = 6  # limits of a part that the whole parity check gets: its five parts, and the start of its container
 
 RUN = """\
 say() {

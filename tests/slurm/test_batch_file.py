@@ -75,7 +75,7 @@ def test_parity_is_one_task_on_the_first_node_with_all_of_its_cores():
         lines = text("slurm.parity_limit_s=100", f"slurm.launcher={launcher}", recipe=ROOT / TWO_NODES).splitlines()
         assert f"#SBATCH --ntasks-per-node={tasks}" in lines
         words = " ".join(line.strip() for line in lines)
-        assert "local one=( --nodes=1 --ntasks=1 --ntasks-per-node=1 --relative=0 --time=8:20 " in words
+        assert "local one=( --nodes=1 --ntasks=1 --ntasks-per-node=1 --relative=0 --time=10:00 " in words
         (step,) = [line for line in lines if "doctor --parity" in line]
         assert step.endswith(' dapo-megatron doctor --parity "${arguments[@]}" --json --time-limit 100')
         assert "torchrun" not in step
