@@ -83,7 +83,7 @@ def test_a_run_is_told_of_its_time_limit_requeued_and_finished(slurm, submit, tm
         "slurm.health_check=false",  # the test above; the notice comes no earlier than 120 s after the start
         "slurm.time_limit='00:05:00'",
         "slurm.stop_before_s=90",
-        limit_s=540,
+        limit_s=660,
     )
     log = (folder / f"{job}.out").read_text()
     ranks = [path.read_text() for path in sorted(folder.glob(f"{job}-rank-*.log"))]
