@@ -54,14 +54,21 @@ class StepTime:
 
 
 def step_time(
-    recipe: Recipe, a: Architecture, layout: Layout, work: Workload, *, engines: int, busiest_link_bytes: float | None
+    recipe: Recipe,
+    a: Architecture,
+    layout: Layout,
+    work: Workload,
+    *,
+    engines: int,
+    busiest_link_bytes: float | None,
+    card: Card | None = None,
 ) -> StepTime:
     """Seconds of a step by phase: rollout, score, (reference, critic,) update, reshard.
 
     `busiest_link_bytes`: the most that one rank sends or receives in a weight transfer (resharding/summary.py); None
-    leaves that phase out.
+    leaves that phase out. `card`: what the ranks run on; None takes the recipe's.
     """
-    card = card_of(recipe)
+    card = card_of(recipe) if card is None else card
     phases: dict[str, Phase] = {}
     concurrency = 0.0
     if work.drawn:
@@ -164,8 +171,7 @@ def _passes(
     tensor = steps * exchanges * layers * 4 * rows * a.hidden * b * (t - 1) / t / (inside * LINKS)
     keys = a.kv_heads * a.head_dim / t
     near = card.inside if t * c <= recipe.hardware.gpus_per_node else card.outside
-    passes = (3.0 if backward else 1.0) + (1.0 if again else 0.0)
-    context = steps * passes * layers * 2 * rows * keys * b * (c - 1) / (near * LINKS)
+    context = steps * times * layers * 2 * rows * keys * b * (c - 1) / (near * LINKS)
     bubble = (p - 1) / layout.virtual_pipeline / packs.count * (products + attention + tensor + context)
     parts = {"matrix products": products, "attention": attention}
     if t > 1:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dapo_megatron.config import Architecture, Layout
+from dapo_megatron.config.derive import round_up
 
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 FP32 = 4
@@ -97,12 +98,12 @@ def buffer_of(parameters: Sequence[Parameter], *, data_parallel: int, distribute
     start = opened = 0
 
     def close(stop: int) -> int:
-        stop = _up(stop, math.lcm(data_parallel, BUCKET_ALIGNMENT)) if distributed else stop
+        stop = round_up(stop, math.lcm(data_parallel, BUCKET_ALIGNMENT)) if distributed else stop
         buckets.append((opened, stop))
         return stop
 
     for parameter in reversed(parameters):
-        start = _up(start, PARAMETER_ALIGNMENT) if distributed else start
+        start = round_up(start, PARAMETER_ALIGNMENT) if distributed else start
         alone = parameter.shared and distributed
         if alone and start > opened:
             start = opened = close(start)
@@ -170,7 +171,3 @@ def _gaps(buffer: Buffer) -> list[tuple[int, int]]:
     if buffer.elements > reached:
         gaps.append((reached, buffer.elements))
     return gaps
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
