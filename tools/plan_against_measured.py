@@ -1,6 +1,7 @@
 """Planned beside measured: layouts drawn from what recipes allow, real learner updates in real ranks on this machine.
 
-    python tools/plan_against_measured.py [--seed N] [--layouts N] [--only N ...] [--explain N] [--output FILE]
+    python tools/plan_against_measured.py [--seed N ...] [--layouts N] [--only N ...] [--explain N] [--output FILE]
+    python tools/plan_against_measured.py --document FILE      put a file's table into docs/planning.md
 
 Every layout gets a recipe of its own: a model, parallel sizes, recomputation, fused output layer, token budget, dtype,
 optimizer in host memory or cut over ranks, a critic or none. Those that a recipe may not have, that plan less than
@@ -10,64 +11,38 @@ plan; seconds are reported, and nothing is asked of them.
 """
 
 import argparse
+import csv
 import json
 import multiprocessing
 import os
-import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from dapo_megatron.config import Architecture, Layout, Recipe, check_recipe, derive_layout  # noqa: E402
-from dapo_megatron.config.architecture import architecture_from_dict  # noqa: E402
-from dapo_megatron.config.derive import derive_critic_layout  # noqa: E402
-from dapo_megatron.config.load import build_recipe  # noqa: E402
-from dapo_megatron.data.packing import assign_micro_batches  # noqa: E402
-from dapo_megatron.errors import RequestError, RunError, exit_with_message  # noqa: E402
+from dapo_megatron.config import Architecture, Layout, Recipe  # noqa: E402
+from dapo_megatron.errors import RunError, exit_with_message  # noqa: E402
+from dapo_megatron.files import write_text_atomically  # noqa: E402
 from dapo_megatron.launch import World, die_with_parent, free_port  # noqa: E402
 from dapo_megatron.planning.hardware import LINKS, MEMORY, PRODUCTS, Card  # noqa: E402
 from dapo_megatron.planning.memory import plan_memory  # noqa: E402
 from dapo_megatron.planning.seconds import step_time  # noqa: E402
-from dapo_megatron.planning.weights import model_parameters  # noqa: E402
 from dapo_megatron.planning.workload import Workload  # noqa: E402
 from dapo_megatron.resharding.megatron_layout import position_of  # noqa: E402
 from tools.bench_record import machine, print_table, write_rows  # noqa: E402
+from tools.drawn_layouts import Case, drawn_cases, planned_bytes  # noqa: E402
 
-RANKS = 4  # at most
-SMALLEST, LARGEST = 200e6, 350e6  # planned bytes of the fullest rank
-LONGEST_S = 6.0  # of an update, estimated
-ESTIMATED_RATE = {"fp32": 40e9, "bf16": 3e9}  # products and sums a second of two cores, for the draw alone
+DOCUMENT = ROOT / "docs" / "planning.md"
+MARKS = ("<!-- measured begins -->", "<!-- measured ends -->")
 BOUND = 0.10
-PROMPT_SHARE = 8  # of a sequence's tokens, one in so many is its prompt's
 COMPUTE = ("activations", "logits", "update")
 PARTS = ("parameters", "gradients", "optimizer", "critic", *COMPUTE)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One layout: the settings of its recipe, config.json of its model, (prompt, response) tokens of each sequence."""
-
-    settings: dict[str, Any]
-    model: dict[str, Any]
-    lengths: list[tuple[int, int]]
-
-    @property
-    def recipe(self) -> Recipe:
-        return build_recipe(self.settings)
-
-    @property
-    def architecture(self) -> Architecture:
-        return architecture_from_dict(self.model, "the drawn model")
-
-    @property
-    def layout(self) -> Layout:
-        return derive_layout(self.recipe, self.architecture)
 
 
 @dataclass(frozen=True)
@@ -86,7 +61,7 @@ class Row:
     error: float
     planned_compute: int
     measured_compute: int
-    compute_error: float | None
+    compute_error: float
     at_rest_bytes: int
     planned_parameters: int
     measured_parameters: int
@@ -118,118 +93,6 @@ class Row:
     cores: int = 0
     load: float = 0.0
     commit: str = ""
-
-
-def drawn_cases(seed: int) -> Iterator[Case]:
-    """Layouts without end, the same for the same seed."""
-    rng = random.Random(seed)
-    while True:
-        case = _allowed(_drawn(rng), rng)
-        if case is not None:
-            yield case
-
-
-def _drawn(rng: random.Random) -> Case:
-    """A model and a recipe, allowed or not."""
-    family = rng.choice(["qwen2", "qwen3", "llama"])
-    head_dim = rng.choice([32, 64, 128])
-    heads = rng.choice([2, 4, 6, 8, 12])
-    dtype = rng.choice(["fp32", "fp32", "bf16"])
-    hidden = heads * head_dim if family != "qwen3" else rng.choice([256, 384, 512, 768])
-    model = {
-        "model_type": family, "hidden_size": hidden, "num_hidden_layers": rng.choice([1, 2, 4, 6, 8]),
-        "num_attention_heads": heads, "num_key_value_heads": rng.choice([n for n in (1, 2, 4, 8) if heads % n == 0]),
-        "head_dim": head_dim, "intermediate_size": rng.choice([2, 3, 4, 5]) * 4 * (hidden // 4),
-        "vocab_size": rng.choice([1000, 4096, 10000, 16384, 32000]), "max_position_embeddings": 1 << 16,
-        "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": rng.random() < 0.4,
-    }  # fmt: skip
-    tensor, pipeline, context, data = rng.choice(
-        [sizes for sizes in _sizes(RANKS) if sizes != (1, 1, 1, 1)] + [(1, 1, 1, 1)]
-    )
-    budget = rng.choice([512, 768, 1000, 1536, 2048, 3072, 4096])
-    longest = budget // rng.choice([1, 2, 3, 4]) if context > 1 else budget
-    critic = rng.random() < 0.25
-    prompts = rng.choice([2, 3, 4])
-    settings = {
-        "run": {"directory": "runs/measured", "seed": rng.randrange(1 << 16)},
-        "model": {"path": "drawn", "dtype": dtype},
-        "parallel": {
-            "tensor": tensor, "pipeline": pipeline, "virtual_pipeline": rng.choice([1, 2]) if pipeline > 1 else 1,
-            "context": context, "sequence": tensor > 1 and rng.random() < 0.5,
-            "world": tensor * pipeline * context * data,
-        },
-        "data": {"train": "unread.jsonl", "max_prompt_length": longest // PROMPT_SHARE},
-        "rollout": {
-            "samples_per_prompt": 1, "prompts_per_step": 1,
-            "max_response_length": longest - longest // PROMPT_SHARE, "engine": "hf",
-        },
-        "algorithm": {
-            "mini_batch_prompts": 1, "advantage": "gae" if critic else "group",
-            "dynamic_sampling": {"enabled": False},
-        },
-        "optimizer": {"distributed": rng.random() < 0.75},
-        "learner": {
-            "device": "cpu", "tokens_per_micro_batch": budget,
-            "recompute": rng.choice(["none", "none", "selective", "full"]),
-            "fused_linear_loss": rng.random() < 0.4, "offload_optimizer": rng.random() < 0.25,
-        },
-    }  # fmt: skip
-    if critic and rng.random() < 0.5 and tensor > 1:
-        settings["critic"] = {"parallel": {"tensor": 1}}
-    packs = prompts * (pipeline if settings["parallel"]["virtual_pipeline"] > 1 else 1)
-    lengths = _lengths(rng, packs * data, data, budget)
-    if context > 1:  # masks grow with the square of a length, and plans are for the greatest
-        lengths = [_parts(longest)] * (packs * data * (budget // longest))
-    settings["rollout"]["prompts_per_step"] = settings["algorithm"]["mini_batch_prompts"] = len(lengths)
-    return Case(settings, model, lengths)
-
-
-def _sizes(ranks: int) -> list[tuple[int, int, int, int]]:
-    sizes = range(1, ranks + 1)
-    return [(t, p, c, d) for t in sizes for p in sizes for c in sizes for d in sizes if t * p * c * d <= ranks]
-
-
-def _lengths(rng: random.Random, packs: int, data: int, budget: int) -> list[tuple[int, int]]:
-    """Sequences of an eighth to two thirds of the budget that fill so many packs of it, all but a few hundredths."""
-    shares = []
-    while sum(shares) < packs:
-        shares.append(rng.uniform(1 / 8, 2 / 3))
-    for filled in (0.99, 0.97, 0.95, 0.92, 0.88, 0.8):
-        scale = filled * packs / sum(shares)
-        lengths = [min(budget, max(16, int(share * scale * budget))) for share in shares]
-        assigned = assign_micro_batches(lengths, token_budget=budget, data_parallel=data)
-        if len(assigned[0]) * data <= packs:
-            break
-    return [_parts(length) for length in lengths]
-
-
-def _parts(length: int) -> tuple[int, int]:
-    """(prompt, response) of a sequence."""
-    prompt = max(1, length // PROMPT_SHARE)
-    return prompt, length - prompt
-
-
-def _allowed(case: Case, rng: random.Random) -> Case | None:
-    """The case, if a recipe may be so and it is neither too small nor too large for this machine."""
-    try:
-        recipe, a = case.recipe, case.architecture
-        layout = derive_layout(recipe, a)
-        check_recipe(recipe, a)
-        if recipe.algorithm.advantage == "gae":
-            derive_critic_layout(recipe, a, layout.world)
-    except RequestError:
-        return None
-    planned = max(planned_bytes(recipe, a, layout, rank) for rank in range(layout.world))
-    tokens = sum(prompt + response for prompt, response in case.lengths)
-    models = 2 if recipe.algorithm.advantage == "gae" else 1
-    seconds = 8 * model_parameters(a) * tokens * models / ESTIMATED_RATE[recipe.model.dtype]
-    return case if SMALLEST <= planned <= LARGEST and seconds <= LONGEST_S else None
-
-
-def planned_bytes(recipe: Recipe, a: Architecture, layout: Layout, rank: int) -> int:
-    """Planned peak of a rank's learner; the embedded engine, which the tool does not start, left out."""
-    stage = plan_memory(recipe, a, layout).stages[position_of(rank, layout).pipeline]
-    return stage.learn - stage.engine.weights
 
 
 def run_case(case: Case, *, explain: int = 0, time_limit_s: float = 600.0) -> list[dict[str, Any]]:
@@ -349,69 +212,101 @@ def switches_of(recipe: Recipe, case: Case) -> str:
     return ", ".join(told)
 
 
-def show(rows: Sequence[Row]) -> None:
-    """One line a layout: its rank with the largest error, and seconds of the slowest."""
+COLUMNS = (
+    "seed", "layout", "model", "cut", "settings", "tokens", "planned MB", "measured MB", "error", "compute",
+    "measured", "error", "score s", "update s",
+)  # fmt: skip
+
+
+def lines_of(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """One line a layout: its rank with the largest error, that with the largest error beside the state, and planned /
+    measured seconds of the slowest."""
     lines = []
-    for number in sorted({row.layout for row in rows}):
-        own = [row for row in rows if row.layout == number]
+    for seed, number in sorted({(row.seed, row.layout) for row in rows}):
+        own = [row for row in rows if (row.seed, row.layout) == (seed, number)]
         worst = max(own, key=lambda row: abs(row.error))
-        part = max(own, key=lambda row: abs(row.compute_error or 0))
+        part = max(own, key=lambda row: abs(row.compute_error))
         update = max(own, key=lambda row: row.measured_update_s)
         lines.append(
             (
-                str(number), worst.model, worst.cut, worst.settings, str(worst.tokens_per_micro_batch),
+                str(seed), str(number), worst.model, worst.cut, worst.settings, str(worst.tokens_per_micro_batch),
                 f"{worst.planned_bytes / 1e6:.1f}", f"{worst.measured_bytes / 1e6:.1f}", f"{worst.error:+.1%}",
                 f"{part.planned_compute / 1e6:.1f}", f"{part.measured_compute / 1e6:.1f}", f"{part.compute_error:+.1%}",
                 f"{update.planned_score_s:.2f} / {update.measured_score_s:.2f}",
                 f"{update.planned_update_s:.2f} / {update.measured_update_s:.2f}",
             )
         )  # fmt: skip
-    heads = (
-        "layout", "model", "cut", "settings", "tokens", "planned MB", "measured MB", "error", "compute", "measured",
-        "error", "score s", "update s",
-    )  # fmt: skip
-    print_table(heads, lines, left=4)
+    return lines
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a CSV file that `--output` wrote."""
+    with open(path, newline="", encoding="utf-8") as file:
+        records = list(csv.DictReader(file))
+    return [Row(**{one.name: _read(one.type, record[one.name]) for one in fields(Row)}) for record in records]
+
+
+def _read(kind: Any, text: str) -> Any:
+    """A cell as `write_rows` writes it."""
+    if kind in (int, str):
+        return kind(text)
+    return float(text) if text else None
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table of docs/planning.md."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *lines_of(rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _told(case: Case, seed: int, number: int, *, explain: int, run: bool) -> list[Row]:
+    """Say what the layout is, run it, and say what every rank found."""
+    recipe, a, layout = case.recipe, case.architecture, case.layout
+    planned = max(planned_bytes(recipe, a, layout, rank) for rank in range(layout.world))
+    told = f"{number}: {model_of(a)}, {cut_of(layout)}, {switches_of(recipe, case)}"
+    print(f"{told}, {planned / 1e6:.0f} MB planned", flush=True)
+    if not run:
+        return []
+    found = run_case(case, explain=explain)
+    rows = compare(case, found, seed=seed, number=number)
+    for row, measured in zip(rows, found, strict=True):
+        pairs = ((part, getattr(row, f"planned_{part}"), getattr(row, f"measured_{part}")) for part in PARTS)
+        parts = ", ".join(f"{part} {one / 1e6:.1f}/{other / 1e6:.1f}" for part, one, other in pairs if one or other)
+        print(f"   rank {row.rank}: {row.error:+.1%} in {row.fullest}: {parts}")
+        print("\n".join(measured["held"]), end="\n" if measured["held"] else "", flush=True)
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--layouts", type=int, default=6)
     parser.add_argument("--only", type=int, nargs="+", help="run these of the drawn layouts alone, from 0")
     parser.add_argument("--list", action="store_true", help="show what would be run")
     parser.add_argument("--explain", type=int, default=0, metavar="N", help="N lines a rank of what lies at its peak")
     parser.add_argument("--output", type=Path, help="a CSV file with a row a rank")
+    parser.add_argument("--document", type=Path, help="run nothing: put the table of such a file into docs/planning.md")
     options = parser.parse_args(arguments)
-    cases, facts = drawn_cases(options.seed), machine(os.getloadavg()[0])
+    if options.document:
+        before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(MARKS[0])
+        table = markdown(read_rows(options.document))
+        write_text_atomically(DOCUMENT, f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+        return 0
+    facts = machine(os.getloadavg()[0])
     rows: list[Row] = []
-    for number in range(options.layouts):
-        case = next(cases)
-        if options.only and number not in options.only:
-            continue
-        told = f"{number}: {model_of(case.architecture)}, {cut_of(case.layout)}, {switches_of(case.recipe, case)}"
-        planned = max(planned_bytes(case.recipe, case.architecture, case.layout, r) for r in range(case.layout.world))
-        print(f"{told}, {planned / 1e6:.0f} MB planned", flush=True)
-        if options.list:
-            continue
-        found = run_case(case, explain=options.explain)
-        own = compare(case, found, seed=options.seed, number=number)
-        for row, measured in zip(own, found, strict=True):
-            parts = ", ".join(
-                f"{part} {getattr(row, f'planned_{part}') / 1e6:.1f}/{getattr(row, f'measured_{part}') / 1e6:.1f}"
-                for part in PARTS
-                if getattr(row, f"measured_{part}") or getattr(row, f"planned_{part}")
-            )
-            print(f"   rank {row.rank}: {row.error:+.1%} in {row.fullest}: {parts}")
-            print("\n".join(measured["held"]), flush=True)
-        rows += [replace(row, **facts) for row in own]
+    for seed in options.seed:
+        for number, case in enumerate(islice(drawn_cases(seed), options.layouts)):
+            if options.only is None or number in options.only:
+                rows += _told(case, seed, number, explain=options.explain, run=not options.list)
+    rows = [replace(row, **facts) for row in rows]
     if not rows:
         return 0
-    show(rows)
+    print_table(COLUMNS, lines_of(rows), left=5)
     if options.output:
         write_rows(rows, options.output)
     beyond = [row for row in rows if abs(row.error) > BOUND]
     for row in beyond:
-        print(f"beyond {BOUND:.0%}: layout {row.layout}, rank {row.rank}: {row.error:+.1%}")
+        print(f"beyond {BOUND:.0%}: seed {row.seed}, layout {row.layout}, rank {row.rank}: {row.error:+.1%}")
     return 1 if beyond else 0
 
 

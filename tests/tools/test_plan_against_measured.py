@@ -7,8 +7,9 @@ import pytest
 
 from dapo_megatron.config import check_recipe, derive_layout
 from dapo_megatron.errors import RunError
+from tools.drawn_layouts import LARGEST, SMALLEST, Case, drawn_cases, planned_bytes
 from tools.learner_memory import Allocation, Trace
-from tools.plan_against_measured import LARGEST, SMALLEST, Case, compare, drawn_cases, planned_bytes, run_case
+from tools.plan_against_measured import DOCUMENT, MARKS, compare, markdown, read_rows, run_case
 
 MODEL = {
     "model_type": "qwen3", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -76,6 +77,19 @@ def test_the_draw_is_seeded_and_keeps_to_what_is_allowed():
         planned = [planned_bytes(recipe, a, layout, rank) for rank in range(layout.world)]
         assert SMALLEST <= max(planned) <= LARGEST and layout.world <= 4
         assert max(sum(pair) for pair in case.lengths) <= recipe.learner.tokens_per_micro_batch
+
+
+def test_the_table_of_the_document_is_that_of_the_measured_rows():
+    rows = read_rows(DOCUMENT.parent / "benchmarks" / "planning-cpu.csv")
+    layouts = {(row.seed, row.layout) for row in rows}
+    assert {seed for seed, _ in layouts} == {1, 2, 3} and len(layouts) == 18
+    for row in rows:
+        assert row.error == pytest.approx(row.planned_bytes / row.measured_bytes - 1, abs=1e-3)
+        assert abs(row.error) <= 0.10
+    for layout in layouts:
+        assert max(row.planned_bytes for row in rows if (row.seed, row.layout) == layout) >= SMALLEST
+    text = DOCUMENT.read_text(encoding="utf-8").partition(MARKS[0])[2].partition(MARKS[1])[0]
+    assert text.strip() == markdown(rows), "run python tools/plan_against_measured.py --document"
 
 
 def test_a_trace_counts_what_is_alive():
