@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dapo_megatron.config import Architecture, Layout
+from dapo_megatron.config.derive import round_up
 
 LayerSpec = Literal["local", "transformer_engine"]
 
@@ -105,12 +106,12 @@ def buffer_of(parameters: Sequence[Parameter], *, data_parallel: int, distribute
     start = opened = 0
 
     def close(stop: int) -> int:
-        stop = _up(stop, math.lcm(data_parallel, BUCKET_ALIGNMENT)) if distributed else stop
+        stop = round_up(stop, math.lcm(data_parallel, BUCKET_ALIGNMENT)) if distributed else stop
         buckets.append((opened, stop))
         return stop
 
     for parameter in reversed(parameters):
-        start = _up(start, PARAMETER_ALIGNMENT) if distributed else start
+        start = round_up(start, PARAMETER_ALIGNMENT) if distributed else start
         alone = parameter.shared and distributed
         if alone and start > opened:
             start = opened = close(start)
@@ -178,7 +179,3 @@ def _gaps(buffer: Buffer) -> list[tuple[int, int]]:
     if buffer.elements > reached:
         gaps.append((reached, buffer.elements))
     return gaps
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
