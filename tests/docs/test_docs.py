@@ -18,7 +18,7 @@ from dapo_megatron.config.problems import known_names
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-PAGES = ("recipe", "methods", "entropy", "slurm", "doctor", "planning")
+PAGES = ("recipe", "methods", "entropy", "slurm", "doctor", "planning", "resharding")
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", *(f"docs/{page}.md" for page in PAGES))
 SOURCES = {"dapo_megatron": ROOT / "dapo_megatron", "dapo_kernels": ROOT / "kernels" / "dapo_kernels"}
 KNOWN_KEYS = set(known_names(Recipe))
