@@ -3,19 +3,21 @@
 import os
 import socket
 from collections.abc import Collection, Sequence
+from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 import torch
 
 from dapo_megatron.agreement import everyone
 from dapo_megatron.config import Recipe
-from dapo_megatron.config.derive import derive_engines
+from dapo_megatron.config.derive import derive_engines, engine_owner
 from dapo_megatron.engine_sync import EngineSync
 from dapo_megatron.errors import RequestError
 from dapo_megatron.launch import World
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.prepare import RunPaths
 from dapo_megatron.resharding.bridge import Bridge
+from dapo_megatron.resharding.topology import Topology, topology_of
 from dapo_megatron.rollout.launcher import EngineSettings, engine_settings
 from dapo_megatron.rollout.server_dispatcher import ServerDispatcher
 from dapo_megatron.rollout.vllm_engines import VLLMEngines, visible_devices
@@ -30,11 +32,17 @@ def assemble_engines(
     paths: RunPaths,
     stop_tokens: Collection[int],
 ) -> tuple[VLLMEngines, EngineSync, ServerDispatcher]:
-    """Start the engines (they get ready in the background) and connect them with the learner; collective."""
+    """Start the engines (they get ready in the background) and connect them with the learner; collective.
+
+    Raises:
+        RequestError: engines that cannot stand where the recipe wants them, or cannot get weights that way.
+    """
     rollout = recipe.rollout
     count = derive_engines(recipe, learner.layout, cpu=learner.device.type == "cpu")
-    one_machine = len(set(everyone(socket.gethostname(), world.size))) == 1
+    machines = everyone(socket.gethostname(), world.size)
+    one_machine = len(set(machines)) == 1
     transport = _transport(recipe, learner, one_machine=one_machine)
+    topology = _topology(recipe, world.size, machines, count, devices=learner.device.type == "cuda")
     if rollout.placement == "disaggregated" and not one_machine and not rollout.servers:
         raise RequestError(
             "rollout.placement=disaggregated over several machines needs rollout.servers: start engines there with "
@@ -45,7 +53,7 @@ def assemble_engines(
         world=world.size,
         count=count,
         settings_of=lambda engine: _settings(recipe, world, learner, paths, engine),
-        host=_host(one_machine, rollout.servers),
+        host=_host(one_machine, rollout.servers, world.size),
         servers=rollout.servers,
         logs=paths.run / "engines",
         stop_tokens=stop_tokens,
@@ -54,6 +62,7 @@ def assemble_engines(
         start_limit_s=rollout.start_limit_s,
         time_limit_s=rollout.time_limit_s,
         capacity=rollout.max_batch_sequences,
+        tensor=rollout.tensor if topology is not None else 1,
     )
     bridge = Bridge(
         architecture=learner.architecture,
@@ -66,6 +75,7 @@ def assemble_engines(
         bucket_bytes=recipe.resharding.bucket_mib << 20,
         window=recipe.resharding.window,
         time_limit_s=recipe.resharding.time_limit_s,
+        topology=topology,
     )
     sync = EngineSync(recipe, learner, engines, bridge)
     dispatcher = ServerDispatcher(
@@ -99,25 +109,56 @@ def _settings(recipe: Recipe, world: World, learner: Learner, paths: RunPaths, e
     return engine_settings(recipe, paths.model, own + others)
 
 
-def _host(one_machine: bool, servers: Sequence[str]) -> str:
-    """Where this rank's engines and rank 0's store listen: the loopback, unless other machines must reach them."""
+def _topology(recipe: Recipe, world: int, machines: Sequence[str], count: int, *, devices: bool) -> Topology | None:
+    """Where ranks and workers stand; None where engines stand elsewhere, or weights are sent to each of them.
+
+    Raises:
+        RequestError: engines that would leave their machine, or share devices.
+    """
+    rollout = recipe.rollout
+    if rollout.placement != "colocated" or rollout.servers or recipe.resharding.transport == "group":
+        return None
+    owners = [engine_owner(e, engines=count, tensor=rollout.tensor, world=world) for e in range(count)]
+    return topology_of(machines, owners, tensor=rollout.tensor, devices=devices)
+
+
+def _host(one_machine: bool, servers: Sequence[str], world: int) -> str:
+    """Where this rank's engines and rank 0's store listen: the loopback, unless other machines must reach them.
+
+    Collective: where a machine knows itself only by a loopback address, as some name their own host, the others tell.
+    """
     outside = [name for name in (urlsplit(server).hostname for server in servers) if name not in LOOPBACK]
     if one_machine and not outside:
         return LOOPBACK[0]
+    name = outside[0] if outside else os.environ["MASTER_ADDR"]
+    known = socket.gethostbyname(name)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing; tells the way there
-        probe.connect((outside[0] if outside else os.environ["MASTER_ADDR"], 9))
-        return probe.getsockname()[0]
+        probe.connect((known, 9))
+        own = probe.getsockname()[0]
+    return reachable(own, everyone(known, world))
+
+
+def reachable(own: str, known: Sequence[str]) -> str:
+    """`own`, or where that is a loopback address the one under which other machines know this one, the first one's."""
+    others = [address for address in known if not ip_address(address).is_loopback]
+    return others[0] if ip_address(own).is_loopback and others else own
 
 
 def _transport(recipe: Recipe, learner: Learner, *, one_machine: bool) -> str:
     setting, rollout = recipe.resharding.transport, recipe.rollout
     if setting == "shared" and not one_machine:
-        raise RequestError("resharding.transport=shared needs learner and engines on one machine; use group or auto")
-    beside = rollout.placement == "colocated" and not rollout.servers
-    chosen = setting if setting != "auto" else "shared" if one_machine and beside else "group"
-    if chosen == "group" and beside and learner.device.type == "cuda":
         raise RequestError(
-            "rollout.placement=colocated with messages (resharding.transport=group, or several machines) would put two "
-            "ranks of one NCCL communicator on a GPU, which NCCL refuses; use rollout.placement=disaggregated"
+            "resharding.transport=shared needs learner and engines on one machine, and this run has several; use relay "
+            "or auto"
         )
-    return chosen
+    beside = rollout.placement == "colocated" and not rollout.servers
+    if setting == "group" and beside and learner.device.type == "cuda":
+        raise RequestError(
+            "resharding.transport=group with rollout.placement=colocated would put two ranks of one NCCL communicator "
+            "on a GPU, which NCCL refuses; use resharding.transport=auto"
+        )
+    if setting != "auto":
+        return setting
+    if not beside:
+        return "group"
+    return "shared" if one_machine else "relay"

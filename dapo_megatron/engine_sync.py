@@ -1,6 +1,6 @@
 """Learner weights into vLLM engines: all learner ranks and all workers carry out one plan, each its own part.
 
-    meet      once an epoch (and again after an engine was restarted): store, plan, link or shared memory
+    meet      once an epoch (and again after an engine was restarted): store, plan, link, shared memory or both
     push      pause → move → every worker's word that it has all → checksums → new version, empty caches → resume
 
 An engine that fails is restarted, and the push begins anew. Until a push has succeeded the engines stay paused, so no
@@ -24,6 +24,7 @@ from dapo_megatron.errors import RunError
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.resharding.bridge import Bridge
 from dapo_megatron.resharding.checksum import checksum
+from dapo_megatron.resharding.relay import Relay
 from dapo_megatron.resharding.shared_memory import Export, export_tensors
 from dapo_megatron.resharding.transport import Transport, local_view
 from dapo_megatron.rollout.fleet import STEER_S, EnginesLost
@@ -65,6 +66,7 @@ class EngineSync:
         self._epochs = self._updates = 0
         self._export: Export | None = None
         self._transport: Transport | None = None
+        self._relay: Relay | None = None
         self._store = self._open_store()
 
     def push(self, version: int) -> Transfer | None:
@@ -125,9 +127,10 @@ class EngineSync:
 
     def close(self) -> None:
         """Let go of links and shared memory."""
-        if self._transport is not None:
-            self._transport.close()
-        self._transport = self._export = self._store = None
+        for mover in (self._transport, self._relay):
+            if mover is not None:
+                mover.close()
+        self._transport = self._relay = self._export = self._store = None
 
     def _restart(self, failed: _Failure) -> None:
         self._verified = False  # the new engines have proven nothing yet
@@ -154,7 +157,7 @@ class EngineSync:
 
     def _still_exported(self) -> bool:
         """Whether the memory shown to the workers is still that of the weights, on all ranks."""
-        if self.bridge.transport != "shared":
+        if self.bridge.transport == "group":
             return True
         return all(everyone(self._export.still_valid(self.learner.weights), self.world))
 
@@ -164,15 +167,17 @@ class EngineSync:
         self._epoch = f"epoch{self._epochs}"
         bridge, pending = self.bridge, None
         problem = None
-        if bridge.transport == "shared":
+        shown = [] if bridge.transport == "group" else [self._show_weights]
+        if bridge.transport == "relay":
+            shown.append(self._open_relay)
+        for show in shown:
             try:
-                self._export = export_tensors(self.learner.weights)
-                self._store.set(f"{self._epoch}/export/{self.rank}", json.dumps(self._export.describe()))
+                show()
             except (RunError, RuntimeError, OSError) as error:
                 problem = str(error)
-        problems = [text for text in everyone(problem, self.world) if text is not None]
-        if problems:
-            return _Failure([], problems)
+            problems = [text for text in everyone(problem, self.world) if text is not None]
+            if problems:
+                return _Failure([], problems)
         if self.rank == 0:
             host, port = self._address
             bodies = [
@@ -197,7 +202,24 @@ class EngineSync:
                 )
             except RunError as error:
                 problem = str(error)
-        return self._outcome("joined", pending, problem)[1]
+        failed = self._outcome("joined", pending, problem)[1]
+        if failed is None and self._relay is not None:
+            self._relay.joined()
+        return failed
+
+    def _show_weights(self) -> None:
+        """Let the workers of this machine look into this rank's weights."""
+        self._export = export_tensors(self.learner.weights)
+        self._store.set(f"{self._epoch}/export/{self.rank}", json.dumps(self._export.describe()))
+
+    def _open_relay(self) -> None:
+        """Join the other learner ranks, and let workers of this machine look into what comes from them."""
+        if self._relay is not None:
+            self._relay.close()
+            self._relay = None
+        device, prefix = self.learner.device, f"{self._epoch}/ranks"
+        self._relay = self.bridge.open_relay(self._store, self.rank, device=device, prefix=prefix)
+        self._store.set(f"{self._epoch}/relay/{self.rank}", json.dumps(self._relay.describe()))
 
     # one update
 
@@ -213,11 +235,13 @@ class EngineSync:
         pending, problem = None, None
         if self.rank == 0:
             pending = self.engines.fleet.start(self._update_all({"update_info": {"uid": uid, "verify": verify}}))
-        if self._transport is not None:
-            try:
+        try:
+            if self._transport is not None:
                 self._transport.run(self.learner.weights, {})
-            except RunError as error:
-                problem = str(error)
+            if self._relay is not None:
+                self._relay.run(self.learner.weights)
+        except RunError as error:
+            problem = str(error)
         answers, failed = self._outcome(f"done/{uid}", pending, problem)
         if failed is None and verify:
             self._compare(answers)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dapo_megatron.config import Architecture, Layout, Recipe, check_recipe, derive_layout
-from dapo_megatron.config.derive import derive_engines
+from dapo_megatron.config.derive import derive_engines, engine_owner
 from dapo_megatron.errors import RequestError
 from dapo_megatron.methods import check_methods
 from dapo_megatron.planning.plan import RunPlan, plan_run
@@ -24,9 +24,11 @@ from dapo_megatron.resharding.hf_layout import whole_layout
 from dapo_megatron.resharding.layout import WeightLayout
 from dapo_megatron.resharding.megatron_layout import megatron_layout
 from dapo_megatron.resharding.messages import messages_of
-from dapo_megatron.resharding.minimum import minimum_elements
+from dapo_megatron.resharding.minimum import minimum_crossing, minimum_elements
 from dapo_megatron.resharding.plan import make_plan
-from dapo_megatron.resharding.summary import PlanSummary, Spread, summarise
+from dapo_megatron.resharding.relay_schedule import relay_rounds
+from dapo_megatron.resharding.summary import CrossingSummary, PlanSummary, Spread, summarise, summarise_crossing
+from dapo_megatron.resharding.topology import Topology, topology_of
 from dapo_megatron.resharding.vllm_layout import vllm_layout
 
 __all__ = ["as_json", "judge", "plan_resharding", "print_plan", "print_run", "verdict_as_json"]
@@ -69,8 +71,15 @@ def judge(recipe: Recipe, *, prompt: float | None = None, response: float | None
         derive_layout(recipe, architecture)
     except RequestError as error:
         return Verdict(None, tuple(str(error).splitlines()), nearest_fit(recipe, architecture))
-    busiest = plan_resharding(recipe).summary.busiest_link_bytes
-    found = plan_run(recipe, architecture, busiest_link_bytes=busiest, prompt=prompt, response=response)
+    moved = plan_resharding(recipe)
+    found = plan_run(
+        recipe,
+        architecture,
+        busiest_link_bytes=moved.summary.busiest_link_bytes if moved.crossing is None else moved.summary.received.most,
+        crossing_bytes=None if moved.crossing is None else moved.crossing.busiest_rank_bytes,
+        prompt=prompt,
+        response=response,
+    )
     problems = found.memory.problems
     return Verdict(found, problems, nearest_fit(recipe, architecture) if problems else None)
 
@@ -92,13 +101,15 @@ def overrides_of(settings: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class ReshardingPlan:
-    """The numbers of one recipe; `plan_seconds`: both layouts, the plan and its messages, on one core."""
+    """The numbers of one recipe; `plan_seconds`: both layouts, the plan and its messages, on one core. `crossing`: None
+    but for engines beside the learner on several machines."""
 
     architecture: Architecture
     layout: Layout
     target: str
     dtype: str
     summary: PlanSummary
+    crossing: CrossingSummary | None
     plan_seconds: float
 
 
@@ -106,7 +117,7 @@ def plan_resharding(recipe: Recipe) -> ReshardingPlan:
     """Plan the weight transfer of a recipe.
 
     Raises:
-        RequestError: the model folder, or sizes that do not divide.
+        RequestError: the model folder, sizes that do not divide, engines that would leave their node.
         RunError: the layouts do not fit each other.
     """
     architecture = planned_architecture(recipe, folder_needed=False)
@@ -116,8 +127,14 @@ def plan_resharding(recipe: Recipe) -> ReshardingPlan:
     layer_spec = "transformer_engine" if recipe.model.layer_spec == "transformer_engine" else "local"
     source = megatron_layout(architecture, layout, layer_spec=layer_spec)
     target, told = _target(recipe, architecture, layout)
-    plan = make_plan(source, target)
-    messages = messages_of(plan, itemsize=itemsize, bucket_bytes=recipe.resharding.bucket_mib << 20)
+    topology = _topology(recipe, layout)
+    plan = make_plan(source, target, topology)
+    bucket = recipe.resharding.bucket_mib << 20
+    messages = messages_of(plan, itemsize=itemsize, bucket_bytes=bucket)
+    rounds, several = (), topology is not None and len(set(topology.machines)) > 1
+    if several:
+        window = recipe.resharding.window
+        rounds = relay_rounds(plan, topology, itemsize=itemsize, bucket_bytes=bucket, most_operations=window)
     seconds = time.perf_counter() - started
     summary = summarise(
         plan,
@@ -127,16 +144,23 @@ def plan_resharding(recipe: Recipe) -> ReshardingPlan:
         minimum_elements=sum(minimum_elements(source, target).values()),
         itemsize=itemsize,
     )
-    return ReshardingPlan(architecture, layout, told, recipe.model.dtype, summary, seconds)
+    crossing = None
+    if several:
+        least = sum(minimum_crossing(source, target, topology).values())
+        crossing = summarise_crossing(plan, rounds, topology, minimum_elements=least, itemsize=itemsize)
+    return ReshardingPlan(architecture, layout, told, recipe.model.dtype, summary, crossing, seconds)
 
 
 def as_json(found: ReshardingPlan, link_gbps: tuple[float, ...]) -> dict[str, Any]:
-    """One object of plain values; seconds by link speed under `seconds_at_gbps`."""
+    """One object of plain values; seconds by link speed under `seconds_at_gbps`, between machines where there are
+    several with engines beside the learner."""
+    timed = found.crossing or found.summary
     return {
         **asdict(found.summary),
+        "crossing": None if found.crossing is None else asdict(found.crossing),
         "ratio": found.summary.ratio,
         "plan_seconds": found.plan_seconds,
-        "seconds_at_gbps": {f"{speed:g}": found.summary.seconds_at(speed) for speed in link_gbps},
+        "seconds_at_gbps": {f"{speed:g}": timed.seconds_at(speed) for speed in link_gbps},
         "learner_ranks": found.layout.world,
         "target": found.target,
         "dtype": found.dtype,
@@ -145,7 +169,7 @@ def as_json(found: ReshardingPlan, link_gbps: tuple[float, ...]) -> dict[str, An
 
 def print_plan(found: ReshardingPlan, link_gbps: tuple[float, ...]) -> None:
     """The table for people, on standard output."""
-    summary, layout = found.summary, found.layout
+    summary, layout, timed = found.summary, found.layout, found.crossing or found.summary
     table = Table(title="resharding plan", title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column()
@@ -156,13 +180,9 @@ def print_plan(found: ReshardingPlan, link_gbps: tuple[float, ...]) -> None:
         ("between processes", f"{_size(summary.bytes_total)} ({found.dtype})"),
         ("minimum", f"{_size(summary.bytes_minimum)}, ratio {summary.ratio:.4f}"),
         ("inside processes", _size(summary.bytes_copied)),
-        ("sent, a source rank", _spread(summary.sent)),
-        ("received, a destination rank", _spread(summary.received)),
-        ("messages", f"{summary.messages}, {summary.direct_messages} of them from storage to storage"),
-        ("packed (strided)", _size(summary.packed_bytes)),
-        ("coalesced (small)", _size(summary.coalesced_bytes)),
+        *(_message_rows(summary) if found.crossing is None else _crossing_rows(found.crossing)),
         *(
-            (f"links of {speed:g} Gbit/s", f"at least {summary.seconds_at(speed):.3g} s, packing not counted")
+            (f"links of {speed:g} Gbit/s", f"at least {timed.seconds_at(speed):.3g} s, packing not counted")
             for speed in link_gbps
         ),
         ("planned in", f"{found.plan_seconds:.2f} s"),
@@ -170,6 +190,41 @@ def print_plan(found: ReshardingPlan, link_gbps: tuple[float, ...]) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def _message_rows(summary: PlanSummary) -> list[tuple[str, str]]:
+    return [
+        ("sent, a source rank", _spread(summary.sent)),
+        ("received, a destination rank", _spread(summary.received)),
+        ("messages", f"{summary.messages}, {summary.direct_messages} of them from storage to storage"),
+        ("packed (strided)", _size(summary.packed_bytes)),
+        ("coalesced (small)", _size(summary.coalesced_bytes)),
+    ]
+
+
+def _crossing_rows(crossing: CrossingSummary) -> list[tuple[str, str]]:
+    return [
+        ("machines", str(crossing.machines)),
+        ("between machines", _size(crossing.bytes_crossing)),
+        ("minimum of that", _size(crossing.bytes_minimum)),
+        ("sent to machines, a rank", _spread(crossing.sent)),
+        ("received, a rank", _spread(crossing.received)),
+        ("parcels", f"{crossing.parcels} in {crossing.rounds} rounds"),
+        ("copied on a worker's device", _size(crossing.bytes_on_devices)),
+        ("from devices beside it", _size(crossing.bytes_beside)),
+    ]
+
+
+def _topology(recipe: Recipe, layout: Layout) -> Topology | None:
+    """Where ranks and workers will stand: neighbours fill a node; None unless workers share the learner's GPUs."""
+    rollout = recipe.rollout
+    beside = rollout.engine == "vllm" and rollout.placement == "colocated" and not rollout.servers
+    if not beside or recipe.learner.device == "cpu" or recipe.resharding.transport == "group":
+        return None
+    count, world = derive_engines(recipe, layout, cpu=False), layout.world
+    owners = [engine_owner(e, engines=count, tensor=rollout.tensor, world=world) for e in range(count)]
+    nodes = [rank // recipe.hardware.gpus_per_node for rank in range(world)]
+    return topology_of(nodes, owners, tensor=rollout.tensor, devices=True)
 
 
 def _target(recipe: Recipe, a: Architecture, layout: Layout) -> tuple[WeightLayout, str]:

@@ -28,7 +28,7 @@ def planned(*arguments: object) -> dict:
 
 
 def test_the_papers_model_needs_its_config_alone(paper):
-    found = planned(paper, "--link-gbps", 100, "--link-gbps", 400)
+    found = planned(paper, "resharding.transport=group", "--link-gbps", 100, "--link-gbps", 400)
     assert found["bytes_total"] == found["bytes_minimum"] == 1048591990784 and found["ratio"] == 1
     assert len(found["bytes_per_destination_rank"]) == 128
     assert sum(found["bytes_per_destination_rank"]) == found["bytes_total"]
@@ -38,6 +38,26 @@ def test_the_papers_model_needs_its_config_alone(paper):
     seconds = found["seconds_at_gbps"]
     assert set(seconds) == {"100", "400"} and seconds["100"] == pytest.approx(4 * seconds["400"])
     assert seconds["400"] == pytest.approx(max(found["sent"]["most"], found["received"]["most"]) * 8 / 400e9)
+    assert found["crossing"] is None
+
+
+def test_engines_on_the_learners_nodes_get_what_a_node_lacks_once(paper):
+    """A node holds one of four stages of the learner and two engines of 4."""
+    found = planned(paper, "rollout.tensor=4", "--link-gbps", 400)
+    crossing = found["crossing"]
+    assert crossing["machines"] == 16 and crossing["bytes_crossing"] == crossing["bytes_minimum"]
+    parameters = 2 * 152064 * 5120 + 64 * ((5120 + 2 * 1024) * 5121 + 5120 * 5120 + 3 * 27648 * 5120 + 2 * 5120) + 5120
+    assert crossing["bytes_minimum"] == 16 // 4 * 3 * 2 * parameters
+    assert crossing["bytes_on_devices"] + crossing["bytes_beside"] == found["bytes_total"] == found["bytes_minimum"]
+    assert crossing["received"]["most"] < 1.02 * crossing["received"]["mean"]
+    slot = (256 << 20) // 3
+    assert crossing["busiest_rank_bytes"] / slot <= crossing["rounds"] < 1.2 * crossing["busiest_rank_bytes"] / slot + 4
+    assert found["seconds_at_gbps"]["400"] == pytest.approx(crossing["busiest_rank_bytes"] * 8 / 400e9)
+
+
+def test_an_engine_that_would_leave_its_node_is_refused(paper):
+    done = run_command("plan", paper, "hardware.gpus_per_node=4")
+    assert done.returncode == 2 and "use rollout.tensor=4" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_engines_and_their_size_come_from_the_recipe(paper):

@@ -91,13 +91,21 @@ def _vllm(recipe: Recipe) -> Iterator[str]:
             f"rollout.engines={rollout.engines} differs from the {len(rollout.servers)} rollout.servers; "
             f"use {len(rollout.servers)} or null"
         )
-    if rollout.servers and transport == "shared":
+    if rollout.servers and transport in ("shared", "relay"):
         yield (
-            "resharding.transport=shared needs engines that the run starts on its own machine, and rollout.servers "
-            "names others; use group or auto"
+            f"resharding.transport={transport} needs engines that the run starts on its own machines, and "
+            "rollout.servers names others; use group or auto"
         )
-    if rollout.placement == "disaggregated" and transport == "shared":
-        yield "resharding.transport=shared needs rollout.placement=colocated; use transport=group or auto"
+    if rollout.placement == "disaggregated" and transport in ("shared", "relay"):
+        yield f"resharding.transport={transport} needs rollout.placement=colocated; use transport=group or auto"
+    node = recipe.hardware.gpus_per_node
+    beside = rollout.placement == "colocated" and not rollout.servers
+    if recipe.learner.device != "cpu" and beside and rollout.tensor > node:
+        most = max(n for n in range(1, node + 1) if rollout.tensor % n == 0)
+        yield (
+            f"rollout.tensor={rollout.tensor} exceeds hardware.gpus_per_node={node}, and an engine beside the learner "
+            f"must not leave its node; use rollout.tensor={most}"
+        )
 
 
 def _sampling(recipe: Recipe) -> Iterator[str]:

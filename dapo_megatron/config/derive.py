@@ -143,6 +143,15 @@ def derive_engines(recipe: Recipe, layout: Layout, *, cpu: bool) -> int:
     return layout.world // rollout.tensor
 
 
+def engine_owner(engine: int, *, engines: int, tensor: int, world: int) -> int:
+    """The rank that starts engine `engine`: owners are spread over the world, engine 0 is rank 0's.
+
+    Where the world has a device for each worker, engines begin at multiples of `tensor`, so that none leaves its node.
+    """
+    rank = engine * world // engines
+    return rank // tensor * tensor if engines * tensor <= world else rank
+
+
 def vllm_tensor_problems(tensor: int, architecture: Architecture) -> list[str]:
     """What keeps vLLM from building `architecture` with rollout.tensor = `tensor`, one problem a line; empty if none.
 

@@ -16,15 +16,16 @@ class Resharding(Section):
     max_logprob_gap: float | None = Field(0.5, gt=0)
     """Mean |log pi_learner - log pi_rollout| over sampled tokens that stops the run (nats); null = only logged."""
 
-    transport: Literal["auto", "shared", "group"] = "auto"
-    """How weights reach vllm engines: shared = engines on the learner's machine copy out of its memory; group =
-    messages; auto = shared where all is on one machine, else group."""
+    transport: Literal["auto", "shared", "relay", "group"] = "auto"
+    """How weights reach vllm engines: shared = engines on the learner's machine copy out of its memory; relay = so on
+    each of several machines, and what comes from elsewhere crosses once a machine; group = messages to every engine;
+    auto = shared or relay where engines stand beside the learner, else group."""
 
     verify: Literal["first", "always", "never"] = "first"
     """After which syncs the checksums of all slices are compared on both sides (vllm engines)."""
 
     window: int = Field(256, ge=1)
-    """Send and receive operations in flight on a rank."""
+    """Most send and receive operations in flight on a rank."""
 
     time_limit_s: float = Field(120.0, gt=0)
     """Longest time for one transfer of all weights (seconds)."""

@@ -37,13 +37,14 @@ def plan_run(
     a: Architecture,
     *,
     busiest_link_bytes: float | None = None,
+    crossing_bytes: float | None = None,
     prompt: float | None = None,
     response: float | None = None,
 ) -> RunPlan:
     """Plan a run.
 
     Args:
-        busiest_link_bytes: of the weight transfer; None leaves it out of the step.
+        busiest_link_bytes, crossing_bytes: of the weight transfer, as in `step_time`.
         prompt, response: mean lengths (tokens); None as in `workload_of`.
 
     Raises:
@@ -54,14 +55,15 @@ def plan_run(
     engines = derive_engines(recipe, layout, cpu=cpu) if vllm else layout.world
     work = workload_of(recipe, layout, prompt=prompt, response=response)
     apart = vllm and recipe.rollout.placement == "disaggregated"
-    time = step_time(recipe, a, layout, work, engines=engines, busiest_link_bytes=busiest_link_bytes)
+    links = {"busiest_link_bytes": busiest_link_bytes, "crossing_bytes": crossing_bytes}
+    time = step_time(recipe, a, layout, work, engines=engines, **links)
     devices = layout.world + (engines * recipe.rollout.tensor if apart else 0)
     memory = plan_memory(recipe, a, layout)
-    notes = tuple(_notes(recipe, layout, work, prompt, response))
+    notes = tuple(_notes(recipe, work, prompt, response))
     return RunPlan(recipe, a, layout, work, memory, time, devices, notes)
 
 
-def _notes(recipe: Recipe, layout: Layout, work: Workload, prompt: float | None, response: float | None) -> list[str]:
+def _notes(recipe: Recipe, work: Workload, prompt: float | None, response: float | None) -> list[str]:
     found = []
     if prompt is None or response is None:
         found.append(
@@ -70,13 +72,6 @@ def _notes(recipe: Recipe, layout: Layout, work: Workload, prompt: float | None,
         )
     if work.drawn > work.trained:
         found.append(f"assumed: half of all groups are mixed, so {work.drawn:.0f} responses are drawn a step")
-    gpu = recipe.learner.device != "cpu"
-    if gpu:
+    if recipe.learner.device != "cpu":
         found.append("rates are shares of data-sheet peaks that no run of this code on GPUs has measured yet")
-    beside = recipe.rollout.engine == "vllm" and recipe.rollout.placement == "colocated"
-    if gpu and beside and layout.world > recipe.hardware.gpus_per_node and not recipe.rollout.servers:
-        found.append(
-            "rollout.placement=colocated over several machines is planned and not built yet: until then use "
-            "disaggregated engines started by `dapo-megatron serve`, on machines of their own"
-        )
     return found

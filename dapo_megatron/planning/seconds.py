@@ -62,12 +62,15 @@ def step_time(
     *,
     engines: int,
     busiest_link_bytes: float | None,
+    crossing_bytes: float | None = None,
     card: Card | None = None,
 ) -> StepTime:
     """Seconds of a step by phase: rollout, score, (reference, critic,) update, reshard.
 
     `busiest_link_bytes`: the most that one rank sends or receives in a weight transfer (resharding/summary.py); None
-    leaves that phase out. `card`: what the ranks run on; None takes the recipe's.
+    leaves that phase out. `crossing_bytes`: the most that one rank sends or receives between machines, where engines
+    stand beside the learner on several: the other bytes then stay inside machines, and both go on at once. `card`: what
+    the ranks run on; None takes the recipe's.
     """
     card = card_of(recipe) if card is None else card
     phases: dict[str, Phase] = {}
@@ -90,9 +93,13 @@ def step_time(
         names = (*learnt.parts, *values.parts)
         phases["critic"] = Phase({n: learnt.parts.get(n, 0.0) + values.parts.get(n, 0.0) for n in names})
     if busiest_link_bytes is not None:
-        one_node = layout.world <= recipe.hardware.gpus_per_node
+        one_node = layout.world <= recipe.hardware.gpus_per_node or crossing_bytes is not None
         link = (card.inside if one_node else card.outside) * LINKS
-        phases["reshard"] = Phase({"moving weights over the busiest link": busiest_link_bytes / link})
+        parts = {"moving weights over the busiest link": busiest_link_bytes / link}
+        if crossing_bytes is not None:
+            parts["moving weights between machines"] = crossing_bytes / (card.outside * LINKS)
+        longest = max(parts, key=parts.__getitem__)
+        phases["reshard"] = Phase({longest: parts[longest]})
     fill = (layout.pipeline - 1) / layout.virtual_pipeline
     return StepTime(phases, fill / (mini.count + fill), engines, concurrency)
 

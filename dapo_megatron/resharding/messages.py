@@ -3,12 +3,15 @@
 A run that is one piece of memory at both ends goes from storage to storage. Everything else passes through a bucket.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from dapo_megatron.resharding.plan import Move, Plan
 
 MOST_DIRECT_BYTES = 1 << 30  # transports count bytes in 32 bits
+COALESCE_BELOW = 1 << 16  # bytes: smaller runs share messages
+Sent = TypeVar("Sent")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,9 @@ class Message:
     direct: bool
 
 
-def messages_of(plan: Plan, *, itemsize: int, bucket_bytes: int, coalesce_below: int = 1 << 16) -> tuple[Message, ...]:
+def messages_of(
+    plan: Plan, *, itemsize: int, bucket_bytes: int, coalesce_below: int = COALESCE_BELOW
+) -> tuple[Message, ...]:
     """The plan's moves between different processes as messages, in one order that all ranks share.
 
     Contiguous runs of at least `coalesce_below` bytes are direct, cut at 1 GiB. Other runs are cut at half a bucket,
@@ -59,7 +64,7 @@ def messages_of(plan: Plan, *, itemsize: int, bucket_bytes: int, coalesce_below:
             small_load[pair] = load + elements
     for pair, waiting in small.items():
         pairs[pair].append(Message(*pair, tuple(waiting), small_load[pair], False))
-    return tuple(_in_rounds(pairs))
+    return tuple(in_rounds(pairs))
 
 
 def windows_of(
@@ -123,7 +128,8 @@ def _boxes(shape: tuple[int, ...], most_elements: int) -> Iterator[tuple[tuple[i
             yield (row, *start), (1, *part)
 
 
-def _in_rounds(pairs: dict[tuple[int, int], list[Message]]) -> Iterator[Message]:
+def in_rounds(pairs: Mapping[tuple[int, int], Sequence[Sent]]) -> Iterator[Sent]:
+    """What each (giver, taker) has, in the order that `messages_of` tells."""
     givers = {rank: i for i, rank in enumerate(sorted({giver for giver, _ in pairs}))}
     takers = {rank: i for i, rank in enumerate(sorted({taker for _, taker in pairs}))}
     shifts = max(len(givers), len(takers), 1)

@@ -7,6 +7,7 @@ placement, so it counts nowhere.
 from collections.abc import Iterable, Sequence
 
 from dapo_megatron.resharding.layout import Box, Placement, WeightLayout, intersect, volume
+from dapo_megatron.resharding.topology import Topology
 
 
 def minimum_elements(source: WeightLayout, target: WeightLayout) -> dict[int, int]:
@@ -20,6 +21,23 @@ def minimum_elements(source: WeightLayout, target: WeightLayout) -> dict[int, in
             known[key] = _missing(wanted, held)
         found[rank] = known[key]
     return found
+
+
+def minimum_crossing(source: WeightLayout, target: WeightLayout, topology: Topology) -> dict[int, int]:
+    """Machine → elements that its workers want, each once, and that none of its learner ranks holds."""
+    wanted, held = ({machine: {} for machine in sorted(set(topology.machines))} for _ in range(2))
+    for layout, found in ((target, wanted), (source, held)):
+        for rank, placements in layout.placements.items():
+            found[topology.machine(rank)].setdefault(id(placements), placements)
+    known: dict[tuple[frozenset[int], frozenset[int]], int] = {}  # machines alike share the count
+    counts = {}
+    for machine, lists in wanted.items():
+        key = frozenset(lists), frozenset(held[machine])
+        if key not in known:
+            distinct = {(p.name, p.box): p for placements in lists.values() for p in placements}
+            known[key] = _missing(tuple(distinct.values()), [p for some in held[machine].values() for p in some])
+        counts[machine] = known[key]
+    return counts
 
 
 def _missing(wanted: Sequence[Placement], held: Sequence[Placement]) -> int:

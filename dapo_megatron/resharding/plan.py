@@ -13,6 +13,7 @@ from itertools import combinations
 
 from dapo_megatron.errors import RunError
 from dapo_megatron.resharding.layout import Box, Placement, WeightLayout, intersect, volume
+from dapo_megatron.resharding.topology import Topology
 
 SHARED_CHOICE = 1 << 18  # elements of small runs for one target that share a sender, so that they can share messages
 
@@ -70,35 +71,38 @@ class _Run:
     elements: int = 0
 
 
-def make_plan(source: WeightLayout, target: WeightLayout) -> Plan:
+def make_plan(source: WeightLayout, target: WeightLayout, topology: Topology | None = None) -> Plan:
     """Intersect two layouts over the same ranks of one world (rank i of both is one process).
 
     A run that lies in the destination's own process is taken from there; other runs come from the replica that has sent
-    least so far.
+    least so far. With `topology` replicas on the destination's device come first, then those on its machine, and what
+    no learner rank of a machine holds comes for all its workers from one and the same rank.
 
     Raises:
         RunError: a tensor of one side unknown to the other, shapes that differ, a destination element with no source or
             two, two slices that want the same place of a local tensor.
     """
     _check_same_tensors(source, target)
-    return _plan(_groups(source), _groups(target))
+    return _plan(_groups(source), _groups(target), topology)
 
 
-def cached_plan(source: WeightLayout, target: WeightLayout) -> Plan:
+def cached_plan(source: WeightLayout, target: WeightLayout, topology: Topology | None = None) -> Plan:
     """`make_plan`, remembered for the last few pairs of layouts.
 
-    The key is the whole content of both layouts: shapes, boxes, local keys, offsets and rank numbers.
+    The key is the whole content of both layouts: shapes, boxes, local keys, offsets and rank numbers; and the topology.
 
     Raises:
         RunError: as `make_plan`; a plan that fails is not remembered.
     """
-    return _remembered(_shapes(source), _groups(source), _shapes(target), _groups(target))
+    return _remembered(_shapes(source), _groups(source), _shapes(target), _groups(target), topology)
 
 
 @lru_cache(maxsize=8)
-def _remembered(source_shapes: Shapes, source: Groups, target_shapes: Shapes, target: Groups) -> Plan:
+def _remembered(
+    source_shapes: Shapes, source: Groups, target_shapes: Shapes, target: Groups, topology: Topology | None
+) -> Plan:
     _check_same_tensors(WeightLayout(dict(source_shapes), {}), WeightLayout(dict(target_shapes), {}))
-    return _plan(source, target)
+    return _plan(source, target, topology)
 
 
 def _shapes(layout: WeightLayout) -> Shapes:
@@ -117,7 +121,7 @@ def _groups(layout: WeightLayout) -> Groups:
     return tuple((placements, tuple(sorted(ranks))) for placements, ranks in found.items())
 
 
-def _plan(source: Groups, target: Groups) -> Plan:
+def _plan(source: Groups, target: Groups, topology: Topology | None) -> Plan:
     boxes = _boxes_by_name(source)
     extents = [local_extents(placements) for placements, _ in source]
     runs_of: dict[int, list[_Run]] = {}
@@ -128,7 +132,7 @@ def _plan(source: Groups, target: Groups) -> Plan:
         for run in runs:
             _complete(run, extents, into)
         runs_of.update(dict.fromkeys(ranks, runs))
-    return Plan(tuple(_choose_senders(runs_of, [ranks for _, ranks in source])))
+    return Plan(tuple(_choose_senders(runs_of, [ranks for _, ranks in source], topology)))
 
 
 def _check_same_tensors(source: WeightLayout, target: WeightLayout) -> None:
@@ -273,37 +277,78 @@ def is_contiguous(shape: tuple[int, ...], extents: tuple[int, ...]) -> bool:
     return shape[leading + 1 :] == extents[leading + 1 :]
 
 
-def _choose_senders(runs_of: dict[int, list[_Run]], source_ranks: list[tuple[int, ...]]) -> Iterator[Move]:
+# who may give a run to a place: (rank, group of sources), and whether all of them stand on other machines
+Givers = tuple[list[tuple[int, int]], bool]
+
+
+def _choose_senders(
+    runs_of: dict[int, list[_Run]], source_ranks: list[tuple[int, ...]], topology: Topology | None
+) -> Iterator[Move]:
     """Balanced by elements: runs that many ranks hold (norms) come last and even out what the others leave.
 
-    Small runs for one target that have the same holders are chosen for together.
+    Small runs for one target that have the same holders are chosen for together. What crosses machines is balanced
+    apart from what does not, and counts once a machine.
     """
-    sent: dict[int, int] = defaultdict(int)
+    sent: dict[tuple[int, bool], int] = defaultdict(int)  # by rank and whether to another machine
+    crossing: dict[tuple[object, ...], tuple[int, int]] = {}  # machine and run → giver, its group
     group_with = {rank: group for group, ranks in enumerate(source_ranks) for rank in ranks}
-    givers = {
-        run.holders: [(rank, group) for group in run.holders for rank in source_ranks[group]]
-        for runs in {id(runs): runs for runs in runs_of.values()}.values()
-        for run in runs
-    }
-    for choice in sorted(set(map(len, givers.values()))):
+    givers = _givers(runs_of, source_ranks, topology)
+    for choice in sorted({len(found) for found, _ in givers.values()}):
         for rank in sorted(runs_of):
             own = group_with.get(rank)
+            home = _home(rank, topology)
             shared: dict[tuple[int, ...], tuple[int, int, int]] = {}  # holders → giver, its group, elements so far
             for run in runs_of[rank]:
                 holders, elements = run.holders, run.elements
-                if len(givers[holders]) != choice:
+                choices, far = givers[holders, home]
+                if len(choices) != choice:
                     continue
                 if own is not None and own in run.sources:
                     yield _move(run, rank, own, rank)
                     continue
+                crosses = (topology.machine(rank), holders, run.shape, run.sources[holders[0]][:2]) if far else ()
+                if crosses in crossing:
+                    yield _move(run, *crossing[crosses], rank)
+                    continue
                 giver, group, load = shared.get(holders, (-1, -1, SHARED_CHOICE))
                 if load + elements > SHARED_CHOICE:
-                    _, giver, group = min((sent[r], r, g) for r, g in givers[holders])
+                    _, giver, group = min((sent[r, far], r, g) for r, g in choices)
                     load = 0
                 if elements <= SHARED_CHOICE:
                     shared[holders] = (giver, group, load + elements)
-                sent[giver] += elements
+                if far:
+                    crossing[crosses] = (giver, group)
+                sent[giver, far] += elements
                 yield _move(run, giver, group, rank)
+
+
+def _givers(
+    runs_of: dict[int, list[_Run]], source_ranks: list[tuple[int, ...]], topology: Topology | None
+) -> dict[tuple[tuple[int, ...], int | None], Givers]:
+    """By the holders of a run and the home of who wants it."""
+    homes: dict[int, set[int | None]] = defaultdict(set)  # of the ranks that want a list of runs
+    for rank, runs in runs_of.items():
+        homes[id(runs)].add(_home(rank, topology))
+    found: dict[tuple[tuple[int, ...], int | None], Givers] = {}
+    for runs in {id(runs): runs for runs in runs_of.values()}.values():
+        for holders in {run.holders for run in runs}:
+            everybody = [(rank, group) for group in holders for rank in source_ranks[group]]
+            for home in homes[id(runs)]:
+                if (holders, home) not in found:
+                    found[holders, home] = _nearest(everybody, home, topology)
+    return found
+
+
+def _nearest(everybody: list[tuple[int, int]], home: int | None, topology: Topology | None) -> Givers:
+    if topology is None:
+        return everybody, False
+    beside = [giver for giver in everybody if giver[0] == home]
+    near = beside or [giver for giver in everybody if topology.machine(giver[0]) == topology.machines[home]]
+    return near or everybody, not near
+
+
+def _home(rank: int, topology: Topology | None) -> int | None:
+    return None if topology is None else topology.home(rank)
 
 
 def _move(run: _Run, giver: int, group: int, rank: int) -> Move:

@@ -115,7 +115,7 @@ class Puller:
         for move in plan.moves:
             if move.target_rank != rank:
                 continue
-            into, out_of = _ends(move, sources.get(move.source_rank, {}), target, dtype)
+            into, out_of = pair_of(move, sources.get(move.source_rank, {}), target, dtype)
             self._into.append(into)
             self._out_of.append(out_of)
             if move.source_rank == rank:
@@ -143,13 +143,14 @@ class Puller:
         )
 
 
-def _traits(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-
-def _ends(
+def pair_of(
     move: Move, source: Mapping[str, Tensor], target: Mapping[str, Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    """Where a move of weights that lie open goes to and comes from.
+
+    Raises:
+        RunError: a tensor is missing, is not the one of the layout, is not of dtype `dtype`, or would lose range.
+    """
     out_of = checked_view(source, move.source_key, move.source_offset, move, move.source_rank)
     into = checked_view(target, move.target_key, move.target_offset, move, move.target_rank)
     if into.dtype != dtype:
@@ -158,6 +159,10 @@ def _ends(
         )
     check_range_kept(move.name, out_of.dtype, into.dtype)
     return into, out_of
+
+
+def _traits(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _share(key: str, storage: torch.UntypedStorage) -> dict[str, Any]:

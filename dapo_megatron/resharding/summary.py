@@ -1,10 +1,12 @@
-"""What carrying out a plan costs, in numbers: bytes, messages, and the time the links need for them."""
+"""What carrying out a plan costs, in numbers: bytes, messages, what crosses machines, and the seconds of links."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dapo_megatron.resharding.messages import Message
 from dapo_megatron.resharding.plan import Plan
+from dapo_megatron.resharding.relay_schedule import Round
+from dapo_megatron.resharding.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,65 @@ def summarise(
         packed_bytes=packed,
         coalesced_bytes=coalesced,
         busiest_link_bytes=max(*sent.values(), *received.values()),
+    )
+
+
+@dataclass(frozen=True)
+class CrossingSummary:
+    """What a transfer to engines beside the learner carries between machines, and inside them; learner ranks alone
+    send and receive between machines.
+
+    bytes_on_devices: copied on a worker's own device; bytes_beside: out of the memory of other devices of the machine,
+    what came from elsewhere included.
+    """
+
+    machines: int
+    bytes_crossing: int
+    bytes_minimum: int  # that cannot be avoided: once a machine
+    bytes_on_devices: int
+    bytes_beside: int
+    sent: Spread  # a learner rank
+    received: Spread
+    parcels: int
+    rounds: int
+    busiest_rank_bytes: int  # the most that one rank sends, or receives, between machines
+
+    def seconds_at(self, link_gbps: float) -> float:
+        """Lower bound: every rank sends and receives at once, `link_gbps` (10⁹ bit/s) each way."""
+        return self.busiest_rank_bytes * 8 / (link_gbps * 1e9)
+
+
+def summarise_crossing(
+    plan: Plan, rounds: Sequence[Round], topology: Topology, *, minimum_elements: int, itemsize: int
+) -> CrossingSummary:
+    """Count what crosses. `minimum_elements`: of all machines (`minimum.minimum_crossing`)."""
+    sent, received = (dict.fromkeys(range(len(topology.machines)), 0) for _ in range(2))
+    on_devices = beside = 0
+    for move in plan.moves:
+        if move.source_rank == topology.home(move.target_rank):
+            on_devices += move.elements * itemsize
+        elif topology.machine(move.source_rank) == topology.machine(move.target_rank):
+            beside += move.elements * itemsize
+    for parcel in (parcel for parcels in rounds for parcel in parcels):
+        size = parcel.elements * itemsize
+        sent[parcel.giver] += size
+        received[parcel.relay] += size
+        for move in (move for piece in parcel.pieces for move in piece):
+            if topology.home(move.target_rank) == parcel.relay:
+                on_devices += move.elements * itemsize
+            else:
+                beside += move.elements * itemsize
+    return CrossingSummary(
+        machines=len(set(topology.machines)),
+        bytes_crossing=sum(received.values()),
+        bytes_minimum=minimum_elements * itemsize,
+        bytes_on_devices=on_devices,
+        bytes_beside=beside,
+        sent=_spread(sent),
+        received=_spread(received),
+        parcels=sum(map(len, rounds)),
+        rounds=len(rounds),
+        busiest_rank_bytes=max(*sent.values(), *received.values()),
     )
 
 

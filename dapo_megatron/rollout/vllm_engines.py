@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from dapo_megatron.agreement import everyone, from_rank_zero
+from dapo_megatron.config.derive import engine_owner
 from dapo_megatron.errors import RequestError, RunError
 from dapo_megatron.rollout.fleet import EnginesLost, Fleet
 from dapo_megatron.rollout.launcher import EngineProcess, EngineSettings, RunningEngine, wait_until_ready
@@ -23,6 +24,7 @@ class VLLMEngines:
 
     Args:
         count: number of engines. settings_of: engine index → how its owner starts it.
+        tensor: ranks on whose devices an engine stands, its owner first; 1 where it has devices of its own.
         host: the address that an owner binds its engines to.
         servers: addresses of engines that run already; nothing is started or restarted then.
         sleep: engines stand on the learner's GPUs and give way to it between rollouts.
@@ -45,8 +47,9 @@ class VLLMEngines:
         start_limit_s: float,
         time_limit_s: float,
         capacity: int,
+        tensor: int = 1,
     ) -> None:
-        self.rank, self.world, self.count = rank, world, count
+        self.rank, self.world, self.count, self.tensor = rank, world, count, tensor
         self.settings_of, self.host, self.servers, self.logs = settings_of, host, list(servers), logs
         self.restarts = self.restarts_left = restarts
         self.start_limit_s, self.time_limit_s = start_limit_s, time_limit_s
@@ -79,8 +82,8 @@ class VLLMEngines:
             )
 
     def owner(self, engine: int) -> int:
-        """The rank that starts an engine: owners are spread over the world, engine 0 is rank 0's."""
-        return engine * self.world // self.count
+        """The rank that starts an engine."""
+        return engine_owner(engine, engines=self.count, tensor=self.tensor, world=self.world)
 
     def ended(self) -> dict[int, str]:
         """Engines of this rank whose process is gone, and what to say about it."""

@@ -25,6 +25,7 @@ from vllm.distributed.weight_transfer.base import (
 from dapo_megatron.errors import RunError
 from dapo_megatron.resharding.bridge import Bridge
 from dapo_megatron.resharding.checksum import checksum
+from dapo_megatron.resharding.relay_taker import RelayTaker
 from dapo_megatron.resharding.shared_memory import Puller, open_export
 from dapo_megatron.resharding.transport import Transport, local_view
 from dapo_megatron.resharding.vllm_layout import vllm_local_shapes
@@ -57,7 +58,7 @@ class ShardReceiver(WeightTransferEngine[JoinInfo, UpdateInfo]):
     supports_draft_weight_update = False
 
     store: dist.Store | None = None
-    mover: Transport | Puller | None = None
+    mover: Transport | Puller | RelayTaker | None = None
 
     def init_transfer_engine(self, init_info: JoinInfo) -> None:
         """Meet the learner: compare parameters with the layout, make the plan, open link or memory."""
@@ -93,7 +94,7 @@ class ShardReceiver(WeightTransferEngine[JoinInfo, UpdateInfo]):
 
     def shutdown(self) -> None:
         """Let go of the learner; generation goes on."""
-        if isinstance(self.mover, Transport):
+        if isinstance(self.mover, Transport | RelayTaker):
             self.mover.close()
         self.store = self.mover = None
 
@@ -103,14 +104,22 @@ class ShardReceiver(WeightTransferEngine[JoinInfo, UpdateInfo]):
         if bridge.transport == "group":
             self.mover = bridge.open_transport(self.store, self.place, device=self.device, prefix=self.epoch)
             return {}
-        sources = {move.source_rank for move in bridge.plan.moves if move.target_rank == self.place}
-        opened = {}
-        for rank in sorted(sources):
-            key = f"{self.epoch}/export/{rank}"
-            self.store.wait([key], timedelta(seconds=bridge.time_limit_s))
-            opened[rank] = open_export(json.loads(self.store.get(key)))
-        self.mover = Puller(bridge.plan, self.place, opened, self.parameters, dtype=bridge.torch_dtype)
+        opened = {rank: open_export(self._told("export", rank)) for rank in bridge.sources_of(self.place)}
+        if bridge.transport == "shared":
+            self.mover = Puller(bridge.plan, self.place, opened, self.parameters, dtype=bridge.torch_dtype)
+            return {}
+        relays = {rank: self._told("relay", rank) for rank in bridge.relays_of(self.place)}
+        self.mover = RelayTaker(
+            bridge.plan, bridge.rounds, self.place, bridge.topology, opened, relays, self.parameters,
+            dtype=bridge.torch_dtype, time_limit_s=bridge.time_limit_s,
+        )  # fmt: skip
         return {}
+
+    def _told(self, what: str, rank: int) -> dict[str, Any]:
+        """What a learner rank has left in the store for this meeting."""
+        key = f"{self.epoch}/{what}/{rank}"
+        self.store.wait([key], timedelta(seconds=self.bridge.time_limit_s))
+        return json.loads(self.store.get(key))
 
     def _checked_parameters(self) -> dict[str, Tensor]:
         """This worker's parameters by name.
@@ -139,7 +148,7 @@ class ShardReceiver(WeightTransferEngine[JoinInfo, UpdateInfo]):
         if self.mover is None:
             raise RunError("resharding: this worker has not met the learner")
         mover = self.mover
-        transfer = mover.run() if isinstance(mover, Puller) else mover.run({}, self.parameters)
+        transfer = mover.run({}, self.parameters) if isinstance(mover, Transport) else mover.run()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         answer = {"bytes": transfer.bytes_received, "seconds": transfer.seconds}

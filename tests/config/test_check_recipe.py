@@ -147,6 +147,14 @@ def test_what_is_allowed(sections):
             {"rollout": {"engine": "vllm", "placement": "disaggregated"}, "resharding": {"transport": "shared"}},
             ["resharding.transport=shared", "rollout.placement=colocated", "use transport=group or auto"],
         ),
+        (
+            {"rollout": {"engine": "vllm", "placement": "disaggregated"}, "resharding": {"transport": "relay"}},
+            ["resharding.transport=relay", "rollout.placement=colocated", "use transport=group or auto"],
+        ),
+        (
+            {"rollout": {"engine": "vllm", "tensor": 8}, "hardware": {"gpus_per_node": 4}},
+            ["rollout.tensor=8", "hardware.gpus_per_node=4", "use rollout.tensor=4"],
+        ),
         ({"rollout": {"servers": ["http://a:1"]}}, ["rollout.servers", "rollout.engine=vllm", "with hf use []"]),
         ({"rollout": {"placement": "disaggregated"}}, ["rollout.placement=disaggregated", "vllm", "use colocated"]),
         ({"rollout": {"tensor": 4}}, ["rollout.tensor=4", "vllm", "with hf use 1"]),

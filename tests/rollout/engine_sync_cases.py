@@ -1,5 +1,7 @@
 """Run on ranks: a learner at TP 2 × PP 2 that trains, and real vLLM engines that get its weights."""
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from dapo_megatron.errors import RunError
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.resharding.bridge import Bridge
 from dapo_megatron.resharding.minimum import minimum_elements
+from dapo_megatron.resharding.topology import Topology, topology_of
 from dapo_megatron.resharding.vllm_layout import vllm_layout
 from dapo_megatron.rollout.engine import RolloutRequest
 from dapo_megatron.rollout.server_dispatcher import ServerDispatcher
@@ -61,6 +64,12 @@ def trained_weights(payload: dict) -> dict:
         sync.push(3)  # and the next one is good again
         again = dispatcher.generate(greedy_requests(first_ticket=900))
         found["versions"].append(sorted({int(v) for c in again for v in c.policy_versions}))
+        if payload["kill"]:
+            for process in engines.own.values() if dist.get_rank() == engines.owner(1) else ():
+                os.kill(process.pid, signal.SIGKILL)
+            anew = dispatcher.generate(greedy_requests(first_ticket=1900))
+            found["anew"] = [a.tokens.tolist() == b.tokens.tolist() for a, b in zip(again, anew, strict=True)]
+            found["restarts left"] = engines.restarts_left
     finally:
         sync.close()
         engines.close()
@@ -72,17 +81,25 @@ def _rollout_side(learner: Learner, payload: dict) -> tuple[VLLMEngines, EngineS
     folder, scratch = Path(payload["model"]), Path(payload["scratch"])
     engines = VLLMEngines(
         rank=rank, world=world, count=count, settings_of=lambda _: settings_for(folder, tensor), host="127.0.0.1",
-        servers=[], logs=scratch / "engines", stop_tokens=[], restarts=0, start_limit_s=START_LIMIT_S,
-        time_limit_s=240, capacity=32,
-        sleep=False,
+        servers=[], logs=scratch / "engines", stop_tokens=[], restarts=int(payload["kill"]),
+        start_limit_s=START_LIMIT_S, time_limit_s=240, capacity=32, sleep=False,
     )  # fmt: skip
     bridge = Bridge(
         architecture=learner.architecture, layout=learner.layout, layer_spec="local", engines=count, tensor=tensor,
         dtype="float32", transport=payload["transport"], bucket_bytes=1 << 18, window=32, time_limit_s=60,
+        topology=_topology(engines, payload),
     )  # fmt: skip
     recipe = load_recipe(RECIPE, ["resharding.verify=always", "resharding.time_limit_s=60"])
     sync = EngineSync(recipe, learner, engines, bridge)
     return engines, sync, ServerDispatcher(engines, rank=rank, world=world, time_limit_s=240, refill=sync.refill)
+
+
+def _topology(engines: VLLMEngines, payload: dict) -> Topology | None:
+    """For "relay" two machines, a pipeline stage each."""
+    if payload["transport"] != "relay":
+        return None
+    owners = [engines.owner(e) for e in range(engines.count)]
+    return topology_of([0, 0, 1, 1], owners, tensor=payload["tensor"], devices=True)
 
 
 def _random_batch(seed: int):
