@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
-import torch
 from torch.distributed import Work
 
 OWN = ("rollout", "forward_backward", "optimizer", "reshard", "checkpoint", "probe")
@@ -82,21 +81,3 @@ class Phases:
     def _begin(self) -> None:
         self._seconds = dict.fromkeys(OWN, 0.0)
         self._waited_before = self._waited
-
-
-PROBE_SIZE, PROBE_TIMES = {"cpu": 256, "cuda": 2048}, {"cpu": 8, "cuda": 64}
-
-
-def probe(phases: Phases, device: torch.device) -> None:
-    """A piece of work that takes every sound rank of a kind equally long: 0.3 GFLOP on a CPU, 1.1 TFLOP on a GPU."""
-    kind = "cuda" if device.type == "cuda" else "cpu"
-    size, dtype = PROBE_SIZE[kind], torch.bfloat16 if kind == "cuda" else torch.float32
-    matrix = torch.full((size, size), 1.0 / size, dtype=dtype, device=device)
-    result = matrix @ matrix  # what is set up at the first call is no part of it
-    if kind == "cuda":
-        torch.cuda.synchronize(device)
-    with phases.own("probe"):
-        for _ in range(PROBE_TIMES[kind]):
-            result = matrix @ result
-        if kind == "cuda":
-            torch.cuda.synchronize(device)
