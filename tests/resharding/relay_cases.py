@@ -145,12 +145,10 @@ class TroubledLink:
 
 
 class TroubledTurns(Turns):
-    """Turns whose owner does `trouble` instead of hearing of a second round."""
+    """Turns whose owner does `trouble` instead of hearing of a round."""
 
     def hear(self, deadline: float) -> None:
-        self.heard = getattr(self, "heard", 0) + 1
-        if self.heard == 2:
-            self.trouble()
+        self.trouble()
         super().hear(deadline)
 
 
