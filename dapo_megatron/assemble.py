@@ -28,7 +28,9 @@ from dapo_megatron.learner.model import DTYPES, choose_layer_spec
 from dapo_megatron.learner.offload import OptimizerMemory
 from dapo_megatron.learner.parallel_groups import form_groups, form_groups_beside
 from dapo_megatron.learner.reference import ReferenceWeights
+from dapo_megatron.phases import Phases
 from dapo_megatron.prepare import RunPaths, encode_preferences, encode_prompts, planned_critic, run_paths
+from dapo_megatron.profiler import Profiler
 from dapo_megatron.prompt_files import Side
 from dapo_megatron.rewards.grader import Grader
 from dapo_megatron.rollout.dispatcher import Dispatcher
@@ -36,8 +38,12 @@ from dapo_megatron.rollout.groups import GroupSampler
 from dapo_megatron.rollout.preference_pairs import PreferencePairs
 from dapo_megatron.rollout.server_dispatcher import ServerDispatcher
 from dapo_megatron.rollout.vllm_engines import VLLMEngines
+from dapo_megatron.stragglers import Stragglers
+from dapo_megatron.update_guard import UpdateGuard
 from dapo_megatron.watchdog import Watchdog
 from dapo_megatron.weight_sync import WeightSync
+
+GUARDED = ("policy", "critic", "supervised")
 
 
 @dataclass
@@ -48,7 +54,8 @@ class Run:
     `resumed` is the checkpoint that the run goes on from. `data_lines`: what is to be said about the training
     prompts. `step`, `updates`, `critic_updates`, `supervised_done` say where the run stands; `surplus` are mixed groups
     kept for the next step, `acceptance` is the running share of mixed groups, `best` the step of the best validation
-    and its accuracy, `entropy_coefficient` where an adaptive entropy bonus stands, None before its first step."""
+    and its accuracy, `entropy_coefficient` where an adaptive entropy bonus stands, None before its first step; `guards`
+    judge the updates of the policy, of a critic and of supervised stages."""
 
     recipe: Recipe
     paths: RunPaths
@@ -67,6 +74,9 @@ class Run:
     data_lines: list[str]
     saver: CheckpointSaver
     optimizer_memory: OptimizerMemory
+    phases: Phases
+    stragglers: Stragglers
+    profiler: Profiler
     step: int = 0
     updates: int = 0
     supervised_done: list[int] = field(default_factory=list)
@@ -81,6 +91,10 @@ class Run:
     entropy_coefficient: float | None = None
     judge: JudgeEngine | None = None
     watchdog: Watchdog | None = None
+    guards: dict[str, UpdateGuard] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.guards = self.guards or {part: UpdateGuard(self.recipe.optimizer.guard, part) for part in GUARDED}
 
     def begins(self, phase: str) -> None:
         """Progress, for the watchdog."""
@@ -111,6 +125,7 @@ class Run:
             "entropy_coefficient": self.entropy_coefficient,
             "layout": self.ranks(),
             "groups": group_settings(self.recipe),
+            "guards": {part: guard.state() for part, guard in self.guards.items()},
             "prompt_order": None if self.prompt_order is None else self.prompt_order.state(),
         }
 
@@ -131,6 +146,8 @@ class Run:
         self.critic_updates = state.get("critic_updates", 0)
         self.acceptance, self.best = state.get("acceptance", 1.0), state.get("best")
         self.entropy_coefficient = state.get("entropy_coefficient")
+        for part, known in state.get("guards", {}).items():
+            self.guards[part].load_state(known)
         done = state["supervised_done"]
         self.supervised_done = [*done, *[0] * (len(self.recipe.supervised.stages) - len(done))]
         if self.prompt_order is not None and state["prompt_order"] is not None:
@@ -214,6 +231,11 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
     judge = start_judge(recipe, world, device, paths) if rollouts else None
     learner = build_learner(recipe, architecture, layout, device, paths.model)
     critic = build_critic(recipe, architecture, world, device)
+    phases = Phases()
+    profiler = Profiler(recipe.profile, phases, rank=world.rank, device=device, folder=paths.run / "profile")
+    learner.phase = phases.own
+    if critic is not None:
+        critic.phase = phases.own
     resident = None
     if recipe.algorithm.needs_reference and recipe.algorithm.reference.placement == "resident":
         resident = build_learner(recipe, architecture, layout, device, None, resident_reference=True)
@@ -222,7 +244,7 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
     optimizer_memory = OptimizerMemory(learners, offload=recipe.learner.offload_optimizer)
     engines = sync = dispatcher = None
     if rollouts:
-        engines, sync, dispatcher = _rollout_side(recipe, world, learner, paths, stops)
+        engines, sync, dispatcher = _rollout_side(recipe, world, learner, paths, stops, phases)
     grader = None
     if world.rank == 0 and rollouts:
         grader = Grader(recipe.reward, device, judge=None if judge is None else judge.judge)
@@ -267,6 +289,11 @@ def assemble(recipe: Recipe, world: World, *, rollouts: bool = True) -> Run:
             critic_files=None if recipe.critic.path is None else Path(recipe.critic.path),
         ),
         optimizer_memory=optimizer_memory,
+        phases=phases,
+        stragglers=Stragglers(
+            phases, every=recipe.run.stragglers_every, world=world.size, stage=learner.stage, device=device
+        ),
+        profiler=profiler,
         resident=resident,
         critic=critic,
         judge=judge,
@@ -296,7 +323,7 @@ def start_judge(recipe: Recipe, world: World, device: torch.device, paths: RunPa
 
 
 def _rollout_side(
-    recipe: Recipe, world: World, learner: Learner, paths: RunPaths, stops: set[int]
+    recipe: Recipe, world: World, learner: Learner, paths: RunPaths, stops: set[int], phases: Phases
 ) -> tuple[VLLMEngines | None, WeightSync | EngineSync, Dispatcher | ServerDispatcher]:
     """The engines (where they are servers), the way weights take to them, and the queue in front of them."""
     if recipe.rollout.engine == "vllm":
@@ -310,7 +337,8 @@ def _rollout_side(
         stop_tokens=stops,
         max_batch_sequences=recipe.rollout.max_batch_sequences,
     )
-    dispatcher = Dispatcher(engine, rank=world.rank, world=world.size, time_limit_s=recipe.rollout.time_limit_s)
+    limit = recipe.rollout.time_limit_s
+    dispatcher = Dispatcher(engine, rank=world.rank, world=world.size, time_limit_s=limit, phase=phases.own)
     return None, WeightSync(recipe, learner, engine, world.rank), dispatcher
 
 

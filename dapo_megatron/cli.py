@@ -99,7 +99,7 @@ def check_method(
     recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)],
     overrides: Overrides = None,
 ) -> None:
-    """Run a recipe's advantage, policy loss and token selection through every cut of a tiny step: are they one?"""
+    """Check that a recipe's advantage, policy loss and token selection give one update, however a step is cut."""
     from dapo_megatron import check_method as command
     from dapo_megatron.config import load_recipe
 
@@ -183,7 +183,7 @@ def doctor(
     time_limit: Annotated[float, typer.Option(help="Longest time of a part of --parity (seconds).")] = 300.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say what this machine has, what is missing and what that costs. Exit code 1 where a run would fail."""
+    """Say what this machine has, what is missing and what that costs. Exit code 1 where a run or a part would fail."""
     from dapo_megatron.config import load_recipe
 
     settings = load_recipe(recipe, overrides or []) if recipe is not None else None

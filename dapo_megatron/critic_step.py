@@ -4,6 +4,7 @@ moves, then the critic's own gradient updates."""
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,13 +17,15 @@ from dapo_megatron.data.records import SequenceBatch
 from dapo_megatron.divergence import token_penalties
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.losses import VALUE_SUMS, value_loss
+from dapo_megatron.update_guard import UpdateGuard, described, guarded_update
 
 
 @dataclass(frozen=True)
 class Estimates:
-    """What the critic says of a step's completions, group after group, `samples` of each. batch: with its values and
+    """What the critic says of the completions of a step's `groups`, `samples` of each. batch: with its values and
     returns. advantages: fp32 [L] each; those of a response without a loss weight mean nothing. seconds: spent on it."""
 
+    groups: Sequence[PromptGroup]
     batch: SequenceBatch
     samples: list[int]
     advantages: list[np.ndarray]
@@ -32,7 +35,8 @@ class Estimates:
 @dataclass(frozen=True)
 class CriticStep:
     """loss, grad_norm: means over updates. clipped: share of tokens beyond the clip. value, target, explained_variance:
-    over the step's trained tokens, before the updates. seconds: estimates and updates."""
+    over the step's trained tokens, before the updates. refused: updates that the guard would not have made. seconds:
+    estimates and updates."""
 
     loss: float
     grad_norm: float
@@ -41,6 +45,7 @@ class CriticStep:
     target: float
     explained_variance: float
     updates: int
+    refused: int
     seconds: float
 
 
@@ -61,21 +66,39 @@ def estimate(critic: Learner, groups: Sequence[PromptGroup], recipe: Recipe) -> 
         found = generalized_advantages(rewards_L, values_L, gamma=algorithm.gae.gamma, lam=algorithm.gae.lam)
         advantages.append(found[0])
         batch.returns.append(found[1])
-    return Estimates(batch, [len(group.completions) for group in groups], advantages, time.perf_counter() - started)
+    return Estimates(
+        groups, batch, [len(group.completions) for group in groups], advantages, time.perf_counter() - started
+    )
 
 
-def critic_step(critic: Learner, estimates: Estimates, recipe: Recipe) -> CriticStep:
-    """`critic.epochs` passes over the step, an update for each mini-batch on the mean over its trained tokens."""
+def critic_step(
+    critic: Learner, estimates: Estimates, recipe: Recipe, *, step: int = 0, guard: UpdateGuard | None = None
+) -> CriticStep:
+    """`critic.epochs` passes over the step, an update for each mini-batch on the mean over its trained tokens. `step`:
+    the rollout step, for records of the guard, which judges every update."""
     started = time.perf_counter()
     settings, algorithm, batch = recipe.critic, recipe.algorithm, estimates.batch
-    sums, norms = torch.zeros(len(VALUE_SUMS), dtype=torch.float64), []
-    for _ in range(settings.epochs):
-        for sequences in mini_batches(estimates.samples, algorithm.mini_batch_prompts):
-            tokens = sum(np.count_nonzero(batch.loss_weights[s]) for s in sequences)
-            if tokens:
-                loss = value_loss(denominator=float(tokens), clip=settings.value_clip)
-                sums += critic.gradients(batch, sequences, loss)
-                norms.append(critic.step(settings.learning_rate, recipe.optimizer.weight_decay))
+    sums, norms, refused = torch.zeros(len(VALUE_SUMS), dtype=torch.float64), [], 0
+    updates = mini_batches(estimates.samples, algorithm.mini_batch_prompts) * settings.epochs
+    for sequences in updates:
+        tokens = sum(np.count_nonzero(batch.loss_weights[s]) for s in sequences)
+        if not tokens or (guard is not None and guard.exhausted):
+            continue
+        terms = critic.gradients(batch, sequences, value_loss(denominator=float(tokens), clip=settings.value_clip))
+        norm = guarded_update(
+            critic,
+            guard,
+            float(terms[VALUE_SUMS.index("loss")]),
+            learning_rate=settings.learning_rate,
+            weight_decay=recipe.optimizer.weight_decay,
+            step=step + 1,
+            batch=partial(described, estimates.groups, sequences),
+        )
+        if norm is None:
+            refused += 1
+            continue
+        sums += terms
+        norms.append(norm)
     named = dict(zip(VALUE_SUMS, sums.tolist(), strict=True))
     trained = [i for i, weights in enumerate(batch.loss_weights) if weights.any()]
     values, returns = ([column[i] for i in trained] for column in (batch.old_values, batch.returns))
@@ -88,5 +111,6 @@ def critic_step(critic: Learner, estimates: Estimates, recipe: Recipe) -> Critic
         target=sum(float(r.sum(dtype=np.float64)) for r in returns) / count,
         explained_variance=explained_variance(returns, values),
         updates=len(norms),
+        refused=refused,
         seconds=estimates.seconds + time.perf_counter() - started,
     )

@@ -100,8 +100,9 @@ class EngineSync:
 
     def give_way(self) -> None:
         """Let engines on the learner's own GPUs drop weights and KV cache until the next push; collective."""
-        if not self.engines.sleep or not self.enabled:
+        if not self.engines.sleep or (self.version >= 0 and not self.enabled):  # the first push always comes
             return
+        self.engines.ready()
         self._asleep = True
         failed = self._on_rank_zero(self.engines.fleet.sleep if self.rank == 0 else None)
         if failed is not None:

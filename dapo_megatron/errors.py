@@ -3,7 +3,10 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+FINAL = "DAPO_MEGATRON_FINAL"  # names the file by which a run tells a batch job that it need not be started again
 
 
 class RequestError(Exception):
@@ -11,19 +14,21 @@ class RequestError(Exception):
 
     exit_code = 2
     on_every_rank = True
+    lasting = True
 
 
 class RunError(Exception):
     """The request was sound and something failed while it ran. Printed as is, exit code 1.
 
-    `on_every_rank`: all ranks of the world raise it alike, so one of them tells it.
+    `on_every_rank`: all ranks of the world raise it alike, so one of them tells it. `lasting`: the run would end in the
+    same way if it were started again as it is.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str, *, on_every_rank: bool = False) -> None:
+    def __init__(self, message: str, *, on_every_rank: bool = False, lasting: bool = False) -> None:
         super().__init__(message)
-        self.on_every_rank = on_every_rank
+        self.on_every_rank, self.lasting = on_every_rank, lasting
 
 
 @contextmanager
@@ -34,10 +39,19 @@ def exit_with_message() -> Iterator[None]:
     except (RequestError, RunError) as error:
         if not error.on_every_rank or _rank() == 0:
             print(f"dapo-megatron: {error}", file=sys.stderr, flush=True)
+        if error.lasting:
+            tell_final(str(error))
         sys.exit(error.exit_code)
     except OSError as error:  # a full disk, a file that went away
         print(f"dapo-megatron: {error}", file=sys.stderr, flush=True)
         sys.exit(RunError.exit_code)
+
+
+def tell_final(why: str) -> None:
+    """Leave word for the batch job, if there is one, that a restart by itself would be in vain."""
+    if path := os.environ.get(FINAL):
+        with suppress(OSError):  # the run ends in any case
+            Path(path).write_text(f"{why}\n", encoding="utf-8")
 
 
 def _rank() -> int:

@@ -1,12 +1,11 @@
 """The judge of a recipe on a vLLM engine of the run's own (`reward.judge.engine=vllm`). No torch before it starts."""
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dapo_megatron.config import Recipe
 from dapo_megatron.config.check import CPU_HEAD_DIMS
@@ -15,6 +14,7 @@ from dapo_megatron.data.tokenizer import load_tokenizer
 from dapo_megatron.errors import RequestError, RunError
 from dapo_megatron.rewards.judge_server import JudgeServer, Place
 from dapo_megatron.rewards.judge_tokens import control_tokens, without
+from dapo_megatron.rewards.model_folder import read_config
 from dapo_megatron.rewards.verdicts import TOP
 from dapo_megatron.rollout.judge_engine import NAME, PLAIN, start_judge_engine
 from dapo_megatron.rollout.launcher import EngineSettings, wait_until_ready
@@ -82,7 +82,10 @@ def judged_by_engine(reward: Reward) -> bool:
 
 def judge_engine_settings(settings: Judge, devices: tuple[str, ...] | None, *, threads: int) -> EngineSettings:
     """How its engine is started: in fp32 on a CPU (`devices`: None), else in the folder's own dtype."""
-    positions = _read_config(settings.model).get("max_position_embeddings") or math.inf
+    positions = (
+        read_config(Path(settings.model), f"reward.judge.model={settings.model}").get("max_position_embeddings")
+        or math.inf
+    )
     return EngineSettings(
         model=Path(settings.model),
         dtype="float32" if devices is None else "auto",
@@ -113,7 +116,7 @@ def check_judge_engine(recipe: Recipe, *, cpu: bool) -> None:
     judge, rollout = recipe.reward.judge, recipe.rollout
     check_vllm_version()
     if cpu:
-        config = _read_config(judge.model)
+        config = read_config(Path(judge.model), f"reward.judge.model={judge.model}")
         heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
         size = config.get("head_dim") or (hidden // heads if heads and hidden else None)
         if size is not None and size not in CPU_HEAD_DIMS:
@@ -158,7 +161,3 @@ def _devices(settings: Judge, device: "torch.device") -> tuple[str, ...] | None:
             "use a smaller reward.judge.vllm.tensor or reward.judge.vllm.device"
         )
     return visible_devices(there)[first : first + size]
-
-
-def _read_config(folder: str) -> dict[str, Any]:
-    return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))

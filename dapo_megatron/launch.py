@@ -111,6 +111,10 @@ def _wait(ranks: list[subprocess.Popen], received: list[int], save_limit_s: floa
         codes = [code for code in ended if code]
         if codes and not failed:
             failed = codes[0]
+            if failed < 0 and not received:
+                reason = ", as for want of memory" if -failed == signal.SIGKILL else ""
+                told = f"rank {ended.index(failed)} was killed by {signal.Signals(-failed).name}{reason}"
+                print(f"{told}; the others end", file=sys.stderr, flush=True)
         if deadline is None and (failed or received):
             deadline = time.monotonic() + (STOP_GRACE_S + 2 * save_limit_s if received else FAIL_GRACE_S)
             latest = deadline if received else deadline + save_limit_s

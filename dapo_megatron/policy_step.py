@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -28,6 +29,7 @@ from dapo_megatron.learner.losses import POLICY_SUMS, Head, RowLoss, policy_loss
 from dapo_megatron.learner.reference import ReferenceWeights
 from dapo_megatron.pair_choice import PairSums, total, weigh_pairs
 from dapo_megatron.token_choice import TokenChoice, choose_tokens, chooses_tokens, weigh
+from dapo_megatron.update_guard import UpdateGuard, described, guarded_update
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Selection:
 
 @dataclass(frozen=True)
 class PolicyStep:
-    """Means over the updates of the step, and over its trained tokens."""
+    """Means over the updates of the step, and over its trained tokens. skipped_updates: mini-batches without a trained
+    token; refused: those whose update the guard would not have made, which count in nothing else."""
 
     loss: float
     grad_norm: float
@@ -63,6 +66,7 @@ class PolicyStep:
     selection: Selection | None = None  # where the recipe looks at tokens before their gradient
     pairs: PairSums | None = None  # with policy_loss dpo
     entropy_bonus: EntropyBonus | None = None  # where its coefficient adapts
+    refused: int = 0
 
 
 def score_old_policy(
@@ -118,12 +122,14 @@ def learn_step(
     estimates: Sequence[np.ndarray] | None = None,
     waits: bool = False,
     entropy_coefficient: float | None = None,
+    guard: UpdateGuard | None = None,
 ) -> PolicyStep:
     """One optimizer step for each mini-batch of `algorithm.mini_batch_prompts` prompts, after `score_old_policy`.
 
     A mini-batch without a trained token is skipped and counted. `step`: the rollout step, for random draws.
     `estimates`: a critic's advantages, fp32 [L] a completion. `waits`: no step at all, while a critic warms up.
-    `entropy_coefficient`: where `algorithm.adaptive_entropy` stands; None = where it begins.
+    `entropy_coefficient`: where `algorithm.adaptive_entropy` stands; None = where it begins. `guard`: judges every
+    update; once it is exhausted no more of them are made.
     """
     algorithm = recipe.algorithm
     kl = algorithm.kl
@@ -148,7 +154,7 @@ def learn_step(
     sums = torch.zeros(len(POLICY_SUMS), dtype=torch.float64)
     norms: list[float] = []
     efficiencies: list[float] = []
-    lengths, skipped = batch.lengths, 0
+    lengths, skipped, refused = batch.lengths, 0, 0
     trained = list(batch.loss_weights)  # before aggregation and selection
     entropies = [values for group in groups for values in group.entropies]
     samples = [len(group.completions) for group in groups]
@@ -172,8 +178,23 @@ def learn_step(
         if denominator == 0:
             skipped += 1
             continue
-        sums += learner.gradients(batch, sequences, recipe_loss(learner.head, algorithm, denominator, bonus))
-        norms.append(learner.step(learning_rate, recipe.optimizer.weight_decay))
+        terms = learner.gradients(batch, sequences, recipe_loss(learner.head, algorithm, denominator, bonus))
+        norm = guarded_update(
+            learner,
+            guard,
+            float(terms[POLICY_SUMS.index("loss")]),
+            learning_rate=learning_rate,
+            weight_decay=recipe.optimizer.weight_decay,
+            step=step + 1,
+            batch=partial(described, groups, sequences),
+        )
+        if norm is None:
+            refused += 1
+            if guard.exhausted:
+                break
+            continue
+        sums += terms
+        norms.append(norm)
         efficiencies.append(packing_efficiency(lengths, learner.packing(batch, sequences)))
     named = dict(zip(POLICY_SUMS, sums.tolist(), strict=True))
     tokens = max(1.0, named["tokens"])
@@ -201,6 +222,7 @@ def learn_step(
         selection=_selection(choices),
         pairs=total(compared) if compared else None,
         entropy_bonus=bonus,
+        refused=refused,
     )
 
 

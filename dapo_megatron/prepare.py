@@ -22,7 +22,7 @@ from dapo_megatron.config import (
     read_architecture,
 )
 from dapo_megatron.config.architecture import architecture_from_dict, critic_of
-from dapo_megatron.config.check import cpu_engine_problem
+from dapo_megatron.config.check import cpu_engine_problem, profile_problem
 from dapo_megatron.config.data import Data
 from dapo_megatron.config.derive import derive_engines
 from dapo_megatron.config.known_models import KNOWN_MODELS, check_known
@@ -86,6 +86,8 @@ def check_request(recipe: Recipe, world: int | None = None) -> tuple[Architectur
     layout = _collect(problems, lambda: derive_layout(recipe, architecture, world))
     _collect(problems, lambda: check_recipe(recipe, architecture))
     _collect(problems, lambda: check_methods(recipe))
+    if layout is not None and (problem := profile_problem(recipe, layout.world)) is not None:
+        problems.append(problem)
     monitoring = recipe.monitoring
     _collect(
         problems,

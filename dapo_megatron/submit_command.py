@@ -65,7 +65,12 @@ def submit(
     frozen = tuple(folder / name for name in names)
     command = " ".join(["dapo-megatron submit", *map(str, paths), *overrides])
     text = batch_file(
-        first, command=command, arguments=[[path.as_posix()] for path in frozen], resume=resume, overwrite=overwrite
+        first,
+        command=command,
+        arguments=[[path.as_posix()] for path in frozen],
+        directories=directories,
+        resume=resume,
+        overwrite=overwrite,
     )
     submission = Submission(folder / "submit.sbatch", text, frozen)
     try:
@@ -86,12 +91,16 @@ def _check(recipe: Recipe, *, resume: bool, overwrite: bool) -> list[str]:
     world = place_ranks(recipe).world
     claim_run_directory(recipe, resume=resume, overwrite=overwrite)
     check_methods(recipe)
-    if recipe.model.scratch is None and not (Path(recipe.model.path) / "config.json").is_file():
+    absent = recipe.model.scratch is None and not Path(recipe.model.path).exists()
+    if absent and recipe.model.architecture is None:
         return [f"not checked: model.path={recipe.model.path} is not on this machine, the layout is checked by the job"]
-    architecture = planned_architecture(recipe)
+    architecture = planned_architecture(recipe, folder_needed=False)
     derive_layout(recipe, architecture, world)
     check_recipe(recipe, architecture)
-    return []
+    if not absent:
+        return []
+    shape = f"model.architecture={recipe.model.architecture}"
+    return [f"model.path={recipe.model.path} is not on this machine: the layout was checked for {shape} alone"]
 
 
 def _call_sbatch(path: Path) -> str:

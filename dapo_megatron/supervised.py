@@ -1,5 +1,6 @@
 """Supervised stages (warm start): −log π of given responses, through the same learner."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -13,6 +14,7 @@ from dapo_megatron.data.sampler import PromptSampler
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.losses import SUPERVISED_SUMS, supervised_loss
 from dapo_megatron.learner.optimizer import scheduled_rate
+from dapo_megatron.update_guard import UpdateGuard, guarded_update
 
 
 def run_stage(
@@ -22,18 +24,19 @@ def run_stage(
     *,
     seed: int,
     done: int = 0,
+    guard: UpdateGuard | None = None,
     report: Callable[[dict[str, float]], bool],
 ) -> int:
     """Train on `stage.steps` batches drawn from `examples`, from step `done` on; returns the steps done in all.
 
-    `report(metrics)` is called after every step and answers whether to stop.
+    `report(metrics)` is called after every step and answers whether to stop. `guard`: judges every update.
     """
     sampler = PromptSampler(len(examples), seed, shuffle=True)
     sampler.take(done * stage.batch_sequences)
     for step in range(done, stage.steps):
         started = time.perf_counter()
-        chosen = [examples[i] for i in sampler.take(stage.batch_sequences)]
-        batch = weighted_batch(chosen)
+        numbers = sampler.take(stage.batch_sequences)
+        batch = weighted_batch([examples[i] for i in numbers])
         rate = scheduled_rate(
             step,
             stage.steps,
@@ -42,11 +45,21 @@ def run_stage(
             warmup=stage.warmup_steps,
             schedule=stage.schedule,
         )
-        loss, norm = supervised_update(learner, batch, rate, stage.weight_decay)
+        sums = _gradients(learner, batch)
+        norm = guarded_update(
+            learner,
+            guard,
+            sums["loss"],
+            learning_rate=rate,
+            weight_decay=stage.weight_decay,
+            step=0,  # before the first rollout step
+            batch=lambda numbers=numbers: {"stage": stage.data, "examples": [int(i) for i in numbers]},
+        )
         stop = report(
             {
-                "loss/supervised": loss,
-                "grad_norm": norm,
+                "loss/supervised": sums["loss"],
+                "grad_norm": math.nan if norm is None else norm,
+                "guard/skipped": float(norm is None),
                 "learning_rate": rate,
                 "tokens/trained": float(sum(np.count_nonzero(weights) for weights in batch.loss_weights)),
                 "packing/efficiency": packing_efficiency(batch.lengths, learner.packing(batch, range(len(batch)))),
@@ -69,7 +82,10 @@ def supervised_update(
     learner: Learner, batch: SequenceBatch, learning_rate: float, weight_decay: float
 ) -> tuple[float, float]:
     """One optimizer step on the mean −log π over the batch's weighted tokens; returns (loss, gradient norm)."""
+    sums = _gradients(learner, batch)
+    return sums["loss"], learner.step(learning_rate, weight_decay)
+
+
+def _gradients(learner: Learner, batch: SequenceBatch) -> dict[str, float]:
     loss = supervised_loss(learner.head, denominator=batch.weight_sum)
-    sums = learner.gradients(batch, range(len(batch)), loss)
-    norm = learner.step(learning_rate, weight_decay)
-    return float(sums[SUPERVISED_SUMS.index("loss")]), norm
+    return dict(zip(SUPERVISED_SUMS, learner.gradients(batch, range(len(batch)), loss).tolist(), strict=True))

@@ -23,13 +23,15 @@ from dapo_megatron.policy_step import PolicyStep, learn_step, score_old_policy
 from dapo_megatron.prepare import encode_examples
 from dapo_megatron.reference_policy import keep_reference, move_reference
 from dapo_megatron.rollout.dynamic_sampling import SampledStep, sample_step
+from dapo_megatron.skipped_updates import check_guards, guard_metrics
 from dapo_megatron.stop import StopSignal
 from dapo_megatron.supervised import run_stage
+from dapo_megatron.update_guard import UpdateGuard
 
 
 def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = False) -> None:
     """Train until run.steps or a stop signal; every rank calls it. A checkpoint is left in both cases."""
-    steps, checkpoint, evaluation = run.recipe.run.steps, run.recipe.checkpoint, run.recipe.evaluation
+    steps, checkpoint = run.recipe.run.steps, run.recipe.checkpoint
     warm_start(run, journal, stop)
     if not stop.requested() or (run.step and run.recipe.algorithm.reference.moves):
         begin_learning(run)  # also before stopping at once, for the next checkpoint holds a reference that moves
@@ -44,42 +46,52 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
         if checkpoint.every and run.updates and run.step < steps and not rollout_only:
             save(run)  # the warm start is not to be lost
     while run.step < steps and not stop.requested():
-        run.saver.check()
-        if run.grader is not None:
-            run.grader.begin_step()
-        clock = Clock()
-        with clock.phase("rollout"), checkpoint_on_failure(run):
-            sampled = roll_out(run)
-            if not rollout_only:
-                run.sync.give_way()
-        metrics = {"step": run.step + 1, "learning_rate": learning_rate(run), **rollout_metrics(sampled)}
-        if rollout_only:
-            save_batch(run, sampled.trained)
-        else:
-            metrics |= held_on_card(run.learner.device, "learn")
-            run.begins("learn")
-            with clock.phase("learn"), run.optimizer_memory.on_device():
-                metrics |= learner_metrics(learn(run, sampled.trained, sampled.kept))
-                metrics |= move_reference(run)
-            metrics |= generated_per_trained(metrics)
-            run.surplus, run.acceptance = sampled.kept, sampled.acceptance
-        run.step += 1
-        if not rollout_only:
-            run.begins("reshard")
-            with clock.phase("reshard"), checkpoint_on_failure(run, partial(journal.step, metrics)):
-                transfer = run.sync.push(run.updates)
-            metrics["resharding/bytes_sent"] = float(transfer.bytes_sent if transfer else 0)
-            metrics |= held_on_card(run.learner.device, "rollout")
-        metrics |= clock.metrics() | (run.grader.metrics() if run.grader else {"grader/failures": 0.0})
-        if evaluation.every and (run.step % evaluation.every == 0 or run.step == steps):
-            metrics |= validate(run, "after" if run.step == steps else "during", partial(journal.step, metrics))
-        journal.step(metrics)
-        check_gap(run.recipe, metrics.get("mismatch/logprob_abs_mean", 0.0), run.step)
-        best = improved(run, metrics) and checkpoint.keep_best
-        if checkpoint.every and (best or run.step % checkpoint.every == 0) and run.step < steps:
-            save(run)
+        with run.profiler.step(run.step + 1):
+            train_step(run, journal, rollout_only=rollout_only)
     save(run)
     run.saver.wait()
+
+
+def train_step(run: Run, journal: Journal, *, rollout_only: bool = False) -> None:
+    """One rollout step with all that follows it: validation, metrics, alarms, a checkpoint."""
+    steps, checkpoint, evaluation = run.recipe.run.steps, run.recipe.checkpoint, run.recipe.evaluation
+    run.saver.check()
+    if run.grader is not None:
+        run.grader.begin_step()
+    clock = Clock(run.phases.mark)
+    with clock.phase("rollout"), checkpoint_on_failure(run):
+        sampled = roll_out(run)
+        if not rollout_only:
+            run.sync.give_way()
+    metrics = {"step": run.step + 1, "learning_rate": learning_rate(run), **rollout_metrics(sampled)}
+    if rollout_only:
+        save_batch(run, sampled.trained)
+    else:
+        metrics |= held_on_card(run.learner.device, "learn")
+        run.begins("learn")
+        with clock.phase("learn"), run.optimizer_memory.on_device():
+            metrics |= learner_metrics(learn(run, sampled.trained, sampled.kept))
+            metrics |= move_reference(run)
+        metrics |= generated_per_trained(metrics) | guard_metrics(run, journal)
+        run.surplus, run.acceptance = sampled.kept, sampled.acceptance
+    run.step += 1
+    if not rollout_only:
+        run.begins("reshard")
+        told = partial(journal.step, metrics)
+        with clock.phase("reshard"), checkpoint_on_failure(run, told), run.phases.own("reshard"):
+            transfer = run.sync.push(run.updates)
+        metrics["resharding/bytes_sent"] = float(transfer.bytes_sent if transfer else 0)
+        metrics |= held_on_card(run.learner.device, "rollout")
+    metrics |= clock.metrics() | (run.grader.metrics() if run.grader else {"grader/failures": 0.0})
+    if evaluation.every and (run.step % evaluation.every == 0 or run.step == steps):
+        metrics |= validate(run, "after" if run.step == steps else "during", partial(journal.step, metrics))
+    metrics |= run.stragglers.report(run.step)
+    journal.step(metrics)
+    check_guards(run)
+    check_gap(run.recipe, metrics.get("mismatch/logprob_abs_mean", 0.0), run.step)
+    best = improved(run, metrics) and checkpoint.keep_best
+    if checkpoint.every and (best or run.step % checkpoint.every == 0) and run.step < steps:
+        save(run)
 
 
 def train_from_files(run: Run, journal: Journal, stop: StopSignal, files: Sequence[Path]) -> None:
@@ -88,32 +100,47 @@ def train_from_files(run: Run, journal: Journal, stop: StopSignal, files: Sequen
     for groups in load_batches(files, shape=run.recipe.rollout.shape):
         if stop.requested():
             break
-        clock = Clock()
-        metrics = {"step": run.step + 1, "learning_rate": learning_rate(run)}
-        run.begins("learn")
-        with clock.phase("learn"), run.optimizer_memory.on_device():
-            metrics |= learner_metrics(learn(run, groups))
-            metrics |= move_reference(run)
-        run.step += 1
-        journal.step(metrics | rollout_metrics(SampledStep(groups, groups, 1)) | clock.metrics())
+        with run.profiler.step(run.step + 1):
+            _learn_from(run, journal, groups)
     save(run)
     run.saver.wait()
+
+
+def _learn_from(run: Run, journal: Journal, groups: Sequence[PromptGroup]) -> None:
+    clock = Clock(run.phases.mark)
+    metrics = {"step": run.step + 1, "learning_rate": learning_rate(run)}
+    run.begins("learn")
+    with clock.phase("learn"), run.optimizer_memory.on_device():
+        metrics |= learner_metrics(learn(run, groups))
+        metrics |= move_reference(run)
+    metrics |= guard_metrics(run, journal) | rollout_metrics(SampledStep(groups, groups, 1))
+    run.step += 1
+    journal.step(metrics | clock.metrics() | run.stragglers.report(run.step))
+    check_guards(run)
 
 
 def warm_start(run: Run, journal: Journal, stop: StopSignal) -> None:
     """The supervised stages that are not done yet."""
     stages = run.recipe.supervised.stages
     total = sum(stage.steps for stage in stages)
+    if sum(run.supervised_done) < total and not stop.requested():
+        run.sync.give_way()
     for i, stage in enumerate(stages):
         if run.supervised_done[i] >= stage.steps or stop.requested():
             continue
         before = sum(run.supervised_done[:i])
+        if not run.supervised_done[i]:
+            run.guards["supervised"] = UpdateGuard(run.recipe.optimizer.guard, "supervised")
 
         def report(metrics: dict[str, float], i: int = i, before: int = before) -> bool:
             run.supervised_done[i] += 1
-            run.updates += 1
+            run.updates += not metrics["guard/skipped"]
             run.begins("supervised")
             journal.supervised(before + run.supervised_done[i], total, metrics)
+            if metrics["guard/skipped"]:
+                run.guards["supervised"].skipped[-1]["supervised_step"] = before + run.supervised_done[i]
+                guard_metrics(run, journal)
+                check_guards(run)
             return stop.requested()
 
         with run.optimizer_memory.on_device():
@@ -123,6 +150,7 @@ def warm_start(run: Run, journal: Journal, stop: StopSignal) -> None:
                 encode_examples(run.tokenizer, run.recipe, stage),
                 seed=run.recipe.run.seed,
                 done=run.supervised_done[i],
+                guard=run.guards["supervised"],
                 report=report,
             )
 
@@ -169,11 +197,13 @@ def learn(run: Run, groups: Sequence[PromptGroup], kept: Sequence[PromptGroup] =
         estimates=None if estimates is None else estimates.advantages,
         waits=run.step < recipe.critic.warmup_steps,
         entropy_coefficient=run.entropy_coefficient,
+        guard=run.guards["policy"],
     )
     if result.entropy_bonus is not None:
         run.entropy_coefficient = result.entropy_bonus.following
     if critic is not None:
-        result = replace(result, critic=critic_step(critic, estimates, recipe))
+        own = critic_step(critic, estimates, recipe, step=run.step, guard=run.guards["critic"])
+        result = replace(result, critic=own)
         run.critic_updates += result.critic.updates
     run.updates += result.updates
     return result
@@ -197,7 +227,7 @@ def validate(run: Run, when: str, tell: Callable[[], None]) -> dict[str, float]:
     if run.validation is None or not run.recipe.evaluation.every:
         return {}
     run.begins("validation")
-    clock = Clock()
+    clock = Clock(run.phases.mark)
     with clock.phase("validation"), checkpoint_on_failure(run, tell):
         metrics, groups = evaluate(run.validation, run.recipe)
     append_samples(run, groups, when)
@@ -245,7 +275,8 @@ def save(run: Run) -> None:
         RunError: as `CheckpointSaver.save`; the judge's file could not be written, and then the checkpoint is.
     """
     run.begins("checkpoint")
-    run.saver.save(run.state(), run.surplus, run.reference)
+    with run.phases.own("checkpoint"):
+        run.saver.save(run.state(), run.surplus, run.reference)
     try:
         done_on_rank_zero(None if run.grader is None else run.grader.write_records, run.world.size)
     except RunError as error:

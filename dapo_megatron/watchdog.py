@@ -16,7 +16,12 @@ from types import FrameType
 from typing import TextIO
 
 LATE_S = 10.0  # what Python cannot tell any more, being stuck outside of it, is told this much later without Python
-WAITING = ("torch/distributed/distributed_c10d.py", "torch/distributed/_functional", "pipeline_parallel/p2p_comm")
+WAITING = (
+    "torch/distributed/distributed_c10d.py",
+    "torch/distributed/_functional",
+    "pipeline_parallel/p2p_comm",
+    "dapo_megatron/phases.py",
+)
 
 
 class Watchdog:

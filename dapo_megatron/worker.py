@@ -1,15 +1,19 @@
 """One rank of a run, from joining the world to leaving it."""
 
+import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch.distributed import DistError
 
 from dapo_megatron.agreement import checked_on_rank_zero, from_rank_zero
 from dapo_megatron.assemble import Run, assemble, group_settings
 from dapo_megatron.config import Recipe
 from dapo_megatron.config.reward import Reward
 from dapo_megatron.data.completions import PromptGroup
-from dapo_megatron.errors import RequestError
+from dapo_megatron.errors import RequestError, RunError, tell_final
 from dapo_megatron.launch import World
 from dapo_megatron.learner.checkpoint import load_checkpoint
 from dapo_megatron.learner.checkpoint_files import load_surplus, random_states_file
@@ -31,6 +35,7 @@ SAVING_SLACK_S = 300.0  # ranks come to the end of a save one after the other
 JUDGING_SLACK_S = 300.0  # the rule's pool comes before the judge
 STALLED = 4.0  # a phase may hold several of the longest waits
 SHOWN_CHARACTERS = 300  # of a sample completion on the console
+LOST = r"gloo.*(Connection closed|Connection reset|Broken pipe|Timed out)|(?i:Timed out waiting|socket timeout)"
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,26 @@ def run_rank(recipe: Recipe, world: World, mode: Mode) -> int:
         run = assemble(recipe, world, rollouts=not mode.train_only)
         run.watchdog = Watchdog(recipe.run.stall_limit_s or STALLED * limit, world.rank)
         try:
-            return _train(run, mode)
+            with run.phases.counting_waits() if run.stragglers.active else nullcontext():
+                return _train(run, mode)
+        except RuntimeError as error:
+            if not lost_rank(error):
+                raise
+            told = " ".join(str(error).split())[:SHOWN_CHARACTERS]
+            raise RunError(
+                f"rank {world.rank}, at step {run.step}: another rank has gone or does not answer ({told}); what that "
+                "rank told last says why; continue with --resume"
+            ) from error
         finally:
             run.watchdog.close()
             run.close()
     finally:
         leave_world()
+
+
+def lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed for want of another rank. gloo has no error of its own for that."""
+    return isinstance(error, DistError) or re.search(LOST, str(error)) is not None
 
 
 def judging_limit(reward: Reward) -> float:
@@ -93,7 +112,9 @@ def _train(run: Run, mode: Mode) -> int:
         else:
             train(run, journal, stop, rollout_only=mode.rollout_only)
         if stop.requested():
-            journal.note(f"stopped at step {run.step}; continue with --resume")
+            told = f"stopped at step {run.step}; continue with --resume"
+            journal.note(told)
+            tell_final(told)
             return stop.exit_code
         run.begins("the end")
         if run.recipe.checkpoint.hugging_face and not mode.rollout_only:

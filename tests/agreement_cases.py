@@ -9,6 +9,7 @@ from dapo_megatron.agreement import everyone
 from dapo_megatron.config import load_recipe
 from dapo_megatron.data.prompts import Prompt
 from dapo_megatron.errors import RunError
+from dapo_megatron.phases import Phases
 from dapo_megatron.rollout.groups import GroupSampler
 from dapo_megatron.train import save
 from tests.command_line import RECIPE
@@ -50,7 +51,7 @@ def saving(calls: list[str]) -> None:
     grader = Failing() if dist.get_rank() == 0 else None
     world = SimpleNamespace(size=dist.get_world_size())
     parts = {"saver": saver, "grader": grader, "world": world, "surplus": [], "reference": None}
-    save(SimpleNamespace(**parts, step=7, state=dict, begins=lambda phase: None))
+    save(SimpleNamespace(**parts, step=7, state=dict, begins=lambda phase: None, phases=Phases()))
 
 
 def grading() -> None:

@@ -42,6 +42,14 @@ def test_a_failure_leaves_a_checkpoint_under_way_its_time(tmp_path, monkeypatch,
     assert time.monotonic() - started < 25, "rank 0 was waited for although no checkpoint was under way any more"
 
 
+def test_a_rank_that_is_killed_is_named_and_the_others_end(monkeypatch, capsys):
+    monkeypatch.setattr(launch, "FAIL_GRACE_S", 0.3)
+    dies = "import os, signal, time; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL); time.sleep(60)"
+    assert launch.start_ranks([sys.executable, "-S", "-c", dies], 3) == 128 + signal.SIGKILL
+    told = capsys.readouterr().err
+    assert told.startswith("rank 1 was killed by SIGKILL, as for want of memory; the others end\n")
+
+
 # as a rank, with a child as a grader's worker or an engine is: slurm's notice comes to both
 NOTICED = """
 import os, signal, subprocess, sys, time

@@ -1,5 +1,6 @@
 """Whole runs on four ranks, TP 2 x PP 2: what they leave, resuming, stopping, the debug halves, conversion."""
 
+import gzip
 import json
 import re
 import shutil
@@ -64,13 +65,14 @@ CRITIC = (
 )
 # checkpoints are taken while both optimizers' states are in host memory
 AWAY = ("learner.offload_optimizer=true",)
+LOOKED_AT = ("run.stragglers_every=2", "profile={steps: [3], ranks: [1]}")
 WHOLE = (*SMALL, *LEARNABLE, *SURPLUS, *CRITIC, *AWAY)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     run = tmp_path_factory.mktemp("finished") / "run"
-    result = run_command("train", RECIPE, f"run.directory={run}", *WHOLE, "checkpoint.every=2")
+    result = run_command("train", RECIPE, f"run.directory={run}", *WHOLE, "checkpoint.every=2", *LOOKED_AT)
     assert result.returncode == 0, result.stdout + result.stderr
     return run, result.stdout
 
@@ -106,6 +108,20 @@ def test_a_run_leaves_what_it_promises(finished):
     assert (run / "checkpoints" / "step-000002" / "reference").is_dir() and not (run / "reference").exists()
     assert "report.png" in output and "before:" in output and "after:" in output
     assert len(re.findall(r"^step +\d", output, re.M)) == 5
+
+
+def test_ranks_are_compared_and_chosen_steps_traced(finished):
+    run, _ = finished
+    metrics = metrics_of(run)
+    assert [line["step"] for line in metrics if "time/ranks/work/ratio" in line] == [2, 4]
+    phases = {"rollout", "forward_backward", "optimizer", "reshard", "checkpoint", "probe", "waiting", "work"}
+    assert {key.split("/")[2] for key in metrics[4] if key.startswith("time/ranks/")} == phases
+    assert all(metrics[4][f"time/ranks/{phase}/max"] > 0 for phase in phases)
+    (trace,) = (run / "profile").iterdir()
+    assert trace.name == "step-000003-rank-00001.json.gz"
+    with gzip.open(trace) as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"rollout", "learn", "forward_backward", "optimizer", "reshard"} <= names
 
 
 def test_the_exported_model_is_the_trained_one(finished):

@@ -22,7 +22,7 @@ from dapo_megatron.config.yaml_text import to_yaml  # noqa: E402
 from dapo_megatron.errors import RequestError, exit_with_message  # noqa: E402
 from dapo_megatron.files import write_text_atomically  # noqa: E402
 from tools.ladder import RECIPES as LADDER  # noqa: E402
-from tools.ladder import conclude, options, run_ladder, run_train  # noqa: E402
+from tools.ladder import conclude, options, run_given  # noqa: E402
 from tools.ladder_table import Rung  # noqa: E402
 
 METHODS = ROOT / "recipes" / "methods"
@@ -107,20 +107,7 @@ def main() -> None:
     rungs = rungs_of(given.methods)
     recipes = given.out / "recipes"
     write_recipes(rungs, recipes)
-
-    def train(arguments: list[str], log: Path) -> int:
-        return run_train(arguments, log, limit_s=given.cell_limit_s)
-
-    cells, failures = run_ladder(
-        given.out,
-        given.seeds,
-        given.set,
-        train,
-        jobs=given.jobs,
-        rungs=rungs,
-        recipes=recipes,
-        warm=write_warm_recipe(recipes),
-    )
+    cells, failures = run_given(given, rungs=rungs, recipes=recipes, warm=write_warm_recipe(recipes))
     conclude(cells, failures, given.out, name="compare", of="method", last_less_first=False)
 
 

@@ -21,6 +21,7 @@ from dapo_megatron.files import write_text_atomically
 from dapo_megatron.judging.calibration import TEACHER, calibrate, read_cases, subjects_of
 from dapo_megatron.judging.hostile import count_fooled
 from dapo_megatron.rewards.judge import check_judge, open_judge
+from dapo_megatron.rewards.judge_prompt import read_wording
 from dapo_megatron.rewards.verdicts import Judging
 
 LEAST_S = 300.0  # of a few cases, whose server may first have to start
@@ -62,7 +63,7 @@ def calibration(
     if subjects is not None:
         names = subjects_of(data.cases, subjects, prompt_column=prompt_column, subject_column=subject_column)
         data = replace(data, subjects=names)
-    wording = None if prompt is None else _read(prompt)
+    wording = read_wording(prompt)
     settings = {
         name: Judge(model=folder, prompt=wording, chat_template=chat_template) for name, folder in _named(judge or [])
     }
@@ -140,13 +141,6 @@ def _open(settings: Judge) -> Judging:
     import torch
 
     return open_judge(settings, torch.device("cuda", 0) if torch.cuda.is_available() else None)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"--prompt {path} cannot be read: {error}") from None
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import typer
 
 from dapo_megatron.errors import RequestError, exit_with_message
 from dapo_megatron.judging.export import Export, export_judged
+from dapo_megatron.rewards.judge_prompt import read_wording
 
 
 def export(
@@ -33,10 +34,7 @@ def export(
     """Make worked examples of collected verdicts."""
     if targets not in ("hard", "soft"):
         raise RequestError(f"--targets {targets} must be hard or soft; use hard")
-    try:
-        wording = None if prompt is None else prompt.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"--prompt {prompt} cannot be read: {error}") from None
+    wording = read_wording(prompt)
     counts = export_judged(
         Export(tuple(inputs), output, targets, balance, seed, wording, held_out, held_out_share, hostile, overwrite)
     )

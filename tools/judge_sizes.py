@@ -28,7 +28,7 @@ from dapo_megatron.judging.export import examples_of  # noqa: E402
 from dapo_megatron.judging.hostile import count_fooled  # noqa: E402
 from dapo_megatron.judging.sizes import HEADINGS, Student, nested, rows_of, students  # noqa: E402
 from dapo_megatron.rewards.judge import open_judge  # noqa: E402
-from dapo_megatron.rewards.judge_prompt import PROMPT, check_wording  # noqa: E402
+from dapo_megatron.rewards.judge_prompt import PROMPT, check_wording, read_wording  # noqa: E402
 from dapo_megatron.rewards.judge_records import Judged, first_of_each, read_judged  # noqa: E402
 from tools.ladder import run_train  # noqa: E402
 
@@ -53,7 +53,7 @@ def sizes(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     cells = students(targets, sizes)
     data = read_cases(cases, truth_column=truth_column)
-    wording = PROMPT if prompt is None else _read(prompt)
+    wording = read_wording(prompt) or PROMPT
     check_wording(wording)
     learned = set(data.cases)
     rows = list(first_of_each(row for path in collected for row in read_judged(path)).values())
@@ -142,13 +142,6 @@ def conclude(report: dict[str, Any], cells: Sequence[Student], output: Path) -> 
     fooled = ", ".join(f"{name} {counts['fooled']}" for name, counts in report["hostile"].items())
     print(f"{report['cases']} held-out cases\n{table}fooled by hostile answers, of 84: {fooled}")
     print(f"report:  {output / 'sizes.json'}\npicture: {output / 'sizes.png'}")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"--prompt {path} cannot be read: {error}") from None
 
 
 if __name__ == "__main__":

@@ -150,6 +150,19 @@ def run_ladder(
     return cells, failures
 
 
+def run_given(
+    given: argparse.Namespace, *, rungs: Sequence[Rung] = RUNGS, recipes: Path = RECIPES, warm: Path | None = None
+) -> tuple[list[Cell], list[str]]:
+    """`run_ladder` as a command line says (`options`), each training a process."""
+
+    def train(arguments: list[str], log: Path) -> int:
+        return run_train(arguments, log, limit_s=given.cell_limit_s)
+
+    return run_ladder(
+        given.out, given.seeds, given.set, train, jobs=given.jobs, rungs=rungs, recipes=recipes, warm=warm
+    )
+
+
 @contextmanager
 def _nothing_more_after_an_error(pool: ThreadPoolExecutor) -> Iterator[None]:
     try:
@@ -213,11 +226,7 @@ def conclude(cells: Sequence[Cell], failures: Sequence[str], out: Path, *, name:
 
 def main() -> None:
     given = options(__doc__.splitlines()[0], name="ladder", cell_limit_s=3600.0).parse_args()
-
-    def train(arguments: list[str], log: Path) -> int:
-        return run_train(arguments, log, limit_s=given.cell_limit_s)
-
-    cells, failures = run_ladder(given.out, given.seeds, given.set, train, jobs=given.jobs)
+    cells, failures = run_given(given)
     conclude(cells, failures, given.out, name="ladder")
 
 

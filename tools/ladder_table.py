@@ -36,12 +36,14 @@ class Rung:
 class Cell:
     """One rung at one seed. `validations`: lines of metrics.jsonl with a validation; `steps`: those of rollout steps.
 
-    prompts: prompts a step. replaced: whether uniform groups are replaced, so that all trained ones are mixed.
+    prompts: prompts a step, of `samples` responses each. replaced: whether uniform groups are replaced, so that all
+    trained ones are mixed.
     """
 
     rung: Rung
     seed: int
     prompts: int
+    samples: int
     replaced: bool
     validations: list[dict[str, Any]]
     steps: list[dict[str, Any]]
@@ -49,7 +51,7 @@ class Cell:
     def values(self, key: str) -> list[float | None]:
         """`key` of every rollout step; None where a step lacks it. `effective_batch` is derived."""
         if key == "effective_batch":
-            return [effective_batch(line, self.prompts, replaced=self.replaced) for line in self.steps]
+            return [effective_batch(line, self.prompts, self.samples, replaced=self.replaced) for line in self.steps]
         return [finite_number(line, key) for line in self.steps]
 
     def late(self, key: str) -> float:
@@ -110,13 +112,13 @@ PANELS = (  # title, unit, key
 )
 
 
-def effective_batch(line: dict[str, Any], prompts: int, *, replaced: bool) -> float | None:
-    """Mixed groups trained on in a step, as a share of the prompts wanted.
+def effective_batch(line: dict[str, Any], prompts: int, samples: int, *, replaced: bool) -> float | None:
+    """Mixed groups trained on in a step, as a share of the prompts wanted; None where a prompt has one response.
 
     With replacement every trained group is mixed; without, those that are neither all right nor all wrong.
     """
     trained = finite_number(line, "groups/trained")
-    if trained is None:
+    if trained is None or samples == 1:
         return None
     if replaced:
         return trained / prompts
@@ -148,6 +150,7 @@ def read_cell(directory: Path, seed: int, rung: Rung) -> Cell:
         rung,
         seed,
         recipe.rollout.prompts_per_step,
+        recipe.rollout.samples_per_prompt,
         recipe.algorithm.dynamic_sampling.enabled,
         [line for line in lines if SAMPLED in line],
         [line for line in lines if "groups/trained" in line],
@@ -162,11 +165,11 @@ def table_markdown(cells: Sequence[Cell], *, of: str = "rung", last_less_first: 
     lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     start = [cell for cell in cells if cell.rung == rungs[0] and cell.validations[0]["step"] == 0]
     if start:
-        accuracies = [_spread([cell.validations[0][key] for cell in start], ".3f") for key in (SAMPLED, GREEDY)]
+        accuracies = [spread([cell.validations[0][key] for cell in start], ".3f") for key in (SAMPLED, GREEDY)]
         lines.append(f"| warm start | {len(start)} | {' | '.join(accuracies)} |" + " – |" * (len(COLUMNS) - 2))
     for rung in rungs:
         of_rung = [cell for cell in cells if cell.rung == rung]
-        entries = [_spread([value(cell) for cell in of_rung], form) for _, form, value in COLUMNS]
+        entries = [spread([value(cell) for cell in of_rung], form) for _, form, value in COLUMNS]
         lines.append(f"| {rung.name} | {len(of_rung)} | {' | '.join(entries)} |")
     below = _comparison(cells, rungs[0], rungs[-1]) if last_less_first else []
     return "\n".join([*lines, "", *below]).rstrip() + "\n"
@@ -181,7 +184,7 @@ def _comparison(cells: Sequence[Cell], first: Rung, last: Rung) -> list[str]:
     for heading, form, value in COLUMNS[:COMPARED]:
         differences = [value(b) - value(a) for a, b in pairs]
         each = " · ".join(format(difference, "+" + form) for difference in differences)
-        lines.append(f"| {heading} | {each} | {_spread(differences, '+' + form)} |")
+        lines.append(f"| {heading} | {each} | {spread(differences, '+' + form)} |")
     return lines
 
 
@@ -206,7 +209,7 @@ def rows_csv(cells: Sequence[Cell]) -> str:
             numbers = [line[SAMPLED], line.get(GREEDY), *means]
             writer.writerow(
                 [cell.rung.recipe, cell.seed, line["step"]]
-                + ["" if number is None else f"{number:.4f}" for number in numbers]
+                + ["" if number is None or math.isnan(number) else f"{number:.4f}" for number in numbers]
                 + [f"{total:.0f}" for total in sums]
             )
             before = line["step"]
@@ -263,7 +266,8 @@ def _mean(values: Sequence[float | None]) -> float:
     return statistics.fmean(known) if known else float("nan")
 
 
-def _spread(values: Sequence[float], form: str) -> str:
+def spread(values: Sequence[float], form: str) -> str:
+    """mean ± standard deviation over the seeds; of one seed its value, a dash where a value is missing."""
     if any(math.isnan(value) for value in values):
         return "–"
     mean = format(statistics.fmean(values), form)

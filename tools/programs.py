@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from dapo_megatron.errors import exit_with_message  # noqa: E402
-from tools.ladder import conclude, options, run_ladder, run_train  # noqa: E402
+from tools.ladder import conclude, options, run_given  # noqa: E402
 from tools.ladder_table import Rung  # noqa: E402
 from tools.placed_recipes import placed_recipes  # noqa: E402
 from tools.programs_task import write_task  # noqa: E402
@@ -32,17 +32,7 @@ def main() -> None:
     if given.task_only:
         return
     recipes = placed_recipes(RECIPES, METHODS, given.out)
-
-    def train(arguments: list[str], log: Path) -> int:
-        return run_train(arguments, log, limit_s=given.cell_limit_s)
-
-    cells, failures = run_ladder(
-        *(given.out, given.seeds, given.set, train),
-        jobs=given.jobs,
-        rungs=METHODS,
-        recipes=recipes,
-        warm=recipes / f"{START}.yaml",
-    )
+    cells, failures = run_given(given, rungs=METHODS, recipes=recipes, warm=recipes / f"{START}.yaml")
     conclude(cells, failures, given.out, name="programs", of="method", last_less_first=False)
 
 

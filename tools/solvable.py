@@ -32,8 +32,8 @@ from dapo_megatron.data.tokenizer import load_tokenizer  # noqa: E402
 from dapo_megatron.errors import RunError, exit_with_message  # noqa: E402
 from dapo_megatron.files import atomic_path, write_text_atomically  # noqa: E402
 from dapo_megatron.monitoring.report_figure import COLOURS, STYLE  # noqa: E402
-from tools.ladder import options, run_ladder, run_train  # noqa: E402
-from tools.ladder_table import Rung  # noqa: E402
+from tools.ladder import options, run_given  # noqa: E402
+from tools.ladder_table import Rung, spread  # noqa: E402
 from tools.placed_recipes import placed_recipes  # noqa: E402
 from tools.solvable_exact import Masses, every_response, masses, response_logprobs  # noqa: E402
 from tools.solvable_task import MOST_TOKENS, PROMPTS, is_right, write_task  # noqa: E402
@@ -137,8 +137,8 @@ def table_markdown(rows: Sequence[Row]) -> str:
         cells.setdefault(row.method, {}).setdefault(row.seed, []).append(row)
     start: dict[int, list[Row]] = {seed: [of[0]] for by_seed in cells.values() for seed, of in by_seed.items()}
     for name, by_seed in [("start", start), *((method.name, of) for method, of in cells.items())]:
-        entries = [_spread([getattr(of[-1].masses, column) for of in by_seed.values()]) for column in COLUMNS]
-        entries.append(_spread([max(row.masses.outside_wrong for row in of) for of in by_seed.values()]))
+        entries = [spread([getattr(of[-1].masses, column) for of in by_seed.values()], ".3f") for column in COLUMNS]
+        entries.append(spread([max(row.masses.outside_wrong for row in of) for of in by_seed.values()], ".3f"))
         lines.append(f"| {name} | {len(by_seed)} | {' | '.join(entries)} |")
     return "\n".join(lines) + "\n"
 
@@ -180,27 +180,12 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
         figure.savefig(temporary, format="png", pil_kwargs={"optimize": True})
 
 
-def _spread(values: Sequence[float]) -> str:
-    mean = f"{statistics.fmean(values):.3f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.3f}"
-
-
 def main() -> None:
     given = options(__doc__.splitlines()[0], name="solvable", cell_limit_s=1800.0).parse_args()
     torch.set_num_threads(1)
     write_task(given.out / "data")
     recipes = placed_recipes(RECIPES, METHODS, given.out)
-
-    def train(arguments: list[str], log: Path) -> int:
-        return run_train(arguments, log, limit_s=given.cell_limit_s)
-
-    cells, failures = run_ladder(
-        *(given.out, given.seeds, given.set, train),
-        jobs=given.jobs,
-        rungs=METHODS,
-        recipes=recipes,
-        warm=recipes / f"{START}.yaml",
-    )
+    cells, failures = run_given(given, rungs=METHODS, recipes=recipes, warm=recipes / f"{START}.yaml")
     space = read_space(given.out / "data")
     rows = [
         row

@@ -20,6 +20,10 @@ TWO_NODES = "recipes/slurm/two-nodes.yaml"
 CONTAINER = "slurm.container_image=dapo-megatron.sqsh"
 TORCHRUN = "slurm.launcher=torchrun"
 RUNGS = tuple(f"recipes/ladder/{path.name}" for path in sorted((ROOT / "recipes" / "ladder").glob("[0-9]-*.yaml")))
+GPU = (
+    "qwen2.5-0.5b-dapo", "qwen2.5-7b-dapo", "qwen2.5-14b-dapo", "qwen2.5-32b-dapo-paper",
+    "qwen2.5-32b-dapo-paper-8-nodes", "qwen2.5-32b-dapo-reproduction", "qwen2.5-72b-dapo", "qwen3-32b-high-entropy-20k",
+)  # fmt: skip
 # file → its recipes, several being an array job, and the settings changed
 FILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tiny": (("recipes/slurm/tiny.yaml",), ()),
@@ -28,16 +32,20 @@ FILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "two-nodes-torchrun": ((TWO_NODES,), (TORCHRUN,)),
     "two-nodes-torchrun-container": ((TWO_NODES,), (TORCHRUN, CONTAINER)),
     "ladder": (RUNGS, ()),
+    **{name: ((f"recipes/gpu/{name}.yaml",), ()) for name in GPU},
+    "qwen2.5-32b-dapo-paper-container": (("recipes/gpu/qwen2.5-32b-dapo-paper.yaml",), (CONTAINER,)),
 }
 
 
 def render(name: str) -> str:
     """The text of one of FILES."""
     recipes, overrides = FILES[name]
+    loaded = [load_recipe(ROOT / recipe, overrides) for recipe in recipes]
     return batch_file(
-        load_recipe(ROOT / recipes[0], overrides),
+        loaded[0],
         command="python tools/write_slurm_files.py",
         arguments=[[recipe, *overrides] for recipe in recipes],
+        directories=[recipe.run.directory for recipe in loaded],
     )
 
 

@@ -33,9 +33,27 @@ def check_recipe(recipe: Recipe, architecture: Architecture) -> None:
         *shape_problems(recipe),
         *_data(recipe),
         *_stages(recipe),
+        *_profile(recipe),
     ]
     if problems:
         raise RequestError("\n".join(problems))
+
+
+def _profile(recipe: Recipe) -> Iterator[str]:
+    profile = recipe.profile
+    for name in ("memory", "nvtx"):
+        if getattr(profile, name) and recipe.learner.device == "cpu":
+            yield f"profile.{name}=true needs a GPU, and learner.device=cpu has none; use false"
+    if profile.memory and not profile.steps:
+        yield "profile.memory=true records nothing without profile.steps; name some, such as [3]"
+
+
+def profile_problem(recipe: Recipe, world: int) -> str | None:
+    """What is wrong with profile.ranks in a world of that many ranks; None if nothing is."""
+    beyond = [rank for rank in recipe.profile.ranks if rank >= world]
+    if not recipe.profile.steps or not beyond:
+        return None
+    return f"profile.ranks={recipe.profile.ranks} names rank {beyond[0]} of a world of {world}; use 0..{world - 1}"
 
 
 def cpu_engine_problem(architecture: Architecture) -> str | None:

@@ -118,7 +118,7 @@ def _layout(recipe: Recipe, parallel: Parallel, architecture: Architecture, worl
         mini_batch_prompts=algorithm.mini_batch_prompts,
         updates_per_step=rollout.prompts_per_step // algorithm.mini_batch_prompts,
         responses_per_step=rollout.prompts_per_step * rollout.samples_per_prompt,
-        padded_vocab=_round_up(architecture.vocab, math.lcm(parallel.tensor, 64)),
+        padded_vocab=round_up(architecture.vocab, math.lcm(parallel.tensor, 64)),
     )
 
 
@@ -157,7 +157,7 @@ def vllm_tensor_problems(tensor: int, architecture: Architecture) -> list[str]:
 
     It replicates key/value heads where there are fewer of them than workers, and pads the vocabulary to 64 rows.
     """
-    rows = _round_up(architecture.vocab, 64)
+    rows = round_up(architecture.vocab, 64)
     rules: list[tuple[str, Callable[[int], bool]]] = [
         *_head_rules(architecture),
         (f"does not divide the {rows} rows of the padded vocabulary", lambda n: rows % n == 0),
@@ -244,5 +244,6 @@ def _nearest_divisors(number: int, wanted: int) -> list[int]:
     return below[-1:] + above[:1]
 
 
-def _round_up(number: int, multiple: int) -> int:
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple that is not below `number`."""
     return -(-number // multiple) * multiple

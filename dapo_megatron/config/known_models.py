@@ -1,7 +1,8 @@
 """The shapes of published models, so that a recipe can be planned where their folders are not.
 
 Source: the config.json of each model's base folder (Qwen2.5: table of the technical report, arXiv 2412.15115; Qwen3:
-arXiv 2505.09388). A folder that `model.path` names is read all the same and must agree (`check_known`).
+arXiv 2505.09388). Of Qwen3-32B no base model is published: its row is the instruct model's, whose end token,
+<|im_end|>, is of no account here. A folder that `model.path` names is read all the same and must agree (`check_known`).
 """
 
 from collections.abc import Mapping

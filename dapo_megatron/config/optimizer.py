@@ -1,10 +1,42 @@
 """Section `optimizer`: AdamW and its schedule for the policy updates."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dapo_megatron.config.section import Section
+
+
+class Guard(Section):
+    """Updates that are not made: weights, moments and counts stay as they were, on every rank, and the run goes on with
+    the next mini-batch. Policy, critic and supervised stages are watched apart, each with a window of its own."""
+
+    non_finite: bool = True
+    """Whether an update whose loss or gradient norm is not a finite number is skipped; false = the run ends there."""
+
+    norm_spike: float | None = Field(None, gt=1)
+    """Skip where the gradient norm before clipping is above this many times the median of the window; null = never."""
+
+    loss_spike: float | None = Field(None, gt=0)
+    """Skip where the loss is further from the window's median than this many times the median of such distances (which
+    must be above 0); null = never."""
+
+    window: int = Field(64, ge=4)
+    """Latest updates made, whose norms and losses the medians are of; spikes are looked for once half are there."""
+
+    most_skips: int = Field(3, ge=1)
+    """The run ends with the skip that makes so many ..."""
+
+    among: int = Field(10, ge=1)
+    """... among this many latest updates, made or skipped; the same number for both = so many in a row."""
+
+    @model_validator(mode="after")
+    def _can_be_reached(self) -> Self:
+        if self.most_skips > self.among:
+            raise ValueError(
+                f"most_skips={self.most_skips} cannot be among={self.among} updates; use most_skips={self.among}"
+            )
+        return self
 
 
 class Optimizer(Section):
@@ -39,3 +71,6 @@ class Optimizer(Section):
 
     distributed: bool = True
     """Whether the optimizer's state is cut over the data-parallel ranks."""
+
+    guard: Guard = Guard()
+    """Updates that are skipped, and when the run ends over them."""

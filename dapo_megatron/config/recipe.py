@@ -11,6 +11,7 @@ from dapo_megatron.config.model import Model
 from dapo_megatron.config.monitoring import Monitoring
 from dapo_megatron.config.optimizer import Optimizer
 from dapo_megatron.config.parallel import Parallel
+from dapo_megatron.config.profile import Profile
 from dapo_megatron.config.resharding import Resharding
 from dapo_megatron.config.reward import Reward
 from dapo_megatron.config.rollout import Rollout
@@ -71,6 +72,9 @@ class Recipe(Section):
 
     monitoring: Monitoring = Monitoring()
     """Trackers and the report."""
+
+    profile: Profile = Profile()
+    """Traces of chosen steps."""
 
     supervised: Supervised = Supervised()
     """Training on worked examples first."""

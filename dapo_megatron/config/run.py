@@ -23,3 +23,6 @@ class Run(Section):
     stall_limit_s: float | None = Field(None, gt=0)
     """Longest a phase of a step may take (seconds); after it every rank tells its stack and the collective it waits in,
     and the run ends. null = four times the longest wait that the recipe allows anywhere."""
+
+    stragglers_every: int = Field(10, ge=0)
+    """Steps after which ranks compare their own seconds, those of all steps since the last time; 0 = never."""

@@ -36,10 +36,14 @@ class Slurm(Section):
     checkpoint and the requeue must fit in."""
 
     requeue: bool = True
-    """Whether a job that came to its time limit, or lost a node, is queued again and goes on with --resume."""
+    """Whether a job that came to its time limit, lost a node or failed is queued again and goes on with --resume."""
 
     most_restarts: int = Field(100, ge=0)
-    """Restarts after which a job that comes to its time limit is not queued again."""
+    """Restarts after which a job does not go on, whatever it was that ended it."""
+
+    failures: int = Field(2, ge=0)
+    """Failures in a row, without a new checkpoint between them, after which a job is still queued again; 0 = a failure
+    ends it. Wrong requests, and stops that would only come again, always do."""
 
     partition: str | None = None
     """Partition; null = the cluster's default, here and in the next four."""
@@ -76,6 +80,13 @@ class Slurm(Section):
 
     health_check: bool = True
     """Whether GPUs, all-reduce and disk of every node are tried before the run starts."""
+
+    parity_check: bool = True
+    """Whether `doctor --parity` tries the first node's stack before the run starts; a part that fails ends the job. Not
+    repeated after a requeue on the same nodes."""
+
+    parity_limit_s: int = Field(300, ge=1)
+    """Longest time of a part of it (seconds); the check as a whole gets six times as much."""
 
     least_gb_per_s: float = Field(0.0, ge=0)
     """Least all-reduce bus bandwidth that the health check accepts, of a node alone and of all together (GB/s)."""

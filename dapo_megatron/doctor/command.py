@@ -19,7 +19,7 @@ def examine(recipe: Recipe | None, name: str | None, *, json_wanted: bool, machi
     """
     needs = Needs()
     if recipe is not None:
-        architecture = planned_architecture(recipe)
+        architecture = planned_architecture(recipe, folder_needed=False)
         needs = needs_of(recipe, architecture, derive_layout(recipe, architecture))
     facts = gather(machine or this_machine(), needs.directory)
     findings = judge(facts, needs)

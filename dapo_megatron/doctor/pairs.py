@@ -10,7 +10,8 @@ from packaging.version import InvalidVersion, Version
 
 from dapo_megatron.doctor.facts import PACKAGES, Facts
 
-# CUDA toolkit release notes, table of the least driver for CUDA minor version compatibility (Linux x86_64)
+# NVIDIA, "CUDA Toolkit Release Notes", table of the least driver for CUDA minor version compatibility (Linux x86_64);
+# "CUDA Compatibility", page "Minor Version Compatibility", table 1 has the same branches: 450, 525, 580
 LEAST_DRIVER = {11: (450, 80, 2), 12: (525, 60, 13), 13: (580, 0, 0)}
 CUDA_CORES = {"transformer-engine-cu12": 12, "transformer-engine-cu13": 13}
 

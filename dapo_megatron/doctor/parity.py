@@ -24,6 +24,7 @@ from dapo_megatron.launch import die_with_parent
 
 PARTS = {
     "kernels": "Triton kernels beside torch in fp64",
+    "parameters": "TransformerEngine's parameters beside the table that plans count with",
     "layers": "TransformerEngine's layers beside the local ones",
     "engine": "vLLM's log-probs beside the learner's",
     "reshard": "weights from Megatron shards into an engine's, by checksum",
@@ -59,7 +60,10 @@ def check_parity(recipe: Recipe | None, name: str | None, *, json_wanted: bool, 
 
 
 def run_part(part: str, folder: Path, trial: Trial, time_limit_s: float) -> Verdict:
-    """One part in a process of its own; whatever it started ends with it."""
+    """One part in a process of its own; whatever it started ends with it. One that the recipe has no use for is
+    skipped."""
+    if part in trial.idle:
+        return Verdict(part, SKIPPED, trial.idle[part])
     started = time.monotonic()
     log = folder / f"{part}.log"
     with open(log, "wb") as output:

@@ -12,6 +12,7 @@ from dapo_megatron.config import Layout, derive_layout
 from dapo_megatron.config.optimizer import Optimizer
 from dapo_megatron.data.records import SequenceBatch, sequence_batch
 from dapo_megatron.doctor.parity_model import VOCABULARY, Trial, random_batch, read_tiny, tiny_recipe
+from dapo_megatron.doctor.te_parameters import VERSION, differences
 from dapo_megatron.doctor.verdict import Measurement, Skipped
 from dapo_megatron.evaluation_engine import open_engine
 from dapo_megatron.launch import World
@@ -41,17 +42,35 @@ def world_of_one(layout: Layout, device: torch.device):
         leave_world()
 
 
-def layers(trial: Trial, folder: Path, device: torch.device) -> Measurement:
-    """How much further from fp32 TransformerEngine's layers are than the local ones, both in bf16.
+def parameters(device: torch.device) -> Measurement:
+    """How many of TransformerEngine's modules have other parameters than the committed table says.
 
     Raises:
         Skipped: no TransformerEngine that megatron can import, or no GPU.
     """
+    _check_usable(device)
+    import transformer_engine.pytorch
+
+    found = differences(transformer_engine.pytorch, device)
+    told = f"modules of TransformerEngine differ from the table of {VERSION}" + "".join(f"; {line}" for line in found)
+    return Measurement(len(found), 0, told)
+
+
+def layers(trial: Trial, folder: Path, device: torch.device) -> Measurement:
+    """How much further from fp32 TransformerEngine's layers are than the local ones, both in bf16.
+
+    Raises:
+        Skipped: as `parameters`.
+    """
+    _check_usable(device)
+    return layer_gap(trial, folder, device, candidate="transformer_engine")
+
+
+def _check_usable(device: torch.device) -> None:
     if not HAVE_TE:
         raise Skipped("TransformerEngine is not installed, or megatron cannot import it")
     if device.type != "cuda":
         raise Skipped("TransformerEngine needs a GPU")
-    return layer_gap(trial, folder, device, candidate="transformer_engine")
 
 
 def layer_gap(trial: Trial, folder: Path, device: torch.device, *, candidate: str) -> Measurement:

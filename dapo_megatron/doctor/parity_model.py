@@ -24,7 +24,8 @@ STD = 0.06  # about 1/√hidden: matrices neither amplify nor damp
 
 @dataclass(frozen=True)
 class Trial:
-    """What the parts are told. vocabulary: columns of the recipe's logits. needed: part → the setting that needs it."""
+    """What the parts are told. vocabulary: columns of the recipe's logits. needed: part → the setting that needs it;
+    idle: part → why the recipe has no use for it."""
 
     family: str = "qwen2"
     tied: bool = False
@@ -34,6 +35,7 @@ class Trial:
     eps_high: float = 0.28
     vocabulary: int = 151936
     needed: dict[str, str] = field(default_factory=dict)
+    idle: dict[str, str] = field(default_factory=dict)
 
 
 def trial_of(recipe: Recipe | None) -> Trial:
@@ -44,7 +46,7 @@ def trial_of(recipe: Recipe | None) -> Trial:
     """
     if recipe is None:
         return Trial()
-    architecture = planned_architecture(recipe)
+    architecture = planned_architecture(recipe, folder_needed=False)
     needed = {}
     if recipe.learner.loss_kernel == "triton":
         needed["kernels"] = "learner.loss_kernel=triton"
@@ -52,6 +54,9 @@ def trial_of(recipe: Recipe | None) -> Trial:
         needed["layers"] = "model.layer_spec=transformer_engine"
     if recipe.rollout.engine == "vllm" and not recipe.rollout.servers:
         needed["engine"] = "rollout.engine=vllm"
+    idle = {}
+    if recipe.rollout.engine == "hf" and recipe.reward.judge.engine != "vllm":
+        idle["engine"] = "the recipe asks for no vLLM: rollout.engine=hf"
     return Trial(
         family=architecture.family,
         tied=architecture.tied,
@@ -61,6 +66,7 @@ def trial_of(recipe: Recipe | None) -> Trial:
         eps_high=recipe.algorithm.eps_high,
         vocabulary=architecture.vocab,
         needed=needed,
+        idle=idle,
     )
 
 

@@ -35,6 +35,8 @@ def measure(part: str, folder: Path) -> Measurement:
         return reshard(folder)
     from dapo_megatron.doctor import parity_learner
 
+    if part == "parameters":
+        return parity_learner.parameters(device)
     return {"layers": parity_learner.layers, "engine": parity_learner.engine}[part](trial, folder, device)
 
 

@@ -24,13 +24,13 @@ def draw_sizes(report: Mapping[str, Any], cells: Sequence[Student], path: Path) 
         ("AUC", {"": lambda judge: judge["quality"]["auc"]}, "auc"),
         ("ECE", {"": lambda judge: judge["quality"]["ece"]}, "ece"),
         (
-            "Reward: mean squared distance from the truth",
+            "Squared error of the reward",
             {mode: lambda judge, mode=mode: judge["rewards"][mode]["brier"] for mode in ("binary", "soft")},
             "brier",
         ),
     ]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(13, 3.6), dpi=110, layout="constrained")
+        figure = Figure(figsize=(13, 4.4), dpi=110, layout="constrained")
         FigureCanvasAgg(figure)
         for axes, (title, values, rule) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             for name, value in values.items():
@@ -40,7 +40,7 @@ def draw_sizes(report: Mapping[str, Any], cells: Sequence[Student], path: Path) 
                 axes.axhline(values[""](judges["teacher"]) or 0.0, color="black", linewidth=0.8, label="teacher")
             axes.set(title=title, xlabel="cases learned from")
             axes.set_xscale("log", base=2)
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2))
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="png")
 

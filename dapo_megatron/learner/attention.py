@@ -16,6 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from dapo_megatron.learner.alike import alike
 from dapo_megatron.learner.context_parallel import ContextPlan, attend_pieces, gather_keys
 
 HAVE_VARLEN = False
@@ -24,8 +25,6 @@ if torch.cuda.is_available():  # elsewhere the import alone would cost a second
         from torch.nn.attention.varlen import varlen_attn
 
         HAVE_VARLEN = "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-PADDING_ALLOWED = 1.25  # a group of sequences is padded to its longest as long as that costs at most this factor
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -114,19 +113,8 @@ def packed_causal_attention(
 def _groups(cu_seqlens: tuple[int, ...], device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """Sequences of like length → (rows [B, L], inside [B, L] bool); rows beyond a sequence's end repeat the last."""
     lengths = [b - a for a, b in pairwise(cu_seqlens)]
-    order = sorted((i for i, n in enumerate(lengths) if n > 0), key=lambda i: -lengths[i])
-    groups: list[list[int]] = []
-    real = 0
-    for i in order:
-        longest = lengths[groups[-1][0]] if groups else 0
-        if groups and longest * (len(groups[-1]) + 1) <= PADDING_ALLOWED * (real + lengths[i]):
-            groups[-1].append(i)
-            real += lengths[i]
-        else:
-            groups.append([i])
-            real = lengths[i]
     result = []
-    for members in groups:
+    for members in alike(lengths):
         starts = torch.tensor([cu_seqlens[i] for i in members], device=device)[:, None]
         counts = torch.tensor([lengths[i] for i in members], device=device)[:, None]
         steps = torch.arange(lengths[members[0]], device=device)[None]

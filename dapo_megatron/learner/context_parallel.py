@@ -6,6 +6,7 @@ gathered, one collective a layer, and their gradients reduced and scattered in t
 is causal against the keys up to its own end.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,8 +18,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from dapo_megatron.data.packing import PackedBatch, context_rows
-
-PADDING_ALLOWED = 1.25  # as in attention.py: pieces of like length are padded to the longest
+from dapo_megatron.learner.alike import alike
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class PieceGroup:
 
 @dataclass(frozen=True)
 class ContextPlan:
-    """What attention must know of a pack that is cut among the ranks of `group`: made once a micro-batch, on the host,
-    used by every layer.
+    """What attention must know of a pack that is cut among the ranks of `group`: made on the host, once for a
+    micro-batch in each part of a pipeline stage, used by every layer of it.
 
     key_rows: int64, the gathered keys of all pieces end to end; cu_queries, cu_keys: int32, where each piece begins
     among this rank's rows and among those, for one variable-length call.
@@ -101,21 +101,12 @@ def attend_pieces(
     return torch.empty_like(query_THD).index_copy(0, torch.cat(rows), torch.cat(values))
 
 
-def _alike(found: list[tuple]) -> list[list[tuple]]:
+def _alike(found: list[tuple]) -> Iterator[list[tuple]]:
     """Pieces of one place and of lengths that little padding makes equal, together."""
-    groups: list[list[tuple]] = []
-    real = 0
-    for piece in sorted((p for p in found if p[1]), key=lambda p: (p[0], -p[1])):
-        place, length = piece[:2]
-        if groups and groups[-1][0][0] == place:
-            longest = groups[-1][0][1]
-            if longest * (len(groups[-1]) + 1) <= PADDING_ALLOWED * (real + length):
-                groups[-1].append(piece)
-                real += length
-                continue
-        groups.append([piece])
-        real = length
-    return groups
+    for place in sorted({piece[0] for piece in found}):
+        here = [piece for piece in found if piece[0] == place]
+        for members in alike([length for _, length, *_ in here]):
+            yield [here[i] for i in members]
 
 
 def _group(members: list[tuple], device: torch.device) -> PieceGroup:

@@ -6,13 +6,15 @@ Every rank calls every method with the same batch; each takes its own share of i
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from dapo_kernels import device_errors
+from dapo_kernels import NonFiniteLogits, device_errors
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -34,13 +36,21 @@ from dapo_megatron.learner.context_parallel import plan_context
 from dapo_megatron.learner.loss_kernel import choose_loss_kernel, take_output_layer
 from dapo_megatron.learner.losses import Head, RowLoss, score_rows, value_rows
 from dapo_megatron.learner.model import build_chunks, transformer_config
-from dapo_megatron.learner.optimizer import build_optimizer, set_rates
+from dapo_megatron.learner.optimizer import build_optimizer, clip_and_update, reduced_norm, set_rates
 from dapo_megatron.learner.parallel_groups import ParallelGroups, groups_in_force
-from dapo_megatron.learner.reductions import sum_over_world
+from dapo_megatron.learner.reductions import largest_each, sum_over_world
 from dapo_megatron.resharding.hf_files import read_placements
 from dapo_megatron.resharding.hf_layout import VALUE_HEAD
 from dapo_megatron.resharding.layout import WeightLayout
 from dapo_megatron.resharding.megatron_layout import megatron_layout
+
+
+class GradientNorm(NamedTuple):
+    """`value`: the global norm (L2) before clipping, the same number on every rank; NaN where it is not finite on any.
+    `noticed`: what went wrong on the way to it, in words, "" if nothing did."""
+
+    value: float
+    noticed: str = ""
 
 
 class Learner:
@@ -100,7 +110,9 @@ class Learner:
         wrapped = [Float16Module(self.config, m) if dtype is torch.bfloat16 else m for m in self.models]
         # megatron would hand out an fp32 copy of the bf16 logits, the largest tensor there is
         self._model_options = {"fp32_output": False} if dtype is torch.bfloat16 else {}
+        self.phase: Callable[[str], AbstractContextManager] = nullcontext  # around what takes long, by name
         self.optimizer: MegatronOptimizer | None = None
+        self._broken_logits = ""  # what the kernels said of this rank's mini-batch, on a CPU
         self.chunks: list[nn.Module] = wrapped
         if optimizer is not None:
             ddp = DistributedDataParallelConfig(
@@ -112,6 +124,12 @@ class Learner:
             self.optimizer = build_optimizer(optimizer, self.chunks, dtype=dtype)
             self.config.grad_scale_func = self.optimizer.scale_loss
             self.config.finalize_model_grads_func = _finalize_undivided
+
+    @property
+    def stage(self) -> int:
+        """This rank's pipeline stage."""
+        with self.groups.in_force():
+            return parallel_state.get_pipeline_model_parallel_rank()
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -154,11 +172,22 @@ class Learner:
         ]
 
     def gradients(self, batch: SequenceBatch, sequences: Sequence[int], loss: RowLoss) -> Tensor:
-        """Leave the gradient of the mini-batch's loss in the gradient buffers; returns the loss's sums, fp64 [K]."""
+        """Leave the gradient of the mini-batch's loss in the gradient buffers; returns the loss's sums, fp64 [K].
+
+        Logits that are not finite make loss and gradient NaN, as on a GPU, where looking would mean waiting: ranks that
+        know nothing of them are not left alone in the pipeline.
+        """
         sums: list[Tensor] = []
 
         def keep_sums(logits_TV: Tensor, packed: PackedBatch) -> Tensor:
-            value, terms = loss.compute(logits_TV, packed)
+            try:
+                value, terms = loss.compute(logits_TV, packed)
+            except NonFiniteLogits as error:
+                if packed.context > 1:  # the ranks that hold the other tokens may be in collectives of the loss
+                    raise
+                self._broken_logits = str(error)
+                value = logits_TV.float().sum() * float("nan")
+                terms = torch.full((loss.width,), float("nan"), dtype=torch.float64, device=self.device)
             sums.append(terms)
             return value
 
@@ -174,21 +203,51 @@ class Learner:
         """One optimizer step from the gradient buffers; returns the gradient's global norm before clipping.
 
         Raises:
-            RunError: the norm is not finite, or the loss kernels noticed bad input.
+            RunError: as `gradient_norm` and `update`.
         """
-        set_rates(self.optimizer, learning_rate, weight_decay)
-        with self.groups.in_force():
-            _, norm, _ = self.optimizer.step()
-        norm = float(norm or 0.0)
+        norm = self.gradient_norm()
+        self.update(norm, learning_rate, weight_decay)
+        return norm.value
+
+    def gradient_norm(self) -> GradientNorm:
+        """The norm of what is in the gradient buffers; nothing but gradients is touched. To be followed by `update`, or
+        by the next `gradients`, and then it is as if there had been none.
+
+        Raises:
+            RunError: the loss kernels noticed input that no gradient can come of, on every rank alike.
+        """
+        with self.groups.in_force(), self.phase("optimizer"):
+            norm = reduced_norm(self.optimizer)
         # on a GPU the kernels answer bad input with NaN and a flag; this is the one place that waits to read it
-        noticed = device_errors()
-        if norm != norm or norm in (float("inf"), float("-inf")) or noticed:
+        noticed, broken = device_errors(), self._broken_logits
+        self._broken_logits = ""
+        own = noticed._replace(logits=noticed.logits or bool(broken))
+        finite = math.isfinite(norm)
+        # data-parallel ranks that hold whole gradients, and flags, may differ from rank to rank; decisions must not
+        largest, other, *flags = largest_each([norm if finite else 0.0, not finite, *own], self.device)
+        seen = type(noticed)(*(flag > 0 for flag in flags))
+        if seen.target or seen.setting or seen.gradient_scale:
             raise RunError(
-                f"the gradient norm is {norm}{f' ({noticed})' if noticed else ''}: stopped before the damage spreads; "
-                "resume from the last checkpoint",
-                on_every_rank=not noticed,
+                f"the loss kernels refused a mini-batch: {seen}; the data or a loss is wrong", on_every_rank=True
             )
-        return norm
+        told = broken or (str(seen) if seen else "")
+        return GradientNorm(math.nan if other or seen.logits else largest, told)
+
+    def update(self, norm: GradientNorm, learning_rate: float, weight_decay: float) -> None:
+        """One optimizer step from gradients whose norm is known.
+
+        Raises:
+            RunError: the norm is not finite; weights and moments are as they were.
+        """
+        if not math.isfinite(norm.value):
+            raise RunError(
+                f"the gradient norm is {norm.value}{f' ({norm.noticed})' if norm.noticed else ''}: stopped before the "
+                "damage spreads; resume from the last checkpoint",
+                on_every_rank=True,
+            )
+        set_rates(self.optimizer, learning_rate, weight_decay)
+        with self.groups.in_force(), self.phase("optimizer"):
+            clip_and_update(self.optimizer, norm.value)
 
     def packing(self, batch: SequenceBatch, sequences: Sequence[int]) -> list[list[list[int]]]:
         """[data-parallel rank][micro-batch] → sequence numbers of the batch. Sequences without a trained token are left
@@ -244,7 +303,7 @@ class Learner:
             return value, torch.zeros((), dtype=torch.int, device=self.device), {}
 
         iterators = [iter(packs) for _ in self.chunks]
-        with self.groups.in_force():
+        with self.groups.in_force(), self.phase("forward_backward"):
             get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],

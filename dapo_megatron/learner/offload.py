@@ -11,11 +11,11 @@ from contextlib import contextmanager
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from dapo_megatron.learner.learner import Learner
-from dapo_megatron.learner.snapshot import HostMemory, parts
+from dapo_megatron.learner.optimizer import parts
+from dapo_megatron.learner.snapshot import HostMemory
 
 
 class OptimizerMemory:
@@ -45,8 +45,7 @@ class OptimizerMemory:
         self._away = True
         self._host.rewind()
         for learner in self._learners:
-            weights = {weight.untyped_storage().data_ptr() for weight in learner.weights.values()}
-            _replace(learner.optimizer, self._host.copy, keep=weights)
+            _replace(learner, self._host.copy)
             for chunk in learner.chunks:
                 for buffer in _gradient_buffers(chunk):
                     self._gradients.append((buffer, buffer.untyped_storage().nbytes()))
@@ -64,12 +63,11 @@ class OptimizerMemory:
             buffer.zero_()
         self._gradients.clear()
         for learner in self._learners:
-            weights = {weight.untyped_storage().data_ptr() for weight in learner.weights.values()}
 
             def to_device(tensor: Tensor, device: torch.device = learner.device) -> Tensor:
                 return tensor.to(device, non_blocking=True, copy=True)
 
-            _replace(learner.optimizer, to_device, keep=weights)
+            _replace(learner, to_device)
         self._finish()
         self._away = False
 
@@ -79,10 +77,11 @@ class OptimizerMemory:
                 torch.cuda.synchronize(learner.device)
 
 
-def _replace(optimizer: MegatronOptimizer, copy: Callable[[Tensor], Tensor], *, keep: set[int]) -> None:
-    """Let main weights and moments be copies of themselves; `keep`: storages of the model's weights, which stay (an
-    fp32 model's are its main weights, too)."""
-    for part in parts(optimizer):
+def _replace(learner: Learner, copy: Callable[[Tensor], Tensor]) -> None:
+    """Let main weights and moments be copies of themselves; the model's weights stay, which are the main weights of an
+    fp32 model, too."""
+    keep = {weight.untyped_storage().data_ptr() for weight in learner.weights.values()}
+    for part in parts(learner.optimizer):
         inner = part.optimizer
         for group in inner.param_groups:
             for param in group["params"]:

@@ -5,6 +5,7 @@ import math
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from dapo_megatron.config.optimizer import Optimizer
 
@@ -51,6 +52,28 @@ def set_rates(optimizer: MegatronOptimizer, learning_rate: float, weight_decay: 
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
         group["weight_decay"] = weight_decay * group["wd_mult"]
+
+
+def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers of a chained one, or itself."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+@torch.no_grad()
+def reduced_norm(optimizer: MegatronOptimizer) -> float:
+    """The gradient's global norm (L2) before clipping, as this rank has it. Weights and moments are not touched: with
+    `clip_and_update` this is megatron's own step, in two halves that something may be decided between."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm() or 0.0)
+
+
+@torch.no_grad()
+def clip_and_update(optimizer: MegatronOptimizer, norm: float) -> None:
+    """The rest of the step after `reduced_norm`."""
+    for part in parts(optimizer):
+        if parameters := [] if part.is_stub_optimizer else part.get_parameters():
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
+    optimizer.step_with_ready_grads()
 
 
 def scheduled_rate(

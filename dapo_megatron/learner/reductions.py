@@ -1,5 +1,7 @@
 """Sums that span the ranks: what the last pipeline stage knows of its tokens, made known to all."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -40,6 +42,14 @@ class _SumOverContext(torch.autograd.Function):
     def backward(_: object, gradient: Tensor) -> Tensor:
         # what this rank put in is in the losses of all ranks
         return _SumOverContext.forward(None, gradient)
+
+
+def largest_each(values: Sequence[float], device: torch.device) -> list[float]:
+    """Of each of `values` the largest that a rank of the world has, on every rank; none may be NaN."""
+    found = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.tolist()
 
 
 def largest_of_ranks(number: int, device: torch.device) -> int:

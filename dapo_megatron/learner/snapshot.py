@@ -16,7 +16,7 @@ from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from torch import Tensor
 
 from dapo_megatron.learner.learner import Learner
-from dapo_megatron.learner.optimizer import set_rates
+from dapo_megatron.learner.optimizer import parts, set_rates
 
 # loadable at another TP, PP and DP; gathered over gloo alone, by the one thread that saves
 OPTIMIZER_FORMAT = {
@@ -126,11 +126,6 @@ def optimizer_state(optimizer: MegatronOptimizer | None, models: dict, *, loadin
         return {}
     merged = models["model0"] if len(models) == 1 else dict(models)
     return {"optimizer": optimizer.sharded_state_dict(merged, is_loading=loading, metadata=OPTIMIZER_FORMAT)}
-
-
-def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers of a chained one, or itself."""
-    return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def ensure_state(optimizer: MegatronOptimizer) -> None:

@@ -11,6 +11,7 @@ LENGTH_SHARE = 0.3
 DIVERGENCE_POINTS, TRAIN_RISE, VALIDATION_FALL = 10, 0.1, 0.05
 GRADER_SHARE = 0.01  # of the responses of a step
 JUDGE_SHARE = 0.05  # of what a judge is asked
+STRAGGLER_RATIO, STRAGGLER_REPORTS = 1.3, 3  # times its like, comparisons in a row
 VITAL = ("loss/policy", "grad_norm", "entropy/mean", "reward/mean")
 
 
@@ -22,10 +23,13 @@ def alerts_for(history: Sequence[Mapping[str, Any]], *, mismatch_bound: float | 
     - divergence: between the first and the last of the last ten validation points, accuracy/train rose by at least
       0.1 and validation/accuracy fell by at least 0.05
     - mismatch: mismatch/logprob_abs_mean above `mismatch_bound` (nats; None: not looked at), or not a number
-    - nothing trained: tokens/trained is 0
+    - nothing trained: tokens/trained is 0, and not because updates were skipped
+    - skipped updates: the guard skipped one in the last entry
     - not a number: loss, gradient norm, entropy or reward of the last entry is NaN or infinite
     - grader failures: more than 1 % of the last entry's responses got no verdict
     - judge fallbacks: more than 5 % of what the last entry's judge was asked got no verdict
+    - straggler: in the last 3 comparisons of ranks one and the same was slowest, in all its work or in the probe, with
+      at least 1.3 times the own seconds of its like
     - shortfall: the last entry trained on fewer groups than asked for
     """
     return list(_holding(history, mismatch_bound).values())
@@ -58,9 +62,11 @@ def _holding(history: Sequence[Mapping[str, Any]], mismatch_bound: float | None)
         "divergence": _divergence(history),
         "mismatch": _mismatch(history, mismatch_bound),
         "nothing trained": _nothing_trained(history),
+        "skipped updates": _skipped_updates(history),
         "not a number": _not_a_number(history),
         "grader": _grader_failures(history),
         "judge": _judge_fallbacks(history),
+        "straggler": _straggler(history),
         "shortfall": _shortfall(history),
     }
     return {kind: text for kind, text in rules.items() if text is not None}
@@ -118,11 +124,24 @@ def _mismatch(history: Sequence[Mapping[str, Any]], bound: float | None) -> str 
 
 
 def _nothing_trained(history: Sequence[Mapping[str, Any]]) -> str | None:
-    if _last(history, "tokens/trained") != 0:
+    if _last(history, "tokens/trained") != 0 or _skipped_updates(history) is not None:
         return None
     return (
         "nothing trained: tokens/trained is 0; likely cause: every group was all right or all wrong, "
         "or overlong filtering removed every response"
+    )
+
+
+def _skipped_updates(history: Sequence[Mapping[str, Any]]) -> str | None:
+    skipped = finite_number(history[-1], "guard/skipped") if history else None
+    if not skipped:
+        return None
+    total = finite_number(history[-1], "guard/skipped_total") or skipped
+    return (
+        f"skipped updates: {skipped:.0f} in this step, {total:.0f} in the run, weights are as they were; "
+        "skipped_updates.jsonl says why and on what; "
+        "likely cause: optimizer.learning_rate too high, or a loss or reward that is not finite; "
+        "optimizer.guard.most_skips ends the run if it goes on"
     )
 
 
@@ -179,6 +198,25 @@ def _shortfall(history: Sequence[Mapping[str, Any]]) -> str | None:
         f"shortfall: {missing:.0f} groups fewer than rollout.prompts_per_step were trained on; "
         "likely cause: prompts too easy or too hard for the policy, or algorithm.dynamic_sampling.max_waves too low"
     )
+
+
+def _straggler(history: Sequence[Mapping[str, Any]]) -> str | None:
+    for work in ("probe", "work"):
+        key = f"time/ranks/{work}"
+        rows = _latest_rows(history, f"{key}/ratio", STRAGGLER_REPORTS)
+        latest = [history[row] for row in rows]
+        if len(latest) < STRAGGLER_REPORTS or len({row.get(f"{key}/slowest") for row in latest}) > 1:
+            continue
+        if all(row[f"{key}/ratio"] >= STRAGGLER_RATIO for row in latest):
+            rank, host, ratio = latest[-1][f"{key}/slowest"], latest[-1].get(f"{key}/host"), latest[-1][f"{key}/ratio"]
+            what = "a piece of work that is the same everywhere" if work == "probe" else "its own work"
+            return (
+                f"straggler: rank {rank:.0f} on {host} takes {ratio:.2f} times as long as its like for {what}, "
+                f"{STRAGGLER_REPORTS} comparisons in a row, and all ranks wait for it; likely cause: "
+                "clocks held down by heat or power, errors of memory, another process on the node; "
+                f'see docs/long-runs.md, or do without it: slurm.options=["--exclude={host}"]'
+            )
+    return None
 
 
 def _first(history: Sequence[Mapping[str, Any]], key: str) -> float | None:

@@ -1,15 +1,16 @@
 """One place to tell what happens: console, trackers and alerts on rank 0, silence elsewhere."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dapo_megatron.config import Recipe
 from dapo_megatron.files import write_text_atomically
 from dapo_megatron.monitoring.alerts import AlertBook
 from dapo_megatron.monitoring.console import Console
 from dapo_megatron.monitoring.entropy_change import entropy_change
-from dapo_megatron.monitoring.metrics import read_metrics, truncate_after
+from dapo_megatron.monitoring.metrics import MetricsFile, read_metrics, truncate_after
 from dapo_megatron.monitoring.trackers import open_trackers
 
 
@@ -26,6 +27,9 @@ class Journal:
         truncate_after(run / "metrics.jsonl", kept)
         truncate_after(run / "supervised.jsonl", supervised_step, key="supervised_step")
         _continue_samples(run / "samples.jsonl", kept)
+        self._skipped = run / "skipped_updates.jsonl"
+        truncate_after(self._skipped, step)
+        truncate_after(self._skipped, supervised_step, key="supervised_step")
         self.console = Console(recipe.run.steps)
         self.trackers = open_trackers(
             run,
@@ -58,6 +62,15 @@ class Journal:
         for tracker in self.trackers:
             tracker.log({"supervised_step": step, **metrics}, step)
         self.console.supervised(step, total, metrics["loss/supervised"], metrics["time/step"])
+
+    def skipped(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Updates that were not made: a line each, in a file of their own and on the console."""
+        if not self.speaks or not records:
+            return
+        file = MetricsFile(self._skipped)
+        for record in records:
+            file.append(record)
+            self.console.note(f"step {record['step']}: a {record['part']} update is skipped: {record['reason']}")
 
     def note(self, text: str) -> None:
         """A plain line."""

@@ -18,6 +18,7 @@ LONGEST_TEXT = 6000  # characters of a prompt or completion on the page
 MOST_SAMPLES = 40  # cards a run
 MOST_COMPLETIONS = 6  # a card; the first and the last are always among them
 ABSENT = "n/a"
+RANKS = "time/ranks"
 TAIL = 10  # steps whose mean is the final value of a noisy metric
 
 # content a browser must not act upon even if escaping failed
@@ -51,6 +52,7 @@ def render_page(runs: Sequence[RunRecord], picture: bytes) -> str:
         "<h2>Numbers</h2>",
         _numbers_table(runs),
         *_differences(runs),
+        *_ranks(runs),
         "<h2>Sample completions</h2>",
         *(_samples(run, named=len(runs) > 1) for run in runs),
         "<h2>Recipe</h2>",
@@ -154,6 +156,28 @@ def _time_split(run: RunRecord) -> str:
         sum(value for _, value in _finite(run, f"time/{name}")) / whole for name in ("rollout", "learn", "reshard")
     ]
     return " / ".join(f"{part:.1%}" for part in parts) + f", other {max(0.0, 1 - sum(parts)):.1%}"
+
+
+def _ranks(runs: Sequence[RunRecord]) -> list[str]:
+    """The latest comparison of ranks; nothing where none was made."""
+    latest = [next((row for row in reversed(run.metrics) if f"{RANKS}/work/ratio" in row), {}) for run in runs]
+    compared = [key for row in latest for key in row if key.startswith(f"{RANKS}/") and key.endswith("/max")]
+    if not compared:
+        return []
+    phases = dict.fromkeys(key.split("/")[2] for key in compared)
+    rows = [(name, [_slowest(row, name) for row in latest]) for name in phases]
+    note = "Seconds of each rank's own, waits for others apart: median and slowest rank, at the latest comparison."
+    return ["<h2>Ranks</h2>", f'<p class="dim">{note}</p>', _table(runs, rows)]
+
+
+def _slowest(row: Mapping[str, Any], name: str) -> str:
+    of = {part: row.get(f"{RANKS}/{name}/{part}") for part in ("median", "max", "slowest", "ratio", "host")}
+    if not all(isinstance(of[part], int | float) for part in ("median", "max")):
+        return ""
+    text = f"median {of['median']:.3g} s, most {of['max']:.3g} s"
+    if all(isinstance(of[part], int | float) for part in ("slowest", "ratio")):
+        text += f"; rank {of['slowest']:.0f} on {of['host']}, {of['ratio']:.2f} times its like"
+    return text
 
 
 def _differences(runs: Sequence[RunRecord]) -> list[str]:

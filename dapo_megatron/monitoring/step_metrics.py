@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,18 @@ QUANTILES = (10, 50, 90, 99)  # of response lengths, percent
 
 
 class Clock:
-    """Seconds of a step's phases and of the whole."""
+    """Seconds of a step's phases and of the whole. `mark`: what else is to be around a phase, by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, mark: Callable[[str], AbstractContextManager] = nullcontext) -> None:
+        self._mark = mark
         self._started = time.perf_counter()
         self._phases: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
-        yield
+        with self._mark(name):
+            yield
         self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - started
 
     def metrics(self) -> dict[str, float]:
@@ -127,6 +129,8 @@ def learner_metrics(result: PolicyStep | None) -> dict[str, float]:
     }
     if result.waited:
         return found
+    if result.refused and not result.updates:  # means over no update mean nothing
+        return found | {"tokens/trained": 0.0, "updates": 0.0, "updates/skipped": float(result.skipped_updates)}
     return found | {
         "clip_fraction/low": result.clip_low,
         "clip_fraction/high": result.clip_high,

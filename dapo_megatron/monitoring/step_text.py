@@ -36,7 +36,14 @@ def pace(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("reshard", "time/reshard", ".2fs"),
     )
     rate = tokens_per_second(metrics)
+    parts += _slowest(metrics)
     return [*parts, ("tokens/s", f"{rate:,.0f}")] if rate is not None else parts
+
+
+def _slowest(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Of the rank that was slowest by itself, in steps that compare them."""
+    rank, ratio = number(metrics, "time/ranks/work/slowest"), number(metrics, "time/ranks/work/ratio")
+    return [] if rank is None or ratio is None else [("slowest", f"rank {rank:.0f} ×{ratio:.2f}")]
 
 
 def tokens_per_second(metrics: Mapping[str, Any]) -> float | None:

@@ -1,60 +1,103 @@
-"""Bytes that a learner rank needs while it computes a mini-batch, beside its weights and optimizer.
+"""Bytes that layers keep for their backward pass, and how many micro-batches at once.
 
 Letters: T rows of a micro-batch on a rank (the token budget / c), S = T / t under sequence parallelism, else T;
-t tensor- and c context-parallel size; h hidden, f ffn, q = heads x head size, k = kv heads x head size; b bytes a
-number (bf16 2).
+t tensor- and c context-parallel size; h hidden, f ffn, d head size, q = heads x d, k = kv heads x d; b bytes a number
+(bf16 2).
 """
 
-from dataclasses import dataclass
 from typing import Literal
 
 from dapo_megatron.config import Architecture, Layout, Recipe
-from dapo_megatron.planning.weights import FP32, ITEMSIZE, chunk_parameters
+from dapo_megatron.planning.weights import FP32, ITEMSIZE, LayerSpec
 
-CHUNK_ROWS = 2048  # rows of logits alive at a time where the output layer is fused into the loss
-
-LayerSpec = Literal["local", "transformer_engine"]
-
-
-@dataclass(frozen=True)
-class ComputeBytes:
-    """Peak of one stage: activations kept for the backward pass with what the layer at work needs; logits."""
-
-    activations: int
-    logits: int
+Attention = Literal["transformer_engine", "varlen", "torch"]
+"""What computes attention: TransformerEngine's layers; or local layers with one variable-length flash call (GPUs), or
+with torch's own, sequences of like length at a time (CPUs)."""
 
 
-def layer_spec_of(recipe: Recipe) -> LayerSpec:
-    """The layers that plans count with: on GPUs `auto` means TransformerEngine, which belongs to such a machine."""
-    if recipe.model.layer_spec == "local" or recipe.learner.device == "cpu":
-        return "local"
-    return "transformer_engine"
+def attention_of(recipe: Recipe) -> Attention:
+    """What plans count with: on GPUs `auto` means TransformerEngine, which belongs to such a machine."""
+    if recipe.learner.device == "cpu":
+        return "torch"
+    return "varlen" if recipe.model.layer_spec == "local" else "transformer_engine"
 
 
-def kept_bytes(a: Architecture, layout: Layout, rows: int, *, dtype: str, spec: LayerSpec) -> float:
-    """What one layer keeps for its backward pass without recomputation.
+def spec_of(attention: Attention) -> LayerSpec:
+    """The layers around it."""
+    return "transformer_engine" if attention == "transformer_engine" else "local"
 
-    norms        2 S h x (local 8, TransformerEngine 2 b)     input, in fp32 where local; normalised; output
-    q, k norms   T (q + k) / t x (local 6 in bf16 and 4 in fp32, TransformerEngine b)
-    attention    T (b (3 q + 3 k) + 4 heads) / t              qkv, turned q and k, output, log-sums
-    feed-forward T f / t x (local 4 b, TransformerEngine 3 b) gate and up, product, and where local silu(gate)
+
+def micro_batch_rows(recipe: Recipe, layout: Layout) -> int:
+    """T: rows of a full micro-batch on a rank, a multiple of t."""
+    share = layout.tensor * layout.context
+    return -(-recipe.learner.tokens_per_micro_batch // share) * layout.tensor
+
+
+def scattered_rows(layout: Layout, rows: int) -> float:
+    """S: rows of residuals and norms on a rank."""
+    return rows / layout.tensor if layout.sequence_parallel else rows
+
+
+def kept_bytes(
+    a: Architecture, layout: Layout, rows: int, *, dtype: str, attention: Attention, length: int, again: bool = False
+) -> float:
+    """What one layer keeps for its backward pass.
+
+    TransformerEngine:
+        norms         2 S h x 2 b                    input, output
+        q, k norms    T (q + k) / t x b
+        attention     T (b (3 q + 3 k) + 4 heads) / t   qkv, turned q and k, output, log-sums
+        feed-forward  T f / t x 3 b                  gate and up, product
+    local:
+        norms         2 S h x 8                      bf16: input in fp32, normalised, output; fp32: input, output,
+                          on CPUs in fp32 12         and on CPUs, whose norm is not one kernel, normalised
+        q, k norms    T (q + k) / t x 6              bf16: input in fp32, normalised; fp32 4, normalised
+        cos, sin      4 T d b                        of q and of k, on every rank
+        feed-forward  T f / t x 5 b                  gate, up, up + 0, silu(gate), product
+        attention     varlen as TransformerEngine's; torch:
+                      T (b (4 q + 2 k) + 4 heads) / t   q, k, v gathered by sequence; output there, in rows, and placed
+                      T b (q + 2 k) / t              qkv, where a norm of fp32 q and k looks at it
+                      with context parallelism k counts (2 c + 1) / 2 times, and every layer keeps its masks as numbers
+                      c T length (2 c + 1) / (4 c^2) b
+
+    `again` (recompute=selective): attention keeps what it is given, T b (3 q + 3 k) / t. `length`: rows of the longest
+    sequence, which is how long all are taken to be. Where t exceeds the kv heads qkv is whole on every rank.
     """
-    b, local = ITEMSIZE[dtype], spec == "local"
-    queries, keys = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    norms = 2 * scattered_rows(layout, rows) * a.hidden * (8 if local else 2 * b)
-    head_norms = (queries + keys) * ((6 if b < FP32 else 4) if local else b) if a.qk_norm else 0
-    attention = b * 3 * (queries + keys) + FP32 * a.heads
-    feed_forward = a.ffn * b * (4 if local else 3)
-    return norms + rows * (head_norms + attention + feed_forward) / layout.tensor
+    b, t, c, local = ITEMSIZE[dtype], layout.tensor, layout.context, attention != "transformer_engine"
+    slow = attention == "torch"
+    queries, keys = a.heads * a.head_dim / t, max(a.kv_heads / t, 1) * a.head_dim
+    half = b < FP32
+    norms = 2 * scattered_rows(layout, rows) * a.hidden * ((12 if slow and not half else 8) if local else 2 * b)
+    head_norms = (queries + keys) * ((6 if half else 4) if local else b) if a.qk_norm else 0
+    turns = 4 * a.head_dim * b if local else 0
+    feed_forward = a.ffn / t * b * (5 if local else 3)
+    qkv = b * (a.heads + 2 * a.kv_heads) * a.head_dim / (t if a.kv_heads >= t else 1)
+    squares = 0.0
+    if not slow:
+        core = b * 3 * (queries + keys) + FP32 * a.heads / t
+    elif again:
+        core = qkv + b * (2 * queries + keys)
+    else:
+        core = b * (4 * queries + 2 * keys) + FP32 * a.heads / t
+        if c > 1:
+            core = b * (4 * queries + (2 * c + 1) * keys) + FP32 * a.heads / t
+            squares = c * rows * min(length, c * rows) * (2 * c + 1) / (4 * c * c) * b
+        if a.qk_norm and not half:
+            core += qkv
+    return norms + squares + rows * (head_norms + turns + feed_forward + core)
 
 
-def working_bytes(a: Architecture, layout: Layout, rows: int, *, dtype: str, largest: int) -> float:
-    """What the backward pass of a layer makes anew: T b (3 f / t + 2 h) for gradients of the feed-forward layer and
-    gathered rows, and the gradient of the `largest` weight (elements) before it is added to the fp32 buffer. Under
-    context parallelism also 4 c T k b / t: keys and values of the whole pack, and their gradients."""
-    b, keys = ITEMSIZE[dtype], a.kv_heads * a.head_dim / layout.tensor
-    gathered = 4 * layout.context * rows * keys * b if layout.context > 1 else 0
-    return rows * b * (3 * a.ffn / layout.tensor + 2 * a.hidden) + b * largest + gathered
+def ends_bytes(layout: Layout, rows: int, hidden: int, pipeline: int, *, dtype: str, attention: Attention) -> float:
+    """What a micro-batch keeps beside its layers: b S h received from the stage before and b S h sent to the one
+    behind, on the last stage the final norm."""
+    b, size = ITEMSIZE[dtype], scattered_rows(layout, rows) * hidden
+    slow = attention == "torch"
+    last = pipeline == layout.pipeline - 1
+    norm = (2 * b if attention == "transformer_engine" else 12 if slow and b == FP32 else 8) if last else 0
+    # the first norm of an fp32 layer on a CPU looks at what was received itself, and that is counted there
+    received = b if pipeline > 0 and not (slow and b == FP32) else 0
+    sent = b if not last else 0
+    return size * (norm + received + sent)
 
 
 def chunks_in_flight(layout: Layout, pipeline: int, count: int) -> int:
@@ -66,47 +109,3 @@ def chunks_in_flight(layout: Layout, pipeline: int, count: int) -> int:
     if v == 1:
         return min(count, p - pipeline)
     return min(count * v, 2 * (p - pipeline - 1) + (v - 1) * p + 1)
-
-
-def compute_bytes(recipe: Recipe, a: Architecture, layout: Layout, pipeline: int, count: int) -> ComputeBytes:
-    """Peak bytes of stage `pipeline` in a mini-batch of `count` micro-batches with the whole token budget each.
-
-    With learner.recompute=full a layer keeps its input alone, b S h, and the layer at work everything. `selective`
-    keeps what `none` does: flash attention leaves little to recompute.
-    """
-    dtype, spec = recipe.model.dtype, layer_spec_of(recipe)
-    b, t = ITEMSIZE[dtype], layout.tensor
-    rows = -(-recipe.learner.tokens_per_micro_batch // (t * layout.context)) * t
-    scattered = scattered_rows(layout, rows)
-    kept = kept_bytes(a, layout, rows, dtype=dtype, spec=spec)
-    last = pipeline == layout.pipeline - 1
-    stages = [v * layout.pipeline + pipeline for v in range(layout.virtual_pipeline)]
-    largest = max(p.elements for stage in stages for p in chunk_parameters(a, layout, stage))
-    flight = chunks_in_flight(layout, pipeline, count)
-    layers = flight * layout.layers_per_chunk
-    full = recipe.learner.recompute == "full"
-    activations = layers * b * scattered * a.hidden + kept if full else layers * kept
-    activations += working_bytes(a, layout, rows, dtype=dtype, largest=largest)
-    if layout.pipeline > 1:  # what came from the stage before and went to the one behind
-        activations += 2 * flight * b * scattered * a.hidden
-    return ComputeBytes(round(activations), round(_head_bytes(recipe, a, layout, rows)) if last else 0)
-
-
-def scattered_rows(layout: Layout, rows: int) -> float:
-    """S: rows of residuals and norms on a rank."""
-    return rows / layout.tensor if layout.sequence_parallel else rows
-
-
-def _head_bytes(recipe: Recipe, a: Architecture, layout: Layout, rows: int) -> float:
-    """Gathered hidden states and their gradient, 2 T h b, and
-
-    whole    T V / t x b                         logits, which their gradient overwrites
-    fused    2048 V / t x b + 4 h V / t          a chunk of them, and the weight's gradient in fp32
-    """
-    b, vocabulary = ITEMSIZE[recipe.model.dtype], layout.padded_vocab / layout.tensor
-    hidden = 2 * rows * a.hidden * b
-    if a.value_head:
-        return hidden
-    if recipe.learner.fused_linear_loss:
-        return hidden + min(rows, CHUNK_ROWS) * vocabulary * b + FP32 * a.hidden * vocabulary
-    return hidden + rows * vocabulary * b

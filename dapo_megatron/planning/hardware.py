@@ -45,3 +45,8 @@ ALL_REDUCE_S = 12e-6  # of one small all-reduce inside an engine
 def card_of(recipe: Recipe) -> Card:
     """The card of the recipe's ranks."""
     return CARDS["cpu" if recipe.learner.device == "cpu" else recipe.hardware.gpu]
+
+
+def gigabytes(count: float, *, digits: int = 1) -> str:
+    """Bytes in units of 10^9, without the unit."""
+    return f"{count / 1e9:.{digits}f}"

@@ -4,22 +4,24 @@ from dataclasses import dataclass
 
 from dapo_megatron.config import Architecture, Layout, Recipe, derive_critic_layout
 from dapo_megatron.config.architecture import critic_of
-from dapo_megatron.planning.activations import compute_bytes
+from dapo_megatron.planning.activations import Attention, attention_of, spec_of
 from dapo_megatron.planning.engine import EngineBytes, engine_bytes, longest_sequence
-from dapo_megatron.planning.hardware import FIXED_BYTES, FRAGMENTED, Card, card_of
+from dapo_megatron.planning.hardware import FIXED_BYTES, FRAGMENTED, Card, card_of, gigabytes
+from dapo_megatron.planning.moments import ComputeBytes, compute_bytes
 from dapo_megatron.planning.weights import StateBytes, state_bytes
 from dapo_megatron.planning.workload import micro_batches
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """One pipeline stage's fullest rank (bytes). `learn`: while a mini-batch is computed; `rollout`: while engines
-    sample beside the learner's state."""
+    """One pipeline stage's fullest rank (bytes). `learn`: at the fullest moment of an update, of policy or critic, to
+    which activations, logits and update belong; `rollout`: while engines sample beside the learner's state."""
 
     state: StateBytes
     critic: int
     activations: int
     logits: int
+    update: int
     reserve: int
     engine: EngineBytes
     learn: int
@@ -46,22 +48,23 @@ class Memory:
             "critic": stage.critic,
             "activations": stage.activations,
             "logits": stage.logits,
+            "update": stage.update,
             "engine_weights": stage.engine.weights,
             "kv_cache": max(0, stage.engine.kv_cache),
             "reserve": stage.reserve,
         }
 
 
-def plan_memory(recipe: Recipe, a: Architecture, layout: Layout) -> Memory:
-    """Count every pipeline stage.
+def plan_memory(recipe: Recipe, a: Architecture, layout: Layout, *, attention: Attention | None = None) -> Memory:
+    """Count every pipeline stage. `attention`: what computes it; None takes the recipe's.
 
-        learn    = parameters + gradients + optimizer + critic + activations + logits + reserve
+        learn    = parameters + gradients + optimizer + critic + (activations + logits + update) + reserve
         rollout  = parameters + gradients + optimizer + critic + engine's share of the card + fixed reserve
 
     Engines that share the learner's cards give their memory back while it learns (vLLM's sleep); the learner keeps its
     state while they sample, with learner.offload_optimizer the parameters alone. Of a critic cut otherwise every rank
-    is taken to hold the largest stage. The embedded engine keeps its weights throughout. A reference policy lies in
-    host memory.
+    is taken to hold the largest stage, and to compute as much as its fullest. The embedded engine keeps its weights
+    throughout. A reference policy lies in host memory.
     """
     card = card_of(recipe)
     dtype, distributed = recipe.model.dtype, recipe.optimizer.distributed
@@ -69,14 +72,18 @@ def plan_memory(recipe: Recipe, a: Architecture, layout: Layout) -> Memory:
     per_update = layout.mini_batch_prompts * recipe.rollout.samples_per_prompt
     count = micro_batches(recipe, layout, per_update, float(longest_sequence(recipe))).count
     embedded, beside = recipe.rollout.engine == "hf", recipe.rollout.placement == "colocated"
-    critic = _critic_state(recipe, a, layout) if recipe.algorithm.advantage == "gae" else None
+    attention = attention_of(recipe) if attention is None else attention
+    critic, judging = None, ComputeBytes(0, 0)
+    if recipe.algorithm.advantage == "gae":
+        critic, judging = _critic_bytes(recipe, a, layout, per_update, attention)
     fixed = 0 if card.memory is None else FIXED_BYTES
     stages = []
     for pipeline in range(layout.pipeline):
-        state, _ = state_bytes(a, layout, pipeline, dtype=dtype, distributed=distributed)
-        compute = compute_bytes(recipe, a, layout, pipeline, count)
+        state, _ = state_bytes(a, layout, pipeline, dtype=dtype, distributed=distributed, spec=spec_of(attention))
+        own = compute_bytes(recipe, a, layout, pipeline, count, attention=attention, state=state)
+        compute = max(own, judging, key=lambda found: found.total)
         judged = 0 if critic is None else critic.total
-        lost = 0 if card.memory is None else round(FRAGMENTED * (compute.activations + compute.logits))
+        lost = 0 if card.memory is None else round(FRAGMENTED * compute.total)
         held = state.total + judged + fixed + (engine.weights if embedded else 0)
         sampling = held + (max(0, engine.kv_cache) if embedded else 0)
         if recipe.learner.offload_optimizer:
@@ -84,22 +91,32 @@ def plan_memory(recipe: Recipe, a: Architecture, layout: Layout) -> Memory:
         if beside and not embedded:
             whole = engine.weights + max(0, engine.kv_cache)
             sampling += whole if card.memory is None else round(recipe.rollout.gpu_memory_share * card.memory)
-        learn = held + compute.activations + compute.logits + lost
-        stages.append(
-            StageMemory(state, judged, compute.activations, compute.logits, fixed + lost, engine, learn, sampling)
-        )
+        parts = (compute.activations, compute.logits, compute.update)
+        learn = held + compute.total + lost
+        stages.append(StageMemory(state, judged, *parts, fixed + lost, engine, learn, sampling))
     fullest = max(range(layout.pipeline), key=lambda i: stages[i].learn)  # sampling takes about the same everywhere
     problems = _problems(recipe, stages, engine, card) if card.memory is not None else []
     return Memory(tuple(stages), fullest, card, tuple(problems))
 
 
-def _critic_state(recipe: Recipe, a: Architecture, layout: Layout) -> StateBytes:
-    """The largest stage of the critic, as large as the policy where its folder is not known here."""
+def _critic_bytes(
+    recipe: Recipe, a: Architecture, layout: Layout, per_update: int, attention: Attention
+) -> tuple[StateBytes, ComputeBytes]:
+    """(the largest stage's state, the fullest's moment) of a critic as large as the policy: where its folder is not
+    known here."""
     critic = critic_of(a)
     own = derive_critic_layout(recipe, critic, layout.world)
-    settings = {"dtype": recipe.model.dtype, "distributed": recipe.optimizer.distributed}
-    stages = (state_bytes(critic, own, pipeline, **settings)[0] for pipeline in range(own.pipeline))
-    return max(stages, key=lambda state: state.total)
+    count = micro_batches(recipe, own, per_update, float(longest_sequence(recipe))).count
+    settings = {
+        "dtype": recipe.model.dtype,
+        "distributed": recipe.optimizer.distributed,
+        "spec": spec_of(attention),
+    }
+    states, moments = [], []
+    for pipeline in range(own.pipeline):
+        states.append(state_bytes(critic, own, pipeline, **settings)[0])
+        moments.append(compute_bytes(recipe, critic, own, pipeline, count, attention=attention, state=states[-1]))
+    return max(states, key=lambda state: state.total), max(moments, key=lambda moment: moment.total)
 
 
 def _problems(recipe: Recipe, stages: list[StageMemory], engine: EngineBytes, card: Card) -> list[str]:
@@ -107,33 +124,41 @@ def _problems(recipe: Recipe, stages: list[StageMemory], engine: EngineBytes, ca
     i = max(range(len(stages)), key=lambda i: stages[i].learn)
     if stages[i].learn > card.memory:
         stage = stages[i]
+        parts = {
+            "parameters": stage.state.parameters,
+            "gradients": stage.state.gradients,
+            "optimizer": stage.state.optimizer,
+            "critic": stage.critic,
+            "activations": stage.activations,
+            "logits": stage.logits,
+            "reserve": stage.reserve,
+        }
+        told = ", ".join(f"{n} {gigabytes(count)} GB" for n, count in parts.items() if count or n != "critic")
         problems.append(
-            f"learning needs {_gb(stage.learn)} on pipeline stage {i} and a {card.name} has {_gb(card.memory)}: "
-            f"parameters {_gb(stage.state.parameters)}, gradients {_gb(stage.state.gradients)}, optimizer "
-            f"{_gb(stage.state.optimizer)}, {f'critic {_gb(stage.critic)}, ' if stage.critic else ''}activations "
-            f"{_gb(stage.activations)}, logits {_gb(stage.logits)}, reserve {_gb(stage.reserve)}"
+            f"learning needs {gigabytes(stage.learn)} GB on pipeline stage {i} and a {card.name} has "
+            f"{gigabytes(card.memory)} GB: {told}"
         )
     i = max(range(len(stages)), key=lambda i: stages[i].rollout)
     if rollout.engine == "hf":
         if stages[i].rollout > card.memory:
             problems.append(
-                f"rollout.engine=hf holds the whole model on every rank and needs {_gb(stages[i].rollout)} of "
-                f"{_gb(card.memory)}; use rollout.engine=vllm"
+                f"rollout.engine=hf holds the whole model on every rank and needs {gigabytes(stages[i].rollout)} GB of "
+                f"{gigabytes(card.memory)} GB; use rollout.engine=vllm"
             )
         return problems
     if engine.cached_tokens < longest_sequence(recipe):
         problems.append(
-            f"rollout.gpu_memory_share={rollout.gpu_memory_share:g} of {_gb(card.memory)} leaves "
-            f"{_gb(max(0, engine.kv_cache))} for the KV cache beside {_gb(engine.weights)} of weights at "
-            f"rollout.tensor={rollout.tensor}; one sequence of {longest_sequence(recipe)} tokens needs "
-            f"{_gb(longest_sequence(recipe) * engine.kv_token)}"
+            f"rollout.gpu_memory_share={rollout.gpu_memory_share:g} of {gigabytes(card.memory)} GB leaves "
+            f"{gigabytes(max(0, engine.kv_cache))} GB for the KV cache beside {gigabytes(engine.weights)} GB of "
+            f"weights at rollout.tensor={rollout.tensor}; one sequence of {longest_sequence(recipe)} tokens needs "
+            f"{gigabytes(longest_sequence(recipe) * engine.kv_token)} GB"
         )
     if stages[i].rollout > card.memory:
         share = largest_share(stages[i].rollout, rollout.gpu_memory_share, card)
         use = f"use {share:g} or less" if share > 0 else "that state leaves engines no room"
         problems.append(
             f"rollout.gpu_memory_share={rollout.gpu_memory_share:g} beside the learner's state needs "
-            f"{_gb(stages[i].rollout)} and a {card.name} has {_gb(card.memory)}; {use}"
+            f"{gigabytes(stages[i].rollout)} GB and a {card.name} has {gigabytes(card.memory)} GB; {use}"
         )
     return problems
 
@@ -142,7 +167,3 @@ def largest_share(needed: int, share: float, card: Card) -> float:
     """The largest rollout.gpu_memory_share, in steps of 0.05, under which `needed` bytes at `share` would fit."""
     left = share + (card.memory - needed) / card.memory
     return max(0.0, int(left * 20 + 1e-9) / 20)
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.1f} GB"

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from dapo_megatron.config import Architecture, Layout, Recipe, derive_critic_layout
 from dapo_megatron.config.architecture import critic_of
+from dapo_megatron.planning.activations import attention_of, spec_of
 from dapo_megatron.planning.engine import engine_bytes
 from dapo_megatron.planning.hardware import (
     ALL_REDUCE_S,
@@ -62,14 +63,16 @@ def step_time(
     engines: int,
     busiest_link_bytes: float | None,
     crossing_bytes: float | None = None,
+    card: Card | None = None,
 ) -> StepTime:
     """Seconds of a step by phase: rollout, score, (reference, critic,) update, reshard.
 
     `busiest_link_bytes`: the most that one rank sends or receives in a weight transfer (resharding/summary.py); None
     leaves that phase out. `crossing_bytes`: the most that one rank sends or receives between machines, where engines
-    stand beside the learner on several: the other bytes then stay inside machines, and both go on at once.
+    stand beside the learner on several: the other bytes then stay inside machines, and both go on at once. `card`: what
+    the ranks run on; None takes the recipe's.
     """
-    card = card_of(recipe)
+    card = card_of(recipe) if card is None else card
     phases: dict[str, Phase] = {}
     concurrency = 0.0
     if work.drawn:
@@ -176,8 +179,7 @@ def _passes(
     tensor = steps * exchanges * layers * 4 * rows * a.hidden * b * (t - 1) / t / (inside * LINKS)
     keys = a.kv_heads * a.head_dim / t
     near = card.inside if t * c <= recipe.hardware.gpus_per_node else card.outside
-    passes = (3.0 if backward else 1.0) + (1.0 if again else 0.0)
-    context = steps * passes * layers * 2 * rows * keys * b * (c - 1) / (near * LINKS)
+    context = steps * times * layers * 2 * rows * keys * b * (c - 1) / (near * LINKS)
     bubble = (p - 1) / layout.virtual_pipeline / packs.count * (products + attention + tensor + context)
     parts = {"matrix products": products, "attention": attention}
     if t > 1:
@@ -187,7 +189,8 @@ def _passes(
     if p > 1:
         parts["pipeline bubble"] = bubble
     if backward:
-        state, _ = state_bytes(a, layout, 0, dtype=recipe.model.dtype, distributed=recipe.optimizer.distributed)
+        options = {"distributed": recipe.optimizer.distributed, "spec": spec_of(attention_of(recipe))}
+        state, _ = state_bytes(a, layout, 0, dtype=recipe.model.dtype, **options)
         one_node = t * d <= recipe.hardware.gpus_per_node
         link = (card.inside if one_node else card.outside) * LINKS
         gradients = state.gradients / FP32

@@ -6,8 +6,12 @@ Source: megatron-core 0.16.1, distributed/param_and_grad_buffer.py, optimizer/di
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from dapo_megatron.config import Architecture, Layout
+from dapo_megatron.config.derive import round_up
+
+LayerSpec = Literal["local", "transformer_engine"]
 
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 FP32 = 4
@@ -50,9 +54,9 @@ class StateBytes:
         return self.parameters + self.gradients + self.optimizer
 
 
-def chunk_parameters(a: Architecture, layout: Layout, stage: int) -> list[Parameter]:
+def chunk_parameters(a: Architecture, layout: Layout, stage: int, spec: LayerSpec) -> list[Parameter]:
     """The parameters of model chunk `stage` (of pipeline x virtual_pipeline) on each of its tensor-parallel ranks, in
-    the order in which megatron's local modules register them.
+    the order in which megatron's modules register them; TransformerEngine's linears hold the norm in front of them.
 
     Linear weights are cut by the tensor-parallel size t: qkv [(heads + 2 kv heads) d / t, h], proj [h, heads d / t],
     fc1 [2 ffn / t, h], fc2 [h, ffn / t]; embedding and output rows [padded vocabulary / t, h]; norms are whole.
@@ -62,19 +66,24 @@ def chunk_parameters(a: Architecture, layout: Layout, stage: int) -> list[Parame
     qkv = (queries + 2 * a.kv_heads * a.head_dim) // t
     vocabulary = (layout.padded_vocab // t, h)
     copied = a.tied and layout.pipeline > 1
+    fused = spec == "transformer_engine"
     found = [Parameter("embedding.word_embeddings.weight", vocabulary, copied)] if stage == 0 else []
     for i in range(layout.layers_per_chunk):
         layer = f"decoder.layers.{i}."
         attention = layer + "self_attention."
-        found.append(Parameter(layer + "input_layernorm.weight", (h,)))
+        if not fused:
+            found.append(Parameter(layer + "input_layernorm.weight", (h,)))
         found.append(Parameter(attention + "linear_proj.weight", (h, queries // t)))
+        if fused:
+            found.append(Parameter(attention + "linear_qkv.layer_norm_weight", (h,)))
         found.append(Parameter(attention + "linear_qkv.weight", (qkv, h)))
         if a.qkv_bias:
             found.append(Parameter(attention + "linear_qkv.bias", (qkv,)))
         if a.qk_norm:
             found.append(Parameter(attention + "q_layernorm.weight", (a.head_dim,)))
             found.append(Parameter(attention + "k_layernorm.weight", (a.head_dim,)))
-        found.append(Parameter(layer + "pre_mlp_layernorm.weight", (h,)))
+        mlp_norm = "mlp.linear_fc1.layer_norm_weight" if fused else "pre_mlp_layernorm.weight"
+        found.append(Parameter(layer + mlp_norm, (h,)))
         found.append(Parameter(layer + "mlp.linear_fc1.weight", (2 * a.ffn // t, h)))
         found.append(Parameter(layer + "mlp.linear_fc2.weight", (h, a.ffn // t)))
     if stage == last:
@@ -97,12 +106,12 @@ def buffer_of(parameters: Sequence[Parameter], *, data_parallel: int, distribute
     start = opened = 0
 
     def close(stop: int) -> int:
-        stop = _up(stop, math.lcm(data_parallel, BUCKET_ALIGNMENT)) if distributed else stop
+        stop = round_up(stop, math.lcm(data_parallel, BUCKET_ALIGNMENT)) if distributed else stop
         buckets.append((opened, stop))
         return stop
 
     for parameter in reversed(parameters):
-        start = _up(start, PARAMETER_ALIGNMENT) if distributed else start
+        start = round_up(start, PARAMETER_ALIGNMENT) if distributed else start
         alone = parameter.shared and distributed
         if alone and start > opened:
             start = opened = close(start)
@@ -129,7 +138,7 @@ def shard_elements(buffer: Buffer, data_parallel: int) -> list[int]:
 
 
 def state_bytes(
-    a: Architecture, layout: Layout, pipeline: int, *, dtype: str, distributed: bool
+    a: Architecture, layout: Layout, pipeline: int, *, dtype: str, distributed: bool, spec: LayerSpec
 ) -> tuple[StateBytes, list[int]]:
     """(bytes of the fullest rank, optimizer bytes of each that shares the state) on pipeline stage `pipeline`: data x
     context ranks hold the same weights.
@@ -145,7 +154,7 @@ def state_bytes(
     sharers = layout.data * layout.context
     optimizer = [0] * sharers
     for v in range(layout.virtual_pipeline):
-        chunk = chunk_parameters(a, layout, v * layout.pipeline + pipeline)
+        chunk = chunk_parameters(a, layout, v * layout.pipeline + pipeline, spec)
         buffer = buffer_of(chunk, data_parallel=sharers, distributed=distributed)
         parameters += itemsize * buffer.elements
         gradients += FP32 * buffer.elements
@@ -170,7 +179,3 @@ def _gaps(buffer: Buffer) -> list[tuple[int, int]]:
     if buffer.elements > reached:
         gaps.append((reached, buffer.elements))
     return gaps
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

@@ -5,8 +5,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dapo_megatron.planning.hardware import gigabytes
 from dapo_megatron.planning.plan import RunPlan
 from dapo_megatron.resharding.megatron_layout import position_of
+
+NAMES = {"activations": "activations (with the layer at work)", "update": "gradients on their way, optimizer at work"}
 
 
 def plan_as_json(found: RunPlan | None) -> dict[str, Any]:
@@ -59,16 +62,22 @@ def print_run(found: RunPlan) -> None:
     size = layout.world // layout.pipeline
     for i, stage in enumerate(memory.stages):
         layers = ", ".join(f"{first}-{last}" for first, last in _layers(found, i))
-        stages.add_row(str(i), f"{i * size}-{(i + 1) * size - 1}", layers, _gb(stage.learn), _gb(stage.rollout))
+        stages.add_row(
+            str(i),
+            f"{i * size}-{(i + 1) * size - 1}",
+            layers,
+            gigabytes(stage.learn, digits=2),
+            gigabytes(stage.rollout, digits=2),
+        )
     console.print(stages)
     console.print(f"memory of stage {memory.fullest}, GB a rank:")
     parts = Table(show_header=False)
     for name, count in memory.parts.items():
         if count:
-            name = "activations (with the layer at work)" if name == "activations" else name
-            parts.add_row(name.replace("_", " "), _gb(count))
+            name = NAMES.get(name, name)
+            parts.add_row(name.replace("_", " "), gigabytes(count, digits=2))
     if memory.card.memory is not None:
-        parts.add_row("[bold]card[/bold]", _gb(memory.card.memory))
+        parts.add_row("[bold]card[/bold]", gigabytes(memory.card.memory, digits=2))
     console.print(parts)
     console.print("a rollout step:")
     phases = Table()
@@ -108,7 +117,3 @@ def _layers(found: RunPlan, pipeline: int) -> list[tuple[int, int]]:
     layout = found.layout
     starts = [(v * layout.pipeline + pipeline) * layout.layers_per_chunk for v in range(layout.virtual_pipeline)]
     return [(start, start + layout.layers_per_chunk - 1) for start in starts]
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.2f}"

@@ -7,6 +7,7 @@ cannot close, and marks that chat templates are made of are broken, so that no t
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from dapo_megatron.errors import RequestError
@@ -51,6 +52,20 @@ def check_wording(wording: str) -> None:
                 f"reward.judge.prompt holds {{{place}}} {count} times; it must hold {{answer}} and {{reference}} once, "
                 "and {question} at most once"
             )
+
+
+def read_wording(path: Path | None) -> str | None:
+    """The text of a file with a wording, as a command's --prompt names it; None without one.
+
+    Raises:
+        RequestError: the file cannot be read.
+    """
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--prompt {path} cannot be read: {error}") from None
 
 
 def shown_answer(response: str, characters: int) -> str:

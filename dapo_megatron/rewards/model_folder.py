@@ -42,7 +42,7 @@ def _check_kind(folder: Path, what: str, kind: str, ending: str) -> dict[str, An
     """The folder's config.json, whose architecture must end in `ending`."""
     if not folder.is_dir():
         raise RequestError(f"{what} is not a folder; give a Hugging Face folder with a {kind}")
-    config = _read_config(folder, what)
+    config = read_config(folder, what)
     names = config.get("architectures") or []
     if not any(str(name).endswith(ending) for name in names):
         raise RequestError(
@@ -68,7 +68,8 @@ def _check_chat_template(folder: Path, what: str, wanted: bool, section: str) ->
         raise RequestError(f"{what}: its tokenizer has no chat template; use {section}.chat_template=false")
 
 
-def _read_config(folder: Path, what: str) -> dict[str, Any]:
+def read_config(folder: Path, what: str) -> dict[str, Any]:
+    """Its config.json; `what` names the folder in a RequestError, raised where there is none that can be read."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except OSError:

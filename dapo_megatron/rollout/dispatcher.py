@@ -4,7 +4,8 @@ The embedded engine lives in every learner rank, so every rank holds the same qu
 a request goes to the engine that is least loaded, and completions are made known to all ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
@@ -15,9 +16,18 @@ from dapo_megatron.rollout.engine import RolloutEngine, RolloutRequest
 
 
 class Dispatcher:
-    """Hands requests to `world` engines, one a rank; `engine` is this rank's own."""
+    """Hands requests to `world` engines, one a rank; `engine` is this rank's own. `phase`: around its work, by name."""
 
-    def __init__(self, engine: RolloutEngine, *, rank: int, world: int, time_limit_s: float) -> None:
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        *,
+        rank: int,
+        world: int,
+        time_limit_s: float,
+        phase: Callable[[str], AbstractContextManager] = nullcontext,
+    ) -> None:
+        self.phase = phase
         self.engine, self.rank, self.world, self.time_limit_s = engine, rank, world, time_limit_s
 
     def generate(self, requests: Sequence[RolloutRequest], *, group: int = 1) -> list[Completion]:
@@ -29,7 +39,8 @@ class Dispatcher:
         for owner, share in enumerate(self._assign(requests, group)):
             if owner == self.rank:
                 self.engine.submit(share)
-        mine = self.engine.collect(time_limit_s=self.time_limit_s)
+        with self.phase("rollout"):
+            mine = self.engine.collect(time_limit_s=self.time_limit_s)
         by_ticket = {completion.ticket: completion for completion in self._share(mine)}
         missing = [request.ticket for request in requests if request.ticket not in by_ticket]
         if missing:

@@ -1,6 +1,8 @@
 """The batch file of a recipe: text for sbatch, in which every number comes from the recipe. No torch.
 
-    health check of all nodes → train → where the notice of the time limit came: checkpoint, requeue, `--resume`
+    health check of all nodes → `doctor --parity` on the first one → train
+                                       → where the notice of the time limit came: checkpoint, requeue, `--resume`
+                                       → where it failed: requeue, `--resume`, unless that would be in vain
 
 Slurm sends USR1 to the script alone; the script hands it to the launcher, which hands it to the ranks.
 """
@@ -11,10 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dapo_megatron.config import Recipe
+from dapo_megatron.errors import FINAL
 from dapo_megatron.launch import PORTS
 from dapo_megatron.slurm.placement import Placement, place_ranks
 
 ENDING_S = 300  # after the first rank has left the others get this long to write their last files
+PARITY_LIMITS = 6  # limits of a part that the whole parity check gets: its five parts, and the start of its container
 
 RUN = """\
 say() {
@@ -44,8 +48,49 @@ notice() {
 trap notice USR1
 """
 
+PARITY = """\
+# a job keeps its recipe: its verdict holds after a requeue, until the nodes are others
+parity() {{
+    if [ "$(cat "$log-parity.nodes" 2>/dev/null)" = "$SLURM_JOB_NODELIST" ]; then
+        say "parity: these nodes have passed in this job, verdict in $log-parity.json"
+        return
+    fi
+    say "parity on the first node, verdict in $log-parity.json"
+    local one=(
+{options}
+    )
+    run "${{launch[@]}}" "${{one[@]}}" dapo-megatron doctor --parity "${{arguments[@]}}" --json --time-limit {limit}
+    if [ "$code" -eq 0 ]; then
+        echo "$SLURM_JOB_NODELIST" >"$log-parity.nodes"
+    elif [ "$stopping" -eq 0 ]; then
+        say "parity: FAILED, so the run does not start"
+        cat "$log-parity.json" "$log-parity.log" || true
+    fi
+}}
+"""
+
 REQUEUE = """\
+newest() {{
+    find "$run_in/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort -V | tail -n 1 || true
+}}
+
+again=0
 if [ "$finished" -eq 0 ] && [ "$stopping" -eq 1 ]; then
+    again=1
+elif [ "$failed" -eq 1 ] && [ -e "$log-final" ]; then
+    say "not queued again, it would end in the same way"
+elif [ "$failed" -eq 1 ]; then
+    # a run that fails, goes on and fails again is repeated as long as it gets further
+    failures=0
+    known=
+    if [ -r "$log-failures" ]; then read -r failures known <"$log-failures" || true; fi
+    if [ "$known" != "$(newest)" ]; then failures=0; fi
+    failures=$((failures + 1))
+    echo "$failures $(newest)" >"$log-failures"
+    say "failed with code $code, $failures in a row without a new checkpoint"
+    if [ "$failures" -le {failures} ]; then again=1; else say "not queued again after so many"; fi
+fi
+if [ "$again" -eq 1 ]; then
     if [ "$restarts" -lt {most} ]; then
         say "queued again, to go on from the newest checkpoint"
         scontrol requeue "$SLURM_JOB_ID"
@@ -78,7 +123,13 @@ def slurm_folder(recipe: Recipe) -> Path:
 
 
 def batch_file(
-    recipe: Recipe, *, command: str, arguments: Sequence[Sequence[str]], resume: bool = False, overwrite: bool = False
+    recipe: Recipe,
+    *,
+    command: str,
+    arguments: Sequence[Sequence[str]],
+    directories: Sequence[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> str:
     """The text of a batch file.
 
@@ -86,6 +137,7 @@ def batch_file(
         command: what wrote it, for the file's first lines.
         arguments: RECIPE and overrides of each run; of several an array job is made, a task a run, each on the nodes
             of `recipe`.
+        directories: the run directory of each; None = of one run, `recipe`'s.
         resume, overwrite: as of `train`, at the first start; after a requeue it is --resume in any case.
 
     Raises:
@@ -96,12 +148,13 @@ def batch_file(
     first = "--resume" if resume else "--overwrite" if overwrite else ""
     blocks = [
         _options(recipe, placement, folder, command, len(arguments)),
-        _preparation(folder, arguments, first),
+        _preparation(recipe, folder, arguments, directories or [recipe.run.directory], first),
         _environment(recipe, placement),
         RUN,
         _launcher(recipe, placement),
+        _parity(recipe, placement) if recipe.slurm.parity_check else "",
         _work(recipe),
-        REQUEUE.format(most=recipe.slurm.most_restarts) if recipe.slurm.requeue else "",
+        REQUEUE.format(most=recipe.slurm.most_restarts, failures=recipe.slurm.failures) if recipe.slurm.requeue else "",
         'say "ends with code $code"\nexit "$code"\n',
     ]
     return "\n".join(filter(None, blocks))
@@ -131,21 +184,37 @@ def _options(recipe: Recipe, placement: Placement, folder: str, command: str, ru
     return "\n".join([*head, *(f"#SBATCH {line}" for line in lines)]) + "\n"
 
 
-def _preparation(folder: str, arguments: Sequence[Sequence[str]], first: str) -> str:
+def _preparation(
+    recipe: Recipe, folder: str, arguments: Sequence[Sequence[str]], directories: Sequence[str], first: str
+) -> str:
     several = len(arguments) > 1
     job = '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if several else '"$SLURM_JOB_ID"'
     lines = ["set -euo pipefail", f"mkdir -p {shlex.quote(folder)}", f"log={shlex.quote(folder)}/{job}"]
     if several:
-        cases = [f"    {i}) arguments=({shlex.join(words)}) ;;" for i, words in enumerate(arguments)]
+        runs = enumerate(zip(arguments, directories, strict=True))
+        cases = [f"    {i}) arguments=({shlex.join(words)}){_run_in(recipe, run)} ;;" for i, (words, run) in runs]
         lines += ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"]
     else:
-        lines.append(f"arguments=({shlex.join(arguments[0])})")
+        lines.append(f"arguments=({shlex.join(arguments[0])}){_run_in(recipe, directories[0])}")
     lines += [
         "# slurm counts restarts, after a lost node too",
         'restarts="${SLURM_RESTART_COUNT:-0}"',
         f'if [ "$restarts" -gt 0 ]; then mode=--resume; else mode={first}; fi',
     ]
+    if recipe.slurm.requeue:
+        most = recipe.slurm.most_restarts
+        lines += [
+            f'if [ "$restarts" -gt {most} ]; then echo "not started again after {most} restarts"; exit 1; fi',
+            "# by this file the run tells that a restart would be in vain",
+            f'export {FINAL}="$log-final"',
+            f'rm -f "${FINAL}"',
+        ]
     return "\n".join(lines) + "\n"
+
+
+def _run_in(recipe: Recipe, directory: str) -> str:
+    """Where checkpoints show that a run gets further, where that matters."""
+    return f" run_in={shlex.quote(directory)}" if recipe.slurm.requeue else ""
 
 
 def _environment(recipe: Recipe, placement: Placement) -> str:
@@ -202,6 +271,17 @@ def _launcher(recipe: Recipe, placement: Placement) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _parity(recipe: Recipe, placement: Placement) -> str:
+    """The shell function `parity`: one task, which sees all GPUs of its node as every rank does."""
+    limit = recipe.slurm.parity_limit_s
+    minutes, seconds = divmod(PARITY_LIMITS * limit, 60)
+    options = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--relative=0", f"--time={minutes}:{seconds:02d}"]
+    if recipe.slurm.launcher == "srun" and (cpus := _cpus(recipe, placement)) is not None:
+        options.append(f"--cpus-per-task={cpus * placement.tasks_per_node}")
+    options += ['--output="$log-parity.json"', '--error="$log-parity.log"', "--open-mode=truncate"]
+    return PARITY.format(options="\n".join(f"        {option}" for option in options), limit=limit)
+
+
 def _work(recipe: Recipe) -> str:
     return "\n".join(_steps(recipe)) + "\n"
 
@@ -212,20 +292,25 @@ def _steps(recipe: Recipe) -> Iterator[str]:
     output = "node-%n" if torchrun else "rank-%t"
     files = f'--output="$log-{output}.log" --open-mode=append'
     train = '"${launch[@]}" ' + files + (' "${torchrun[@]}"' if torchrun else "")
-    indent = ""
     if recipe.slurm.requeue:
         yield "finished=0"
+        yield "failed=0"
+    checks = []
     if recipe.slurm.health_check:
         yield 'say "health check of $SLURM_JOB_NODELIST"'
-        yield f'run {inner} python -m dapo_megatron.slurm.node_health "${{arguments[@]}}"'
-        yield 'if [ "$code" -eq 0 ] && [ "$stopping" -eq 0 ]; then'
-        indent = "    "
+        checks.append(f'run {inner} python -m dapo_megatron.slurm.node_health "${{arguments[@]}}"')
+    if recipe.slurm.parity_check:
+        checks.append("parity")
+    for depth, check in enumerate(checks):
+        yield f"{'    ' * depth}{check}"
+        yield f"{'    ' * depth}" + 'if [ "$code" -eq 0 ] && [ "$stopping" -eq 0 ]; then'
+    indent = "    " * len(checks)
     yield f'{indent}say "train ${{arguments[*]}} $mode, output in $log-*"'
     yield f'{indent}run {train} dapo-megatron train "${{arguments[@]}}" ${{mode:+"$mode"}}'
     if recipe.slurm.requeue:
-        yield f'{indent}if [ "$code" -eq 0 ]; then finished=1; fi'
-    if indent:
-        yield "fi"
+        yield f'{indent}if [ "$code" -eq 0 ]; then finished=1; else failed=1; fi'
+    for depth in reversed(range(len(checks))):
+        yield f"{'    ' * depth}fi"
 
 
 def _cpus(recipe: Recipe, placement: Placement) -> int | None:

@@ -2,7 +2,7 @@
 its kernels run."""
 
 from dapo_kernels.arguments import choose_implementation
-from dapo_kernels.device_errors import DeviceErrors, device_errors
+from dapo_kernels.device_errors import DeviceErrors, NonFiniteLogits, device_errors
 from dapo_kernels.kl import KLEstimator, kl_estimate
 from dapo_kernels.linear import linear_clipped_policy_loss, linear_logprobs_and_entropy
 from dapo_kernels.logprobs import LogprobsAndEntropy, logprobs_and_entropy
@@ -12,6 +12,7 @@ __all__ = [
     "DeviceErrors",
     "KLEstimator",
     "LogprobsAndEntropy",
+    "NonFiniteLogits",
     "PolicyLoss",
     "choose_implementation",
     "clipped_policy_loss",

@@ -7,6 +7,10 @@ import torch
 from torch import Tensor
 
 
+class NonFiniteLogits(ValueError):
+    """A row of logits on a CPU, where looking costs no wait, holds a NaN, a +inf or nothing but −inf."""
+
+
 class DeviceErrors(NamedTuple):
     """What was seen since the flags were last read."""
 

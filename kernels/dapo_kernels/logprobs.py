@@ -27,7 +27,7 @@ from dapo_kernels.arguments import (
     inverse_temperature,
     shard_of,
 )
-from dapo_kernels.device_errors import note_on_device
+from dapo_kernels.device_errors import NonFiniteLogits, note_on_device
 
 CHUNK_ELEMENTS = 1 << 22  # elements upcast at a time: bounds the extra memory to a few tens of MiB whatever N
 CPU_CHUNK_ELEMENTS = 1 << 18  # small enough for a core's cache
@@ -120,7 +120,7 @@ def row_statistics(
     if logits.device.type == "cpu":
         if not bool(torch.isfinite(found.log_sum).all()):
             bad = rows[~torch.isfinite(found.log_sum)][0].item()
-            raise ValueError(f"logits row {bad} holds a NaN, a +inf or nothing but −inf")
+            raise NonFiniteLogits(f"logits row {bad} holds a NaN, a +inf or nothing but −inf")
         return found
     note_on_device(logits.device, "logits", ~torch.isfinite(found.log_sum).all())
     known = (targets[rows] >= 0) & (targets[rows] < shard.vocabulary)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dapo_kernels import row_kernels
 from dapo_kernels.arguments import Shard
-from dapo_kernels.device_errors import device_flags
+from dapo_kernels.device_errors import NonFiniteLogits, device_flags
 from dapo_kernels.tuned import Tile, interpreter_tile, tile_for
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -76,7 +76,7 @@ def statistics(
         bad = bad if mask is None else bad & (mask > 0)
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
-            raise ValueError(f"logits row {row} holds a NaN, a +inf or nothing but −inf")
+            raise NonFiniteLogits(f"logits row {row} holds a NaN, a +inf or nothing but −inf")
     return parts
 
 

@@ -18,7 +18,7 @@ from dapo_megatron.doctor.parity_learner import mean_gap
 from dapo_megatron.doctor.parity_model import Trial, read_trial, trial_of, write_trial
 from dapo_megatron.doctor.verdict import FAILED, PASSED, SKIPPED, verdict_of
 from dapo_megatron.rollout.vllm_plugin import vllm_version
-from tests.command_line import RECIPE, run_command
+from tests.command_line import RECIPE, ROOT, run_command
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -99,6 +99,21 @@ def test_the_trial_follows_the_recipe(tmp_path):
     assert read_trial(tmp_path) == trial
 
 
+def test_a_published_model_need_not_be_on_this_machine():
+    trial = trial_of(load_recipe(ROOT / "recipes" / "gpu" / "qwen2.5-7b-dapo.yaml"))
+    assert (trial.family, trial.vocabulary) == ("qwen2", 152064)
+
+
+def test_what_a_recipe_has_no_use_for_is_skipped(tmp_path):
+    trial = trial_of(load_recipe(RECIPE))
+    assert list(trial.idle) == ["engine"]
+    found = parity.run_part("engine", tmp_path, trial, time_limit_s=1)  # a process would find no model there
+    assert found.outcome == SKIPPED and "rollout.engine=hf" in found.text
+    judge = ["reward.grader=judge", "reward.judge.model=models/judge", "reward.judge.engine=vllm"]
+    for asked in (["rollout.engine=vllm"], judge):
+        assert not trial_of(load_recipe(RECIPE, asked)).idle
+
+
 @pytest.mark.distributed
 def test_layers_agree_with_themselves_and_not_with_damaged_ones(tmp_path):
     write_trial(Trial(), tmp_path)
@@ -109,12 +124,13 @@ def test_layers_agree_with_themselves_and_not_with_damaged_ones(tmp_path):
 
 @pytest.mark.slow
 def test_parity_of_this_machine():
-    done = run_command("doctor", "--parity", RECIPE, "--json", time_limit_s=800)
+    asked = ["rollout.engine=vllm"] if vllm_version() else []
+    done = run_command("doctor", "--parity", RECIPE, *asked, "--json", time_limit_s=800)
     told = json.loads(done.stdout.splitlines()[-1])
     found = {part["part"]: part for part in told["parts"]}
     assert list(found) == list(parity.PARTS)
-    expected = dict.fromkeys(parity.PARTS, PASSED) | {"layers": SKIPPED}
-    expected |= {} if vllm_version() else {"engine": SKIPPED}
+    expected = dict.fromkeys(parity.PARTS, PASSED) | {"parameters": SKIPPED, "layers": SKIPPED}
+    expected |= {} if asked else {"engine": SKIPPED}
     assert {name: part["outcome"] for name, part in found.items()} == expected, told
     assert (done.returncode, told["passed"], told["schema"]) == (0, True, 1)
     assert found["reshard"]["number"] == 0 and "slices of" in found["reshard"]["text"]

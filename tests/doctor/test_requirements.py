@@ -1,6 +1,7 @@
 """requirements/cuda-h100.txt: what it pins goes with the package, the other environments and itself."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from dapo_megatron.doctor.pairs import LEAST_DRIVER
 from dapo_megatron.rollout.vllm_plugin import TESTED
 from tests.command_line import ROOT
 
 FILES = {name: ROOT / "requirements" / f"{name}.txt" for name in ("cuda-h100", "cpu-py311", "vllm-cpu-py311")}
+PYTHONS = ("3.11", "3.12")
 OFFLINE = ("error sending request", "dns error", "Connection refused", "timed out", "tcp connect error")
 
 
@@ -57,8 +60,17 @@ def test_learner_and_engine_are_those_that_were_tested_on_a_cpu():
     assert TESTED[0] <= found["vllm"].release[:2] < TESTED[1]
 
 
+def test_the_image_is_of_the_pinned_cuda_and_of_a_python_that_resolves():
+    text = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    cuda = re.search(r"^FROM nvidia/cuda:([0-9]+)\.([0-9]+)\.", text, re.MULTILINE)
+    assert tuple(map(int, cuda.groups())) == pins("cuda-h100")["nvidia-cuda-runtime"].release[:2]
+    assert set(re.findall(r"python(3\.[0-9]+)", text)) <= set(PYTHONS)
+    assert int(cuda[1]) in LEAST_DRIVER, "doctor does not know which driver this CUDA needs"
+
+
 @pytest.mark.slow
-def test_the_resolver_accepts_the_pins_and_nothing_is_missing(tmp_path):
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_resolver_accepts_the_pins_and_nothing_is_missing(tmp_path, python):
     """Metadata only: nothing is downloaded to be installed, and nothing is built."""
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin")
     if uv is None:
@@ -69,7 +81,7 @@ def test_the_resolver_accepts_the_pins_and_nothing_is_missing(tmp_path):
     done = subprocess.run(
         [
             *(uv, "pip", "compile", str(FILES["cuda-h100"]), str(own), "--no-build", "--no-annotate", "--no-header"),
-            *("--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_35"),
+            *("--python-version", python, "--python-platform", "x86_64-manylinux_2_35"),
         ],
         capture_output=True,
         text=True,

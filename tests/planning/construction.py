@@ -1,5 +1,7 @@
 """Real megatron modules, gradient buffers and optimizer of recipes, on the meta device in a fake world: their sizes.
 
+Layers of TransformerEngine are megatron's around a stand-in that has the parameters of a committed table.
+
 Run as a program with one JSON list of cases on standard input; a process of its own, for it leaves megatron and torch
 believing in devices that do not exist.
 """
@@ -17,7 +19,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from dapo_megatron.config import Architecture, Layout, Recipe, derive_layout, load_recipe
 from dapo_megatron.config.architecture import critic_of
 from dapo_megatron.learner import megatron_cpu
+from tests.planning import te_stand_in
 
+te_stand_in.install()  # before megatron looks for the package
 megatron_cpu.install()
 
 from megatron.core import parallel_state  # noqa: E402
@@ -33,15 +37,15 @@ from dapo_megatron.resharding.megatron_layout import megatron_layout  # noqa: E4
 TYPE_NAMES = {torch.bfloat16: "torch.cuda.BFloat16Tensor", torch.float32: "torch.cuda.FloatTensor"}
 
 
-def built(recipe: Recipe, a: Architecture, layout: Layout) -> dict[str, Any]:
+def built(recipe: Recipe, a: Architecture, layout: Layout, spec: str) -> dict[str, Any]:
     """Sizes of every (pipeline, tensor) position, each once, at a data-parallel rank that changes with it."""
-    placements = megatron_layout(a, layout).placements
+    placements = megatron_layout(a, layout, layer_spec=spec).placements
     positions, whole = [], 0
     for pipeline in range(layout.pipeline):
         for tensor in range(layout.tensor):
             data = (layout.data - 1) * (tensor % 2) if layout.tensor > 1 else layout.data - 1
             rank = tensor + layout.tensor * (data + layout.data * pipeline)
-            found = _rank(recipe, a, layout, rank)
+            found = _rank(recipe, a, layout, rank, spec)
             assert found.pop("keys") == sorted({p.key for p in placements[rank]})
             whole += found.pop("own") if tensor else found.pop("own") + found.pop("shared_by_all")
             found.pop("shared_by_all", None)
@@ -53,7 +57,7 @@ def _vocabularies(a: Architecture) -> int:
     return 1 if a.tied or a.value_head else 2
 
 
-def _rank(recipe: Recipe, a: Architecture, layout: Layout, rank: int) -> dict[str, Any]:
+def _rank(recipe: Recipe, a: Architecture, layout: Layout, rank: int, spec: str) -> dict[str, Any]:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
@@ -63,9 +67,11 @@ def _rank(recipe: Recipe, a: Architecture, layout: Layout, rank: int) -> dict[st
     )
     model_parallel_cuda_manual_seed(0)
     dtype = DTYPES[recipe.model.dtype]
-    config = transformer_config(a, layout, dtype=dtype, layer_spec="local")
+    config = transformer_config(a, layout, dtype=dtype, layer_spec=spec)
+    if spec != "local":
+        config.use_cpu_initialization = False  # as on a GPU: TransformerEngine's modules then keep their own parameters
     with torch.device("meta"):
-        models = build_chunks(config, a, layout, layer_spec="local")
+        models = build_chunks(config, a, layout, layer_spec=spec)
         wrapped = [Float16Module(config, m) if dtype is torch.bfloat16 else m for m in models]
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=recipe.optimizer.distributed, overlap_grad_reduce=False
@@ -120,7 +126,7 @@ def main() -> None:
         recipe = load_recipe(Path(case["recipe"]), case["overrides"])
         a = planned_architecture(recipe, folder_needed=False)
         a = critic_of(a) if case["critic"] else a
-        found = built(recipe, a, derive_layout(recipe, a))
+        found = built(recipe, a, derive_layout(recipe, a), case["spec"])
         results.append({**found, "seconds": time.perf_counter() - started})
     print(json.dumps(results))
 

@@ -1,5 +1,6 @@
 """What the planner counts is what megatron builds: real modules of the recipes for GPUs, without memory behind them."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -40,14 +41,16 @@ def distinct() -> list[tuple[str, list[str], bool]]:
 
 
 PAPER = ("qwen2.5-32b-dapo-paper", [], False)
+SPECS = ("transformer_engine", "local")
 
 
 @pytest.fixture(scope="module", params=["paper", pytest.param("all", marks=pytest.mark.slow)])
-def constructed(request: pytest.FixtureRequest) -> list[tuple[tuple[str, list[str], bool], dict]]:
-    cases = [PAPER, *OTHERS] if request.param == "paper" else [*distinct(), *OTHERS]
+def constructed(request: pytest.FixtureRequest) -> list[tuple[tuple[str, list[str], bool, str], dict]]:
+    cases = [(*case, spec) for case in ([PAPER] if request.param == "paper" else distinct()) for spec in SPECS]
+    cases += [(*case, SPECS[i % 2]) for i, case in enumerate(OTHERS)]
     asked = [
-        {"recipe": str(FOLDER / f"{name}.yaml"), "overrides": overrides, "critic": critic}
-        for name, overrides, critic in cases
+        {"recipe": str(FOLDER / f"{name}.yaml"), "overrides": overrides, "critic": critic, "spec": spec}
+        for name, overrides, critic, spec in cases
     ]
     command = [sys.executable, "-W", "ignore", "-m", "tests.planning.construction"]
     started = time.perf_counter()
@@ -60,23 +63,22 @@ def constructed(request: pytest.FixtureRequest) -> list[tuple[tuple[str, list[st
 
 
 def test_bytes_of_weights_gradients_and_optimizer_are_megatrons(constructed):
-    for (name, overrides, critic), found in constructed:
+    for (name, overrides, critic, spec), found in constructed:
         recipe = load_recipe(FOLDER / f"{name}.yaml", overrides)
         a = planned_architecture(recipe, folder_needed=False)
         a = critic_of(a) if critic else a
         layout = derive_layout(recipe, a)
         assert len(found["positions"]) == layout.tensor * layout.pipeline
         for position in found["positions"]:
-            state, optimizer = state_bytes(
-                a, layout, position["pipeline"], dtype=recipe.model.dtype, distributed=recipe.optimizer.distributed
-            )
+            options = {"dtype": recipe.model.dtype, "distributed": recipe.optimizer.distributed, "spec": spec}
+            state, optimizer = state_bytes(a, layout, position["pipeline"], **options)
             assert position["parameters"] == state.parameters, (name, position)
             assert position["gradients"] == state.gradients, (name, position)
             assert position["optimizer"] == optimizer[position["data"]] <= state.optimizer, (name, position)
 
 
 def test_the_shards_of_all_positions_make_hugging_faces_model(constructed):
-    for (name, overrides, critic), found in constructed:
+    for (name, overrides, critic, _), found in constructed:
         a = planned_architecture(load_recipe(FOLDER / f"{name}.yaml", overrides), folder_needed=False)
         shapes = canonical_tensors(critic_of(a) if critic else a)
         assert found["whole"] == sum(prod(shape) for shape in shapes.values()), name
@@ -85,12 +87,12 @@ def test_the_shards_of_all_positions_make_hugging_faces_model(constructed):
 
 
 def test_a_token_passes_all_weights_but_embedding_and_vectors():
-    for name in RECIPES:
+    for name, spec in itertools.product(RECIPES, SPECS):
         recipe = load_recipe(FOLDER / f"{name}.yaml", ["parallel.tensor=1", "parallel.sequence=false"])
         a = planned_architecture(recipe, folder_needed=False)
         layout = derive_layout(recipe, a)
         stages = range(layout.pipeline * layout.virtual_pipeline)
-        matrices = [p for stage in stages for p in chunk_parameters(a, layout, stage) if len(p.shape) == 2]
+        matrices = [p for stage in stages for p in chunk_parameters(a, layout, stage, spec) if len(p.shape) == 2]
         passed = sum(p.elements for p in matrices) - (0 if a.tied else a.vocab * a.hidden)
         assert model_parameters(a) == passed, name
 

@@ -1,15 +1,19 @@
 """Plans of the recipes for GPU nodes: they fit, they are what the documents say, and wrong ones are mended."""
 
 import importlib.util
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from dapo_megatron.config import Recipe, check_recipe, derive_layout, load_recipe
 from dapo_megatron.errors import RequestError
-from dapo_megatron.planning.activations import chunks_in_flight, compute_bytes
+from dapo_megatron.planning.activations import chunks_in_flight, kept_bytes
 from dapo_megatron.planning.engine import engine_bytes
 from dapo_megatron.planning.hardware import CARDS, GIB
+from dapo_megatron.planning.memory import plan_memory
+from dapo_megatron.planning.moments import compute_bytes
 from dapo_megatron.planning.plan import RunPlan, plan_run
 from dapo_megatron.planning.search import nearest_fit, with_settings
 from dapo_megatron.planning.words import plan_as_json
@@ -66,7 +70,7 @@ def test_paper_and_reproduction_differ_where_they_do():
     [
         (["parallel.tensor=3"], "parallel.tensor=3 does not divide 40 attention heads"),
         (["parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false"], "learning needs"),
-        (["learner.recompute=none"], "activations 89.9 GB"),
+        (["learner.recompute=none"], "activations 89.6 GB"),
         (["parallel.pipeline=3"], "parallel.pipeline=3 does not divide 64 layers"),
         (["rollout.gpu_memory_share=0.9"], "use 0.85 or less"),
         (["rollout.gpu_memory_share=0.2"], "for the KV cache"),
@@ -100,16 +104,59 @@ def test_memory_counted_by_hand():
     recipe = loaded(PAPER)
     a = planned_architecture(recipe, folder_needed=False)
     layout = derive_layout(recipe, a)
-    rows, h, f, q, k = 22528, 5120, 27648, 5120, 1024
-    norms, attention, forward = 2 * rows // 4 * h * 4, rows * (6 * (q + k) + 160) // 4, rows * f // 4 * 6
-    layer = norms + attention + forward
-    work = rows * 2 * (3 * f // 4 + 2 * h) + 2 * (152064 // 4 * h)
+    rows, h, f, q, k, v = 22528, 5120, 27648, 5120, 1024, 152064
+    residual = rows // 4 * h * 2
+    layer = 4 * residual + rows * (6 * (q + k) + 160) // 4 + rows * f // 4 * 6
+    work = rows * 2 * (3 * f // 4 + 2 * h) + 2 * 2 * (f // 4 * h)
     found = compute_bytes(recipe, a, layout, 0, 9)
-    assert found.activations == 2 * 32 * 2 * rows // 4 * h + layer + work + 2 * 2 * 2 * rows // 4 * h
-    assert found.logits == 0
-    assert compute_bytes(recipe, a, layout, 1, 9).logits == 2 * rows * h * 2 + (2048 * 2 + 4 * h) * 152064 // 4
+    assert found.activations == 2 * 32 * residual + layer + work + 2 * residual  # and what was sent to the last stage
+    assert (found.logits, found.update) == (0, 0)
+    head = rows * h * 2 * 2 + residual + 2048 * (v // 4 + h) * 2
+    kept = 32 * residual + 3 * residual  # received; the final norm's input and output
+    found = compute_bytes(recipe, a, layout, 1, 9)
+    assert layer + work > head and (found.activations, found.logits) == (kept + layer + work, 0)
     bare = with_settings(recipe, {"learner.recompute": "none"})
-    assert compute_bytes(bare, a, layout, 1, 9).activations == 32 * layer + work + 2 * 2 * rows // 4 * h
+    assert compute_bytes(bare, a, layout, 1, 9).activations == 32 * layer + work + 3 * residual
+    whole = with_settings(bare, {"learner.fused_linear_loss": False})
+    found = compute_bytes(whole, a, layout, 1, 9)
+    assert found.activations == 32 * layer + 3 * residual  # logits and the layer at work are never there at once
+    assert found.logits == rows * v // 4 * 2 + rows * h * 2 * 2 + residual + 2 * (h * v // 4)
+
+
+def test_a_cpu_keeps_more_than_flash_attention_does():
+    recipe = loaded(PAPER, "learner.recompute=none", "model.layer_spec=local")
+    a = planned_architecture(recipe, folder_needed=False)
+    layout = derive_layout(recipe, a)
+    engine, varlen, cpu = (
+        plan_memory(recipe, a, layout, attention=way).stages[0].activations
+        for way in ("transformer_engine", "varlen", "torch")
+    )
+    assert engine < varlen < cpu
+    assert plan_memory(recipe, a, layout).stages[0].activations == varlen
+    rows, h, f, q, k, d, heads = 1000, 512, 2048, 512, 128, 64, 8
+    small = replace(a, hidden=h, ffn=f, heads=heads, kv_heads=2, head_dim=d)
+    alone = replace(layout, tensor=1, sequence_parallel=False)
+    kept = partial(kept_bytes, small, alone, rows, dtype="fp32", attention="torch")
+    each = 24 * h + 4 * (4 * q + 2 * k) + 4 * heads + 16 * d + 20 * f
+    assert kept(length=500) == rows * each
+    assert kept(length=500, again=True) == rows * (24 * h + 4 * (3 * q + 3 * k) + 16 * d + 20 * f)
+    cut = replace(alone, context=2)
+    masks = 2 * rows * 500 * 5 / 16 * 4  # of four sequences of 500 rows: 5 / 16 of each square
+    assert kept_bytes(small, cut, rows, dtype="fp32", attention="torch", length=500) == rows * (each + 12 * k) + masks
+
+
+def test_only_the_fullest_moment_counts():
+    recipe = loaded("qwen2.5-0.5b-dapo", "learner.device=cpu", "learner.tokens_per_micro_batch=22528")
+    a = planned_architecture(recipe, folder_needed=False)
+    few = with_settings(recipe, {"learner.tokens_per_micro_batch": 64})
+    many, alone = (plan_memory(r, a, derive_layout(r, a)).stages[0] for r in (recipe, few))
+    assert many.activations and many.logits and not many.update
+    assert alone.update == alone.state.gradients and not alone.activations and not alone.logits
+
+
+def test_engine_memory_counted_by_hand():
+    recipe = loaded(PAPER)
+    a = planned_architecture(recipe, folder_needed=False)
     engine = engine_bytes(recipe, a, CARDS["h100"])
     assert engine.kv_token == 2 * 64 * 2 * 128 * 2
     assert engine.weights + engine.kv_cache + 3 * GIB == round(0.8 * 79 * GIB)

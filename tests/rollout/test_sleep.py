@@ -193,6 +193,16 @@ def test_an_engine_that_dies_on_the_way_is_replaced_and_filled(scene, route):
     assert not second.asleep and not second.paused and sync.version == 2
 
 
+@pytest.mark.parametrize("enabled", ["true", "false"])
+def test_engines_without_weights_yet_give_way_to_a_warm_start(scene, card, enabled):
+    sync, engine = scene.make(f"resharding.enabled={enabled}"), scene.engines.made[0]
+    sync.give_way()
+    assert engine.routes() == ["/sleep?level=2"]
+    sync.push(0)
+    assert not engine.asleep and not engine.paused and engine.weights_of is not None
+    assert engine.learner_gib == [5.0] * 2, "the learner gives back what it keeps before an engine takes memory"
+
+
 def test_engines_that_keep_their_first_weights_stay_awake(scene):
     sync, engine = scene.make("resharding.enabled=false"), scene.engines.made[0]
     sync.push(0)

@@ -22,4 +22,4 @@ if [ -n "$missing" ]; then
         timeout 240 apt-get -q install -y --no-install-recommends munge slurmctld slurmd slurm-client; } >/dev/null 2>&1 ||
         skip "no$missing, and the Debian packages munge, slurmctld and slurmd cannot be installed"
 fi
-exec timeout --kill-after=60 840 "${PYTHON:-.venv/bin/python}" -m pytest -q -m slurm tests/slurm
+exec timeout --kill-after=60 960 "${PYTHON:-.venv/bin/python}" -m pytest -q -m slurm tests/slurm

@@ -4,10 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dapo_megatron.config import Recipe
+from dapo_megatron.config import Recipe, load_recipe
 from dapo_megatron.config.load import build_recipe
 from dapo_megatron.errors import RequestError
+from dapo_megatron.planning.plan import plan_run
+from dapo_megatron.prepare import planned_architecture
 from dapo_megatron.slurm.placement import place_ranks
+from tests.command_line import ROOT
+
+GPU = sorted(path.stem for path in (ROOT / "recipes" / "gpu").glob("*.yaml") if not path.stem.endswith("base"))
 
 
 def recipe(*overrides: str) -> Recipe:
@@ -87,3 +92,12 @@ def test_the_proposed_number_of_nodes_works(nodes, tasks, tensor, pipeline):
     except RequestError as refused:
         (proposed,) = [line.rpartition("use ")[2] for line in str(refused).splitlines()]
         assert place_ranks(recipe(*settings, proposed)).world % (tensor * pipeline) == 0
+
+
+@pytest.mark.parametrize("name", GPU)
+def test_gpu_recipes_ask_for_their_world_and_for_time_to_end_a_step(name):
+    found = load_recipe(ROOT / "recipes" / "gpu" / f"{name}.yaml")
+    placement = place_ranks(found)
+    assert placement.world == found.parallel.world
+    plan = plan_run(found, planned_architecture(found, folder_needed=False))
+    assert plan.time.seconds < found.slurm.stop_before_s < placement.seconds

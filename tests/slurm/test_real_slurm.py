@@ -1,5 +1,6 @@
 """A job on a real slurm: started, told of its time limit by slurm itself, checkpointed, queued again, finished."""
 
+import json
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ import pathlib, time
 
 def score(responses, answers, prompts):
     if not set(pathlib.Path({checkpoints!r}).glob("step-*")) - set(pathlib.Path({checkpoints!r}).glob("step-000000")):
-        time.sleep(6)
+        time.sleep(9)
     return [float(len(response) % 3) for response in responses]
 """
 
@@ -80,23 +81,27 @@ def test_a_run_is_told_of_its_time_limit_requeued_and_finished(slurm, submit, tm
         f"reward.custom={reward}:score",
         "reward.time_limit_s=60",
         "slurm.health_check=false",  # the test above; the notice comes no earlier than 120 s after the start
-        "slurm.time_limit='00:04:00'",
+        "slurm.time_limit='00:05:00'",
         "slurm.stop_before_s=90",
-        limit_s=540,
+        limit_s=660,
     )
     log = (folder / f"{job}.out").read_text()
     ranks = [path.read_text() for path in sorted(folder.glob(f"{job}-rank-*.log"))]
     whole = log + "\n".join(ranks) + slurm.logs()
     assert state == "COMPLETED" and len(ranks) == 4, whole
     order = [
+        "parity on the first node",
         "output in",
         "the time limit is near",
         "queued again",
+        "parity: these nodes have passed in this job",
         "--resume, output in",
         "ends with code 0",
     ]
     places = [log.find(words) for words in order]
     assert -1 not in places and places == sorted(places), whole
+    verdict = json.loads((folder / f"{job}-parity.json").read_text())
+    assert verdict["passed"] and {part["part"]: part["outcome"] for part in verdict["parts"]}["reshard"] == "passed"
     stopped = re.findall(r"stopped at step (\d+); continue with --resume", ranks[0])
     resumed = re.findall(r"resumed from \S+/step-(\d+)", ranks[0])
     assert stopped and resumed and int(stopped[-1]) == int(resumed[-1]), whole

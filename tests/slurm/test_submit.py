@@ -10,6 +10,7 @@ from dapo_megatron.config import load_recipe
 from dapo_megatron.errors import RequestError, RunError
 from tests.command_line import ROOT
 
+GPU = ROOT / "recipes" / "gpu" / "qwen2.5-7b-dapo.yaml"
 TINY, LADDER = ROOT / "recipes" / "slurm" / "tiny.yaml", ROOT / "recipes" / "ladder"
 
 
@@ -81,6 +82,7 @@ def test_several_recipes_are_one_array_job(folder):
         ([TINY, "--also", TINY], "two runs of the array write to run.directory=runs/slurm-tiny"),
         ([TINY, "--also", LADDER / "6-dapo.yaml"], "6-dapo.yaml asks for other nodes than"),
         ([TINY, "--resume", "--overwrite"], "exclude each other"),
+        ([GPU, "parallel.tensor=3", "parallel.world=24"], "parallel.tensor=3 does not divide 28 attention heads"),
         ([TINY, "run.directory=bin"], "run.directory=bin exists and is not a run"),
     ],
 )
@@ -93,3 +95,8 @@ def test_refused_before_anything_is_written(folder, arguments, told):
 def test_a_model_that_is_elsewhere_is_said_to_be_unchecked(folder):
     output = submit(ROOT / "recipes" / "slurm" / "two-nodes.yaml", "--dry-run")
     assert "not checked: model.path=models/Qwen2.5-7B is not on this machine" in output
+
+
+def test_a_published_model_that_is_elsewhere_is_checked_by_its_shape(folder):
+    output = submit(GPU, "--dry-run")
+    assert "is not on this machine: the layout was checked for model.architecture=qwen2.5-7b alone" in output

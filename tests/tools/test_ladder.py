@@ -172,10 +172,11 @@ def test_a_run_past_its_limit_is_ended(tmp_path):
 
 def test_effective_batch_counts_mixed_groups():
     line = {"groups/trained": 6.0, "groups/all_right": 0.25, "groups/all_wrong": 0.5}
-    assert effective_batch(line, 8, replaced=False) == 6 * 0.25 / 8
-    assert effective_batch(line, 8, replaced=True) == 6 / 8
-    assert effective_batch({}, 8, replaced=True) is None
-    assert effective_batch({"groups/trained": 6.0}, 8, replaced=False) is None  # pairs of a file are no drawn groups
+    assert effective_batch(line, 8, 4, replaced=False) == 6 * 0.25 / 8
+    assert effective_batch(line, 8, 4, replaced=True) == 6 / 8
+    assert effective_batch(line, 8, 1, replaced=False) is None  # one response is no group
+    assert effective_batch({}, 8, 4, replaced=True) is None
+    assert effective_batch({"groups/trained": 6.0}, 8, 4, replaced=False) is None  # pairs of a file are no drawn groups
 
 
 def test_table_of_means_and_deviations(cells):
