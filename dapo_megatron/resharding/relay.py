@@ -22,7 +22,7 @@ from dapo_megatron.resharding.transport import Transfer, checked_view
 from dapo_megatron.resharding.turns import Offer, PeerGone, PeerLate
 
 STAGING = "staging"
-PATIENCE = 0.8  # of the time limit: a worker that is silent for so long is left behind, so that all others get through
+PATIENCE = 0.5  # of the time limit: a worker that is silent for so long is left behind, so that all others get through
 POLL_S = 0.0001
 
 
@@ -54,6 +54,7 @@ class Relay:
         self._offers = {place: Offer() for place in sorted(set().union(*self._takers))}
         self._export = export_tensors({STAGING: self._staging}) if self._offers else None
         self._problems: list[str] = []
+        self._told_at: dict[int, float] = {}  # by round
 
     @property
     def held_bytes(self) -> int:
@@ -143,6 +144,7 @@ class Relay:
 
     def _tell(self, k: int, present: set[int]) -> None:
         """Round k lies in its slot."""
+        self._told_at[k] = time.monotonic()
         for place in present.intersection(self._takers[k]):
             try:
                 self._offers[place].turns.tell()
@@ -150,11 +152,12 @@ class Relay:
                 self._leave_behind(place, present, "is gone")
 
     def _hear(self, k: int, started: float, present: set[int]) -> None:
-        """Wait until all workers have taken round k."""
+        """Wait until all workers have taken round k, each for so long at most as its copying could take."""
         patience = PATIENCE * self.time_limit_s
+        deadline = min(self._told_at[k] + patience, started + self.time_limit_s)
         for place in sorted(present.intersection(self._takers[k])):
             try:
-                self._offers[place].turns.hear(started + patience)
+                self._offers[place].turns.hear(deadline)
             except PeerGone:
                 self._leave_behind(place, present, "is gone")
             except PeerLate:

@@ -52,10 +52,10 @@ def relay_rounds(
     element may exceed a slot. `itemsize`: bytes an element on the wire.
 
     No deadlock: every rank posts all its sends and receives of round k at once, as soon as round k − 1 is done at this
-    rank and the workers have taken round k − 2 out of its slot. A worker takes rounds in order, each when its relays
-    have it. Let k be the first round that is not done everywhere. Rounds before it are done, so every worker can take
-    them, so every slot of round k is free, so every rank posts round k, both ends of each parcel, and it is done. Two
-    ranks list the parcels between them in one order, so these match.
+    rank and the workers have taken round k − 2 out of its slot. A worker takes what any relay has, when it has it, so
+    no relay waits for another through a worker. Let k be the first round that is not done everywhere. Rounds before it
+    are done and can be taken, so every slot of round k becomes free, so every rank posts round k, both ends of each
+    parcel, and it is done. Two ranks list the parcels between them in one order, so these match.
     """
     slot = slot_elements(bucket_bytes, itemsize)
     most = max(1, slot // PARCELS)

@@ -1,5 +1,5 @@
 """A worker's part of a transfer between machines: it copies what ranks of its machine hold out of their memory, and
-what comes from elsewhere out of their staging memory, round by round."""
+what comes from elsewhere out of their staging memory, as it arrives there."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,13 @@ from dapo_megatron.resharding.relay_schedule import SLOTS, Parcel, Round
 from dapo_megatron.resharding.shared_memory import open_export, pair_of
 from dapo_megatron.resharding.topology import Topology
 from dapo_megatron.resharding.transport import Transfer, checked_view
-from dapo_megatron.resharding.turns import PeerGone, PeerLate, Turns, open_turns
+from dapo_megatron.resharding.turns import PeerGone, Turns, first_to_speak, open_turns
 
 
 @dataclass(frozen=True)
 class _Visit:
-    """What this worker copies out of one rank's slot in one round."""
+    """What this worker copies out of a rank's slot in one round."""
 
-    relay: int
     into: list[Tensor]
     out_of: list[Tensor]
 
@@ -64,19 +63,20 @@ class RelayTaker:
             for rank, described in relays.items():
                 staging[rank] = open_export(described["memory"])[STAGING]
                 self._turns[rank] = open_turns(described["turns"][str(place)])
-            slots = {rank: described["slot"] for rank, described in relays.items()}
-            self._visits = [
-                [self._visit(relay, staging[relay][k % SLOTS * slots[relay] :], parcels, target)
-                 for relay, parcels in visits.items()]
-                for k, visits in enumerate(visits_of(rounds, place))
-            ]  # fmt: skip
+            self._visits = {
+                relay: [
+                    self._visit(staging[relay][k % SLOTS * relays[relay]["slot"] :], parcels, target)
+                    for k, parcels in visits
+                ]
+                for relay, visits in visits_of(rounds, place).items()
+            }
         except RunError:
             self.close()
             raise
-        step = -(-len(beside) // max(1, len(self._visits)))  # a part of what lies beside while each round is under way
-        self._beside = [beside[first : first + step] for first in range(0, len(beside), max(1, step))]
+        some = max(1, len(beside) // (sum(map(len, self._visits.values())) + 1))
+        self._beside = [beside[first : first + some] for first in range(0, len(beside), some)]
         self._bytes = sum(into.nbytes for into, _ in beside)
-        self._bytes += sum(into.nbytes for visits in self._visits for visit in visits for into in visit.into)
+        self._bytes += sum(t.nbytes for visits in self._visits.values() for visit in visits for t in visit.into)
 
     @torch.no_grad()
     def run(self) -> Transfer:
@@ -87,11 +87,7 @@ class RelayTaker:
         """
         started = time.monotonic()
         try:
-            for k in range(max(len(self._beside), len(self._visits))):
-                for some in self._beside[k : k + 1]:
-                    _copy([into for into, _ in some], [out_of for _, out_of in some])
-                for visits in self._visits[k : k + 1]:
-                    self._take(k, visits, started)
+            self._take_all(started)
         except BaseException:
             self.close()
             raise
@@ -110,8 +106,8 @@ class RelayTaker:
         for turns in self._turns.values():
             turns.close()
 
-    def _visit(self, relay: int, slot: Tensor, parcels: Sequence[Parcel], target: Mapping[str, Tensor]) -> _Visit:
-        found = _Visit(relay, [], [])
+    def _visit(self, slot: Tensor, parcels: Sequence[Parcel], target: Mapping[str, Tensor]) -> _Visit:
+        found = _Visit([], [])
         for parcel in parcels:
             first = parcel.offset
             for piece in parcel.pieces:
@@ -122,34 +118,50 @@ class RelayTaker:
                 first += piece[0].elements
         return found
 
-    def _take(self, k: int, visits: Sequence[_Visit], started: float) -> None:
-        for visit in visits:
-            turns = self._turns[visit.relay]
-            try:
-                turns.hear(started + self.time_limit_s)
-                _copy(visit.into, visit.out_of)
-                turns.tell()
-            except PeerLate:
+    def _take_all(self, started: float) -> None:
+        """Whatever a rank has ready, at once: a rank must only wait for this worker where it is this worker's turn.
+        What lies beside is copied while no rank has anything."""
+        deadline = started + self.time_limit_s
+        beside = iter(self._beside)
+        done = dict.fromkeys(self._visits, 0)
+        waiting = {relay: self._turns[relay] for relay in self._visits}
+        some = next(beside, None)
+        while waiting or some is not None:
+            relay = first_to_speak(waiting, deadline if some is None else 0.0) if waiting else None
+            if relay is not None:
+                self._take(relay, self._visits[relay][done[relay]], deadline)
+                done[relay] += 1
+                if done[relay] == len(self._visits[relay]):
+                    del waiting[relay]
+            elif some is not None:
+                _copy([into for into, _ in some], [out_of for _, out_of in some])
+                some = next(beside, None)
+            else:
+                late = ", ".join(map(str, waiting))
                 raise RunError(
-                    f"resharding: place {self.place} waited {self.time_limit_s:g} s for place {visit.relay} to have "
-                    f"round {k}"
-                ) from None
-            except PeerGone:
-                raise RunError(
-                    f"resharding: place {self.place} lost place {visit.relay}, which served it, in round {k}"
-                ) from None
+                    f"resharding: place {self.place} waited {self.time_limit_s:g} s for place {late} to serve it"
+                )
+
+    def _take(self, relay: int, visit: _Visit, deadline: float) -> None:
+        try:
+            self._turns[relay].hear(deadline)
+            _copy(visit.into, visit.out_of)
+            self._turns[relay].tell()
+        except PeerGone:
+            raise RunError(f"resharding: place {self.place} lost place {relay}, which served it") from None
 
 
-def visits_of(rounds: Sequence[Round], place: int) -> list[dict[int, list[Parcel]]]:
-    """For each round the parcels that `place` takes a part of, by relay, in the order of ranks."""
-    found: list[dict[int, list[Parcel]]] = []
-    for parcels in rounds:
+def visits_of(rounds: Sequence[Round], place: int) -> dict[int, list[tuple[int, list[Parcel]]]]:
+    """For each rank that serves `place`, the rounds and parcels out of which it takes a part."""
+    found: dict[int, list[tuple[int, list[Parcel]]]] = {}
+    for k, parcels in enumerate(rounds):
         mine: dict[int, list[Parcel]] = {}
         for parcel in parcels:
             if place in parcel.takers:
                 mine.setdefault(parcel.relay, []).append(parcel)
-        found.append(dict(sorted(mine.items())))
-    return found
+        for relay, some in mine.items():
+            found.setdefault(relay, []).append((k, some))
+    return dict(sorted(found.items()))
 
 
 def _copy(into: list[Tensor], out_of: list[Tensor]) -> None:

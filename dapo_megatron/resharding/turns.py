@@ -62,6 +62,21 @@ class Turns:
         self.inward = self.outward = -1
 
 
+def first_to_speak(turns: Mapping[int, Turns], deadline: float) -> int | None:
+    """The key of one whose peer has said something, or is gone; None if there is none until `deadline`."""
+    poll = select.poll()
+    keys = {}
+    for key, one in turns.items():
+        poll.register(one.inward, select.POLLIN)
+        keys[one.inward] = key
+    while True:
+        spoken = poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+        if spoken:
+            return keys[spoken[0][0]]
+        if time.monotonic() >= deadline:
+            return None
+
+
 @dataclass
 class Offer:
     """Turns with a process that is not there yet. `turns`: this side; the other opens what `describe` says."""

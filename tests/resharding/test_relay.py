@@ -44,7 +44,7 @@ def troubled() -> list[dict[int, str]]:
     """What was told in each case, by place: workers 4 and 5 stand on machine 0, 6 and 7 on machine 1."""
     shape = {"machines": [0, 0, 1, 1], "tensor": 1, "bucket_bytes": 1 << 16, "sizes": WIDE, "window": 8}
     cases = [
-        {"kind": "silent", "culprit": 7, "engines": 4, "time_limit_s": 20, "patience": 0.1, **shape},
+        {"kind": "silent", "culprit": 7, "engines": 4, "time_limit_s": 40, "patience": 0.2, **shape},
         {"kind": "killed", "culprit": 7, "engines": 4, "time_limit_s": 300, **shape},
         {"kind": "killed", "culprit": 3, "engines": 2, "time_limit_s": 300, **shape},  # workers 4 and 5 alone
     ]
@@ -56,7 +56,7 @@ def troubled() -> list[dict[int, str]]:
 
 @pytest.mark.distributed
 def test_a_silent_worker_is_named_and_left_behind_and_a_killed_one_too(troubled):
-    for told, words in zip(troubled, ("did not take round 1 within 2 s", "is gone"), strict=False):
+    for told, words in zip(troubled, ("within 8 s", "is gone"), strict=False):
         named = [text for text in told.values() if text.startswith("resharding: place 7, served by place ")]
         assert named and all(words in text for text in named), told
         others = [text for place, text in told.items() if place in (4, 5, 6)]
