@@ -289,7 +289,7 @@ class Learner:
                 packed.tokens_T[None],
                 packed.positions_T[None],
                 None,
-                packed_seq_params=_packed_params(packed),
+                packed_seq_params=packed_params(packed, self.layer_spec),
                 **self._model_options,
             )
             return logits, partial(finish, packed)
@@ -330,7 +330,9 @@ def _finalize_undivided(model: list[nn.Module], _num_tokens: Tensor | None, **gr
     finalize_model_grads(model, None, **groups)
 
 
-def _packed_params(packed: PackedBatch) -> PackedSeqParams:
+def packed_params(packed: PackedBatch, layer_spec: str) -> PackedSeqParams:
+    """What attention is told of a pack. Under context parallelism borders are the whole pack's: TransformerEngine cuts
+    sequences into the same pieces and exchanges keys by itself, local layers have a plan."""
     params = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=packed.cu_seqlens,
@@ -338,6 +340,8 @@ def _packed_params(packed: PackedBatch) -> PackedSeqParams:
         max_seqlen_q=packed.longest,
         max_seqlen_kv=packed.longest,
     )
-    if packed.context > 1:
+    if packed.context > 1 and layer_spec == "transformer_engine":
+        params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = packed.cu_seqlens  # it insists; ends are no padding
+    elif packed.context > 1:
         params.context_plan = plan_context(packed, parallel_state.get_context_parallel_group())
     return params

@@ -12,6 +12,7 @@ from dapo_megatron.data.packing import context_rows, pack, packed_length, sequen
 from dapo_megatron.data.records import sequence_batch
 from dapo_megatron.learner.attention import packed_causal_attention
 from dapo_megatron.learner.context_parallel import attend_pieces, plan_context
+from dapo_megatron.learner.learner import packed_params
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 
@@ -104,3 +105,26 @@ def test_each_rank_has_its_share_of_every_sequence_and_as_many_pairs(size):
 def test_a_rank_has_the_pieces_at_equal_distance_from_both_ends():
     assert context_rows([0, 8, 12], 0, 2).tolist() == [0, 1, 6, 7, 8, 11]
     assert context_rows([0, 8, 12], 1, 2).tolist() == [2, 3, 4, 5, 9, 10]
+
+
+@settings(deadline=None, max_examples=25)
+@given(pieces=st.lists(st.integers(1, 5), min_size=1, max_size=6), size=st.integers(1, 4))
+def test_transformer_engines_attention_finds_the_rows_where_it_looks_for_them(pieces, size):
+    """Its kernel for packed sequences says of row `token` of rank `rank` which row of the pack it is."""
+    borders = np.cumsum([0, *(2 * size * piece for piece in pieces)])
+    for rank in range(size):
+        own = borders // size
+        expected = []
+        for token in range(own[-1]):
+            sequence = int(np.searchsorted(own, token, side="right")) - 1
+            half, index = (own[sequence + 1] - own[sequence]) // 2, token - own[sequence]
+            expected.append(borders[sequence] + index + half * (rank if index < half else 2 * (size - 1) - rank))
+        assert context_rows(borders.tolist(), rank, size).tolist() == expected
+
+
+def test_transformer_engine_is_told_the_whole_packs_borders():
+    packs, _ = packs_of([(5, 3), (4, 9)], 2)
+    params = packed_params(packs[0], "transformer_engine")
+    assert params.cu_seqlens_q is params.cu_seqlens_q_padded is params.cu_seqlens_kv_padded is packs[0].cu_seqlens
+    assert params.max_seqlen_q == packs[0].longest and not hasattr(params, "context_plan")
+    assert params.cu_seqlens_q[-1] == packs[0].length == 2 * len(packs[0].tokens_T)
