@@ -131,11 +131,20 @@ def _host(one_machine: bool, servers: Sequence[str], world: int) -> str:
     if one_machine and not outside:
         return LOOPBACK[0]
     name = outside[0] if outside else os.environ["MASTER_ADDR"]
-    known = socket.gethostbyname(name)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing; tells the way there
-        probe.connect((known, 9))
-        own = probe.getsockname()[0]
-    return reachable(own, everyone(known, world))
+    problem, own, known = None, "", ""
+    try:
+        known = socket.gethostbyname(name)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing; tells the way there
+            probe.connect((known, 9))
+            own = probe.getsockname()[0]
+    except OSError as error:
+        problem = (
+            f"{socket.gethostname()} finds no way to {name} ({error}); set MASTER_ADDR to an address all can reach"
+        )
+    told = everyone((problem, known), world)
+    if problems := [text for text, _ in told if text is not None]:
+        raise RequestError("\n".join(dict.fromkeys(problems)))
+    return reachable(own, [address for _, address in told])
 
 
 def reachable(own: str, known: Sequence[str]) -> str:

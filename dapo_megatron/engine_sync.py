@@ -104,12 +104,12 @@ class EngineSync:
             return
         self.engines.ready()
         self._asleep = True
-        failed = self._on_rank_zero(self.engines.fleet.sleep if self.rank == 0 else None)
-        if failed is not None:
+        while failed := self._on_rank_zero(self.engines.fleet.sleep if self.rank == 0 else None):
             self._epoch = None
             if not failed.dead:
                 raise RunError("\n".join(failed.reasons), on_every_rank=True)
             self._restart(failed)
+            self.engines.ready()  # a new engine is awake, and has the memory that is wanted
 
     def refill(self) -> None:
         """Give restarted engines the present weights: the same policy version again.
@@ -240,7 +240,7 @@ class EngineSync:
                 self._transport.run(self.learner.weights, {})
             if self._relay is not None:
                 self._relay.run(self.learner.weights)
-        except RunError as error:
+        except (RunError, RuntimeError) as error:  # torch's own too: memory, a communicator that broke
             problem = str(error)
         answers, failed = self._outcome(f"done/{uid}", pending, problem)
         if failed is None and verify:

@@ -69,9 +69,9 @@ def judge(recipe: Recipe, *, prompt: float | None = None, response: float | None
     check_methods(recipe)
     try:
         derive_layout(recipe, architecture)
+        moved = plan_resharding(recipe)
     except RequestError as error:
         return Verdict(None, tuple(str(error).splitlines()), nearest_fit(recipe, architecture))
-    moved = plan_resharding(recipe)
     found = plan_run(
         recipe,
         architecture,

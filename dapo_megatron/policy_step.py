@@ -45,7 +45,7 @@ class Selection:
 @dataclass(frozen=True)
 class PolicyStep:
     """Means over the updates of the step, and over its trained tokens. skipped_updates: mini-batches without a trained
-    token; refused: those whose update the guard would not have made, which count in nothing else."""
+    token; refused: those whose update the guard would not have made, which count in `selection` and `pairs` alone."""
 
     loss: float
     grad_norm: float

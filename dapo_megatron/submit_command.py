@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dapo_megatron.config import Recipe, check_recipe, derive_layout, dump_recipe, load_recipe
+from dapo_megatron.config.check import profile_problem
 from dapo_megatron.errors import RequestError, RunError
 from dapo_megatron.files import write_text_atomically
 from dapo_megatron.methods import check_methods
@@ -89,6 +90,8 @@ def submit(
 def _check(recipe: Recipe, *, resume: bool, overwrite: bool) -> list[str]:
     """Refuse what the job would refuse; returns what could not be checked here."""
     world = place_ranks(recipe).world
+    if (problem := profile_problem(recipe, world)) is not None:
+        raise RequestError(problem)
     claim_run_directory(recipe, resume=resume, overwrite=overwrite)
     check_methods(recipe)
     absent = recipe.model.scratch is None and not Path(recipe.model.path).exists()

@@ -1,7 +1,7 @@
 """The loop: submit → collect → score → advantages → update → reshard → log."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from dapo_megatron.rollout.dynamic_sampling import SampledStep, sample_step
 from dapo_megatron.skipped_updates import check_guards, guard_metrics
 from dapo_megatron.stop import StopSignal
 from dapo_megatron.supervised import run_stage
-from dapo_megatron.update_guard import UpdateGuard
 
 
 def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = False) -> None:
@@ -78,7 +77,7 @@ def train_step(run: Run, journal: Journal, *, rollout_only: bool = False) -> Non
     if not rollout_only:
         run.begins("reshard")
         told = partial(journal.step, metrics)
-        with clock.phase("reshard"), checkpoint_on_failure(run, told), run.phases.own("reshard"):
+        with clock.phase("reshard"), checkpoint_on_failure(run, told), _resharding(run):
             transfer = run.sync.push(run.updates)
         metrics["resharding/bytes_sent"] = float(transfer.bytes_sent if transfer else 0)
         metrics |= held_on_card(run.learner.device, "rollout")
@@ -92,6 +91,11 @@ def train_step(run: Run, journal: Journal, *, rollout_only: bool = False) -> Non
     best = improved(run, metrics) and checkpoint.keep_best
     if checkpoint.every and (best or run.step % checkpoint.every == 0) and run.step < steps:
         save(run)
+
+
+def _resharding(run: Run) -> AbstractContextManager:
+    """Engines that are servers are steered by rank 0 while the others wait: its time is no rank's own."""
+    return run.phases.own("reshard") if run.engines is None else run.phases.mark("reshard")
 
 
 def train_from_files(run: Run, journal: Journal, stop: StopSignal, files: Sequence[Path]) -> None:
@@ -130,7 +134,7 @@ def warm_start(run: Run, journal: Journal, stop: StopSignal) -> None:
             continue
         before = sum(run.supervised_done[:i])
         if not run.supervised_done[i]:
-            run.guards["supervised"] = UpdateGuard(run.recipe.optimizer.guard, "supervised")
+            run.guards["supervised"].begin_anew()  # other data has other losses
 
         def report(metrics: dict[str, float], i: int = i, before: int = before) -> bool:
             run.supervised_done[i] += 1
@@ -158,6 +162,7 @@ def warm_start(run: Run, journal: Journal, stop: StopSignal) -> None:
 def begin_learning(run: Run) -> None:
     """Between warm start and rollouts: the reference is kept, a critic without a folder of its own begins as the
     policy."""
+    run.guards["supervised"].begin_anew()  # done with: it must not end the steps that follow
     run.reference = keep_reference(run)
     if run.critic is not None and run.step == 0 and run.recipe.critic.path is None:
         copy_decoder(run.learner, run.critic, run.recipe.resharding)

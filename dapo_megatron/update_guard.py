@@ -14,6 +14,7 @@ from statistics import median
 
 from dapo_megatron.config.optimizer import Guard
 from dapo_megatron.data.completions import PromptGroup
+from dapo_megatron.errors import RunError
 from dapo_megatron.learner.learner import GradientNorm, Learner
 
 
@@ -41,6 +42,10 @@ class UpdateGuard:
         else:
             self.total += 1
         return reason
+
+    def begin_anew(self) -> None:
+        """Forget the latest updates; skips stay counted."""
+        self._norms, self._losses, self._latest = [], [], []
 
     @property
     def exhausted(self) -> bool:
@@ -113,13 +118,18 @@ def guarded_update(
         The gradient's global norm before clipping; None when the update was skipped.
 
     Raises:
-        RunError: as `Learner.step`, where the guard does not look at it.
+        RunError: as `Learner.step`, and for a loss that is not finite, where the guard does not look at them.
     """
     if guard is None:
         return learner.step(learning_rate, weight_decay)
     norm = learner.gradient_norm()
     reason = guard.judge(loss, norm, step)
     if reason is None:
+        if not math.isfinite(loss):  # the norm is looked at by `update`
+            raise RunError(
+                f"the loss is {loss}: stopped before the damage spreads; resume from the last checkpoint",
+                on_every_rank=True,
+            )
         learner.update(norm, learning_rate, weight_decay)
         return norm.value
     guard.skipped.append(

@@ -35,7 +35,8 @@ SAVING_SLACK_S = 300.0  # ranks come to the end of a save one after the other
 JUDGING_SLACK_S = 300.0  # the rule's pool comes before the judge
 STALLED = 4.0  # a phase may hold several of the longest waits
 SHOWN_CHARACTERS = 300  # of a sample completion on the console
-LOST = r"gloo.*(Connection closed|Connection reset|Broken pipe|Timed out)|(?i:Timed out waiting|socket timeout)"
+GONE = r"(?i)connection (was )?(closed|reset|refused)|broken pipe|timed out|timeout|remote process exited"
+STORE_GONE = r"(?i)timed out waiting|socket timeout"
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,11 @@ def run_rank(recipe: Recipe, world: World, mode: Mode) -> int:
 
 
 def lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed for want of another rank. gloo has no error of its own for that."""
-    return isinstance(error, DistError) or re.search(LOST, str(error)) is not None
+    """Whether a collective failed for want of another rank. gloo has no error of its own; NCCL's may also be this
+    rank's, as for want of memory."""
+    told = str(error)
+    between_ranks = isinstance(error, DistError) or "gloo" in told
+    return re.search(GONE if between_ranks else STORE_GONE, told) is not None
 
 
 def judging_limit(reward: Reward) -> float:

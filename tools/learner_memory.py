@@ -30,6 +30,7 @@ from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.losses import RowLoss, policy_loss, value_loss
 from dapo_megatron.learner.model import DTYPES, choose_layer_spec
 from dapo_megatron.learner.offload import OptimizerMemory
+from dapo_megatron.learner.optimizer import parts
 from dapo_megatron.learner.parallel_groups import form_groups, form_groups_beside
 
 HEAD = ("head begins", "head ends", "head's gradient begins", "head's gradient ends")
@@ -137,7 +138,7 @@ def state_of(learner: Learner) -> dict[str, int]:
     weights = list(learner.weights.values())
     own = {w.untyped_storage()._cdata for w in weights}
     kept = []
-    for part in getattr(learner.optimizer, "chained_optimizers", [learner.optimizer]):
+    for part in parts(learner.optimizer):
         for group in part.optimizer.param_groups:
             for main in group["params"]:
                 state = part.optimizer.state[main]

@@ -101,7 +101,7 @@ def _vllm(recipe: Recipe) -> Iterator[str]:
     node = recipe.hardware.gpus_per_node
     beside = rollout.placement == "colocated" and not rollout.servers
     if recipe.learner.device != "cpu" and beside and rollout.tensor > node:
-        most = max(n for n in range(1, node + 1) if rollout.tensor % n == 0)
+        most = max(n for n in range(1, node + 1) if rollout.tensor % n == 0 and node % n == 0)
         yield (
             f"rollout.tensor={rollout.tensor} exceeds hardware.gpus_per_node={node}, and an engine beside the learner "
             f"must not leave its node; use rollout.tensor={most}"

@@ -146,7 +146,8 @@ def derive_engines(recipe: Recipe, layout: Layout, *, cpu: bool) -> int:
 def engine_owner(engine: int, *, engines: int, tensor: int, world: int) -> int:
     """The rank that starts engine `engine`: owners are spread over the world, engine 0 is rank 0's.
 
-    Where the world has a device for each worker, engines begin at multiples of `tensor`, so that none leaves its node.
+    Where the world has a device for each worker, engines begin at multiples of `tensor`, so that none leaves its
+    node where `tensor` divides the node's devices.
     """
     rank = engine * world // engines
     return rank // tensor * tensor if engines * tensor <= world else rank

@@ -126,4 +126,4 @@ def _plain(verdict: Verdict) -> dict[str, Any]:
 def _line(verdict: Verdict) -> str:
     number = "" if verdict.number is None else f" {verdict.number:.3g}, at most {verdict.bound:.3g}:"
     outcome = verdict.outcome if verdict.outcome == SKIPPED else f"{verdict.outcome}{number}"
-    return f"{verdict.part:<9}{outcome} {verdict.text}  [{verdict.seconds:.0f} s]"
+    return f"{verdict.part:<12}{outcome} {verdict.text}  [{verdict.seconds:.0f} s]"

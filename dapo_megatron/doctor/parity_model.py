@@ -57,6 +57,10 @@ def trial_of(recipe: Recipe | None) -> Trial:
     idle = {}
     if recipe.rollout.engine == "hf" and recipe.reward.judge.engine != "vllm":
         idle["engine"] = "the recipe asks for no vLLM: rollout.engine=hf"
+    if recipe.model.layer_spec == "local":
+        idle |= dict.fromkeys(("parameters", "layers"), "the recipe asks for local layers: model.layer_spec=local")
+    if recipe.learner.loss_kernel == "torch":
+        idle["kernels"] = "the recipe asks for torch's kernels: learner.loss_kernel=torch"
     return Trial(
         family=architecture.family,
         tied=architecture.tied,

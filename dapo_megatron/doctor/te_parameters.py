@@ -1,7 +1,8 @@
 """Which parameters TransformerEngine's modules register, in order: megatron's layers of it are made of these.
 
-Plans and tests count with this table where the package is not installed; `doctor --parity` holds it to the package
-where it is. Source: transformer_engine 2.11, pytorch/module/layernorm_linear.py, linear.py, rmsnorm.py.
+Where the package is not installed tests build its modules from this table and hold plans to them; `doctor --parity`
+holds it to the package where it is. Source: transformer_engine 2.11, pytorch/module/layernorm_linear.py, linear.py,
+rmsnorm.py.
 """
 
 from dataclasses import dataclass

@@ -91,7 +91,7 @@ def compute_bytes(
         stages = [v * layout.pipeline + pipeline for v in range(layout.virtual_pipeline)]
         largest = max(p.elements for stage in stages for p in chunk_parameters(a, layout, stage, spec_of(attention)))
         if state is not None:
-            largest = min(largest, state.optimizer // (2 * FP32))
+            largest = min(largest, state.optimizer // ((3 if b < FP32 else 2) * FP32))  # a main weight, two moments
         moments.append(ComputeBytes(0, 0, 2 * FP32 * largest))
         if state is not None and recipe.optimizer.distributed:
             moments.append(ComputeBytes(0, 0, state.gradients // layout.virtual_pipeline))

@@ -96,7 +96,12 @@ class Bridge:
             world = self.layout.world
             link = open_link(store, rank, world, device=device, time_limit_s=self.time_limit_s, prefix=prefix)
         dtype, limit = self.torch_dtype, self.time_limit_s
-        return Relay(self.rounds, rank, dtype=dtype, device=device, time_limit_s=limit, link=link)
+        try:
+            return Relay(self.rounds, rank, dtype=dtype, device=device, time_limit_s=limit, link=link)
+        except BaseException:
+            if link is not None:
+                link.close()
+            raise
 
     def open_transport(self, store: dist.Store, place: int, *, device: torch.device, prefix: str) -> Transport:
         """Meet all other places at `store`, under a `prefix` that is new each time; this place's part of the plan.

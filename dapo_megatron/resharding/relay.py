@@ -99,7 +99,7 @@ class Relay:
             sent, packed, messages = self._walk(source, started, present)
             if self._problems:
                 raise RunError("\n".join(self._problems))
-        except RunError:
+        except BaseException:  # also torch's own, as for want of memory: who waits for this rank must learn of it
             self.close()
             raise
         return Transfer(

@@ -1,7 +1,8 @@
 """What crosses machines, in rounds: which learner rank sends which parcel to which, and who takes it from there.
 
 A parcel goes from a learner rank to one on another machine, whose staging memory the machine's workers read. What
-several workers of a machine want crosses once. The staging memory has two slots; round k uses slot k mod 2.
+several workers of a machine want crosses once, unless it is small. The staging memory has two slots; round k uses slot
+k mod 2.
 """
 
 from collections import defaultdict
@@ -42,14 +43,20 @@ Round = tuple[Parcel, ...]
 
 
 def relay_rounds(
-    plan: Plan, topology: Topology, *, itemsize: int, bucket_bytes: int, most_operations: int
+    plan: Plan,
+    topology: Topology,
+    *,
+    itemsize: int,
+    bucket_bytes: int,
+    most_operations: int,
+    small_bytes: int = COALESCE_BELOW,
 ) -> tuple[Round, ...]:
     """The plan's moves between machines, in rounds that all ranks share.
 
     In a round a rank receives at most a slot, sends at most a slot, and has at most `most_operations` sends and
-    receives; a slot is a third of `bucket_bytes`. Runs are cut at a quarter of it, those below COALESCE_BELOW bytes
-    share parcels. The relay of a parcel is one of its takers' homes, the one that receives least so far. Only a single
-    element may exceed a slot. `itemsize`: bytes an element on the wire.
+    receives; a slot is a third of `bucket_bytes`. Runs are cut at a quarter of it, those below `small_bytes` share
+    parcels, each to the home of one worker. The relay of a parcel is one of its takers' homes, the one that receives
+    least so far. Only a single element may exceed a slot. `itemsize`: bytes an element on the wire.
 
     No deadlock: every rank posts all its sends and receives of round k at once, as soon as round k − 1 is done at this
     rank and the workers have taken round k − 2 out of its slot. A worker takes what any relay has, when it has it, so
@@ -61,7 +68,7 @@ def relay_rounds(
     most = max(1, slot // PARCELS)
     received: dict[int, int] = defaultdict(int)
     pairs: dict[tuple[int, int], list[Parcel]] = defaultdict(list)
-    for pieces in _contents(plan, topology, most, COALESCE_BELOW // itemsize):
+    for pieces in _contents(plan, topology, most, small_bytes // itemsize):
         elements = sum(piece[0].elements for piece in pieces)
         homes = {topology.home(move.target_rank) for piece in pieces for move in piece}
         relay = min(homes, key=lambda rank: (received[rank], rank))
@@ -80,17 +87,19 @@ def _contents(plan: Plan, topology: Topology, most: int, small: int) -> Iterator
     """The pieces of each parcel: a run of its own, in parts, or several that are small."""
     wanted: dict[tuple[object, ...], list[Move]] = defaultdict(list)
     for move in plan.moves:
-        machine = topology.machine(move.target_rank)
+        machine, home = topology.machine(move.target_rank), topology.home(move.target_rank)
         if topology.machine(move.source_rank) != machine:
-            wanted[move.source_rank, machine, move.source_key, move.source_offset, move.shape].append(move)
-    waiting: dict[tuple[int, int], list[Piece]] = defaultdict(list)  # small ones, by giver and machine
+            # for what is small no worker opens memory on another device, which takes some of that device's
+            where = (True, home) if move.elements < min(small, most) else (False, machine)
+            wanted[move.source_rank, where, move.source_key, move.source_offset, move.shape].append(move)
+    waiting: dict[tuple[int, int], list[Piece]] = defaultdict(list)  # small ones, by giver and home
     load: dict[tuple[int, int], int] = defaultdict(int)
     for moves in wanted.values():
         first = moves[0]
         if first.elements >= min(small, most):
             yield from ((piece,) for piece in zip(*(cut(move, most) for move in moves), strict=True))
             continue
-        pair = (first.source_rank, topology.machine(first.target_rank))
+        pair = (first.source_rank, topology.home(first.target_rank))
         if load[pair] + first.elements > most:
             yield tuple(waiting.pop(pair))
             load[pair] = 0

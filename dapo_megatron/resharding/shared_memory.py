@@ -23,6 +23,7 @@ from dapo_megatron.resharding.precision import check_range_kept
 from dapo_megatron.resharding.transport import Transfer, checked_view
 
 FALLBACK = "send messages instead: resharding.transport=group"
+CUDA_FALLBACK = "give engines GPUs of their own: rollout.placement=disaggregated"  # messages need that
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def _share_cuda(key: str, storage: torch.UntypedStorage) -> dict[str, Any]:
     except RuntimeError as error:
         raise RunError(
             f"resharding: the CUDA memory of {key} cannot be shared between processes ({str(error).splitlines()[0]}); "
-            f"take expandable_segments:True out of PYTORCH_CUDA_ALLOC_CONF, or {FALLBACK}"
+            f"take expandable_segments:True out of PYTORCH_CUDA_ALLOC_CONF, or {CUDA_FALLBACK}"
         ) from None
     return {
         "device": str(torch.cuda.get_device_properties(device).uuid),
@@ -240,7 +241,7 @@ def _open_cuda(how: Mapping[str, Any]) -> torch.UntypedStorage:
     if how["device"] not in devices:
         raise RunError(
             f"resharding: weights lie on GPU {how['device']}, which this process does not see "
-            f"(it sees {', '.join(devices) or 'none'}); {FALLBACK}"
+            f"(it sees {', '.join(devices) or 'none'}); {CUDA_FALLBACK}"
         )
     try:
         return torch.UntypedStorage._new_shared_cuda(
@@ -255,7 +256,7 @@ def _open_cuda(how: Mapping[str, Any]) -> torch.UntypedStorage:
         )
     except RuntimeError as error:
         raise RunError(
-            f"resharding: shared CUDA weights cannot be opened ({str(error).splitlines()[0]}); {FALLBACK}"
+            f"resharding: shared CUDA weights cannot be opened ({str(error).splitlines()[0]}); {CUDA_FALLBACK}"
         ) from None
 
 

@@ -33,9 +33,11 @@ def topology_of(names: Sequence[Hashable], owners: Sequence[int], *, tensor: int
     whether there are such devices; without, workers stand on their owner's machine whatever their number.
 
     Raises:
-        RequestError: an engine's devices would lie on two machines, or two engines would share one; names the nearest
-            rollout.tensor or rollout.engines that works.
+        RequestError: more workers than devices, or an engine whose devices would lie on two machines; names the nearest
+            rollout.engines or rollout.tensor that works.
     """
+    if devices and len(owners) * tensor > len(names):
+        raise RequestError(_too_many(len(owners), tensor, len(names)))
     numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
     machines = tuple(numbers[name] for name in names)
     homes: list[int] = []
@@ -45,12 +47,15 @@ def topology_of(names: Sequence[Hashable], owners: Sequence[int], *, tensor: int
         if devices and None in own:
             raise RequestError(_across(engine, owner, machines, tensor))
         homes += [owner if rank is None else rank for rank in own]
-    if devices and len(set(homes)) < len(homes):
-        raise RequestError(
-            f"rollout.engines={len(owners)} of rollout.tensor={tensor} workers need {len(homes)} devices and the "
-            f"learner has {len(names)}; use rollout.engines={len(names) // tensor} or fewer"
-        )
     return Topology(machines, tuple(homes))
+
+
+def _too_many(engines: int, tensor: int, devices: int) -> str:
+    needs = f"need {engines * tensor} devices and the learner has {devices}"
+    if devices < tensor:
+        return f"rollout.engines={engines} of rollout.tensor={tensor} workers {needs}; use rollout.tensor={devices}"
+    use = f"use rollout.engines={devices // tensor} or fewer"
+    return f"rollout.engines={engines} of rollout.tensor={tensor} workers {needs}; {use}"
 
 
 def _across(engine: int, owner: int, machines: Sequence[int], tensor: int) -> str:

@@ -20,6 +20,15 @@ from dapo_megatron.slurm.placement import Placement, place_ranks
 ENDING_S = 300  # after the first rank has left the others get this long to write their last files
 PARITY_LIMITS = 6  # limits of a part that the whole parity check gets: its five parts, and the start of its container
 
+OWN_RUN = (
+    "# what lies in the directory is gone on with only if this job has begun it",
+    'if [ "$restarts" -eq 0 ]; then',
+    '    touch "$log-started"',
+    'elif [ "$run_in/config.yaml" -nt "$log-started" ]; then',
+    "    mode=--resume",
+    "fi",
+)
+
 RUN = """\
 say() {
     echo "$(date +%FT%T) $*"
@@ -78,7 +87,7 @@ again=0
 if [ "$finished" -eq 0 ] && [ "$stopping" -eq 1 ]; then
     again=1
 elif [ "$failed" -eq 1 ] && [ -e "$log-final" ]; then
-    say "not queued again, it would end in the same way"
+    say "not queued again: $(head -n 1 "$log-final")"
 elif [ "$failed" -eq 1 ]; then
     # a run that fails, goes on and fails again is repeated as long as it gets further
     failures=0
@@ -138,7 +147,7 @@ def batch_file(
         arguments: RECIPE and overrides of each run; of several an array job is made, a task a run, each on the nodes
             of `recipe`.
         directories: the run directory of each; None = of one run, `recipe`'s.
-        resume, overwrite: as of `train`, at the first start; after a requeue it is --resume in any case.
+        resume, overwrite: as of `train`, at the first start; --resume once the job has begun its run.
 
     Raises:
         RequestError: as `place_ranks`.
@@ -192,14 +201,15 @@ def _preparation(
     lines = ["set -euo pipefail", f"mkdir -p {shlex.quote(folder)}", f"log={shlex.quote(folder)}/{job}"]
     if several:
         runs = enumerate(zip(arguments, directories, strict=True))
-        cases = [f"    {i}) arguments=({shlex.join(words)}){_run_in(recipe, run)} ;;" for i, (words, run) in runs]
+        cases = [f"    {i}) arguments=({shlex.join(words)}) run_in={shlex.quote(run)} ;;" for i, (words, run) in runs]
         lines += ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"]
     else:
-        lines.append(f"arguments=({shlex.join(arguments[0])}){_run_in(recipe, directories[0])}")
+        lines.append(f"arguments=({shlex.join(arguments[0])}) run_in={shlex.quote(directories[0])}")
     lines += [
         "# slurm counts restarts, after a lost node too",
         'restarts="${SLURM_RESTART_COUNT:-0}"',
-        f'if [ "$restarts" -gt 0 ]; then mode=--resume; else mode={first}; fi',
+        f"mode={first}",
+        *OWN_RUN,
     ]
     if recipe.slurm.requeue:
         most = recipe.slurm.most_restarts
@@ -210,11 +220,6 @@ def _preparation(
             f'rm -f "${FINAL}"',
         ]
     return "\n".join(lines) + "\n"
-
-
-def _run_in(recipe: Recipe, directory: str) -> str:
-    """Where checkpoints show that a run gets further, where that matters."""
-    return f" run_in={shlex.quote(directory)}" if recipe.slurm.requeue else ""
 
 
 def _environment(recipe: Recipe, placement: Placement) -> str:

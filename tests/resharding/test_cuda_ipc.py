@@ -43,7 +43,9 @@ def test_a_card_that_the_worker_does_not_see_is_named(cards):
     cards("GPU-a")
     how = exported()
     cards("GPU-b", "GPU-c")
-    with pytest.raises(RunError, match=r"lie on GPU GPU-a, .* \(it sees GPU-b, GPU-c\); .*resharding\.transport=group"):
+    with pytest.raises(
+        RunError, match=r"lie on GPU GPU-a, .* \(it sees GPU-b, GPU-c\); .*rollout\.placement=disaggregated"
+    ):
         shared_memory._open_cuda(how)
 
 

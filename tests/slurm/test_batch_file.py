@@ -91,6 +91,8 @@ case "$*" in
 *node_health*) exit "${HEALTH:-0}" ;;
 *parity*) out="$(tr ' ' '\n' <<<"$*" | sed -n 's/^--output=//p')"; echo verdict >"$out"; exit "${PARITY:-0}" ;;
 esac
+[ -n "${EARLY:-}" ] && exit "$EARLY"
+mkdir -p run && touch run/config.yaml
 [ -n "${FINALLY:-}" ] && echo why >"$DAPO_MEGATRON_FINAL"
 [ -n "${QUICK:-}" ] && exit "$QUICK"
 trap 'exit 138' USR1
@@ -154,9 +156,25 @@ def test_the_notice_reaches_the_launcher_and_the_job_is_queued_again(tmp_path):
 
 def test_after_a_restart_it_resumes_and_restarts_have_an_end(tmp_path):
     overrides = ("slurm.most_restarts=3",)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
     code, output, calls = run_batch(tmp_path, overrides=overrides, notice=True, SLURM_RESTART_COUNT="3")
     assert code == 138 and "not queued again after 3 restarts" in output
     assert len(calls) == 3 and calls[2].endswith("train recipe.yaml --resume")
+
+
+def test_a_restart_goes_on_only_with_what_the_job_has_begun(tmp_path):
+    """Or `--overwrite` would go on with the run that it was to replace."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    for restarts, variables, ending in (
+        (0, {"EARLY": "1"}, ""),
+        (1, {"QUICK": "1"}, ""),
+        (2, {"QUICK": "1"}, " --resume"),
+    ):
+        _, _, calls = run_batch(tmp_path, SLURM_RESTART_COUNT=str(restarts), **variables)
+        train = [call for call in calls if " train " in call][-1]
+        assert train.endswith(f"train recipe.yaml{ending}"), (restarts, train)
 
 
 def test_a_stack_that_fails_trains_nothing_and_shows_its_verdict(tmp_path):
@@ -192,7 +210,7 @@ def test_a_failure_is_repeated_as_long_as_the_run_gets_further(tmp_path):
 
 def test_a_failure_that_would_come_again_is_not_repeated(tmp_path):
     told = fails(tmp_path, 1, code="2", FINALLY="1")
-    assert "scontrol requeue 7" not in told and "it would end in the same way" in told[-2]
+    assert "scontrol requeue 7" not in told and "not queued again: why" in told[-2]
     assert fails(tmp_path, 1, code="1")[0] == "scontrol requeue 7"  # what an earlier start said is forgotten
 
 

@@ -41,7 +41,7 @@ def test_a_dry_run_writes_and_shows_and_calls_nothing(folder):
     output = submit(TINY, "run.directory=out", "run.steps=7", "--dry-run", "--overwrite")
     written = (folder / "out.slurm" / "submit.sbatch").read_text()
     assert written in output and "written: out.slurm/submit.sbatch" in output
-    assert "arguments=(out.slurm/recipe.yaml)" in written and "else mode=--overwrite; fi" in written
+    assert "arguments=(out.slurm/recipe.yaml)" in written and "\nmode=--overwrite\n" in written
     frozen = load_recipe(folder / "out.slurm" / "recipe.yaml")
     assert frozen == load_recipe(TINY, ["run.directory=out", "run.steps=7"])
     assert not (folder / "out").exists()
@@ -50,7 +50,7 @@ def test_a_dry_run_writes_and_shows_and_calls_nothing(folder):
 def test_the_file_is_handed_to_sbatch(folder):
     sbatch(folder, 'echo "Submitted batch job 41 of $*"')
     assert "Submitted batch job 41 of out.slurm/submit.sbatch" in submit(TINY, "run.directory=out", "--resume")
-    assert "else mode=--resume; fi" in (folder / "out.slurm" / "submit.sbatch").read_text()
+    assert "\nmode=--resume\n" in (folder / "out.slurm" / "submit.sbatch").read_text()
 
 
 def test_what_sbatch_says_is_told(folder):
