@@ -22,14 +22,18 @@ from dapo_megatron.update_guard import UpdateGuard, described, guarded_update
 
 @dataclass(frozen=True)
 class Estimates:
-    """What the critic says of the completions of a step's `groups`, `samples` of each. batch: with its values and
+    """What the critic says of the completions of a step's `groups`. batch: with its values and
     returns. advantages: fp32 [L] each; those of a response without a loss weight mean nothing. seconds: spent on it."""
 
     groups: Sequence[PromptGroup]
     batch: SequenceBatch
-    samples: list[int]
     advantages: list[np.ndarray]
     seconds: float
+
+    @property
+    def samples(self) -> list[int]:
+        """Completions of each group."""
+        return [len(group.completions) for group in self.groups]
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,7 @@ def estimate(critic: Learner, groups: Sequence[PromptGroup], recipe: Recipe) -> 
         found = generalized_advantages(rewards_L, values_L, gamma=algorithm.gae.gamma, lam=algorithm.gae.lam)
         advantages.append(found[0])
         batch.returns.append(found[1])
-    return Estimates(
-        groups, batch, [len(group.completions) for group in groups], advantages, time.perf_counter() - started
-    )
+    return Estimates(groups, batch, advantages, time.perf_counter() - started)
 
 
 def critic_step(

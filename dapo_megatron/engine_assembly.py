@@ -10,7 +10,7 @@ import torch
 
 from dapo_megatron.agreement import everyone
 from dapo_megatron.config import Recipe
-from dapo_megatron.config.derive import derive_engines, engine_owner
+from dapo_megatron.config.derive import derive_engines, engine_owners
 from dapo_megatron.engine_sync import EngineSync
 from dapo_megatron.errors import RequestError
 from dapo_megatron.launch import World
@@ -118,7 +118,7 @@ def _topology(recipe: Recipe, world: int, machines: Sequence[str], count: int, *
     rollout = recipe.rollout
     if rollout.placement != "colocated" or rollout.servers or recipe.resharding.transport == "group":
         return None
-    owners = [engine_owner(e, engines=count, tensor=rollout.tensor, world=world) for e in range(count)]
+    owners = engine_owners(count, tensor=rollout.tensor, world=world)
     return topology_of(machines, owners, tensor=rollout.tensor, devices=devices)
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dapo_megatron.config import Architecture, Layout, Recipe, check_recipe, derive_layout
-from dapo_megatron.config.derive import derive_engines, engine_owner
+from dapo_megatron.config.derive import derive_engines, engine_owners
 from dapo_megatron.errors import RequestError
 from dapo_megatron.methods import check_methods
 from dapo_megatron.planning.plan import RunPlan, plan_run
@@ -222,7 +222,7 @@ def _topology(recipe: Recipe, layout: Layout) -> Topology | None:
     if not beside or recipe.learner.device == "cpu" or recipe.resharding.transport == "group":
         return None
     count, world = derive_engines(recipe, layout, cpu=False), layout.world
-    owners = [engine_owner(e, engines=count, tensor=rollout.tensor, world=world) for e in range(count)]
+    owners = engine_owners(count, tensor=rollout.tensor, world=world)
     nodes = [rank // recipe.hardware.gpus_per_node for rank in range(world)]
     return topology_of(nodes, owners, tensor=rollout.tensor, devices=True)
 

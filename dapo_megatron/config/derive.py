@@ -153,6 +153,11 @@ def engine_owner(engine: int, *, engines: int, tensor: int, world: int) -> int:
     return rank // tensor * tensor if engines * tensor <= world else rank
 
 
+def engine_owners(engines: int, *, tensor: int, world: int) -> list[int]:
+    """`engine_owner` of every engine."""
+    return [engine_owner(engine, engines=engines, tensor=tensor, world=world) for engine in range(engines)]
+
+
 def vllm_tensor_problems(tensor: int, architecture: Architecture) -> list[str]:
     """What keeps vLLM from building `architecture` with rollout.tensor = `tensor`, one problem a line; empty if none.
 

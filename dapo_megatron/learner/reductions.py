@@ -54,7 +54,4 @@ def largest_each(values: Sequence[float], device: torch.device) -> list[float]:
 
 def largest_of_ranks(number: int, device: torch.device) -> int:
     """The largest `number` that a rank of the world has, on every rank."""
-    value = torch.tensor(number, device=device)
-    if dist.get_world_size() > 1:
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return int(value.item())
+    return int(largest_each([number], device)[0])

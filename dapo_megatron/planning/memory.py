@@ -11,6 +11,8 @@ from dapo_megatron.planning.moments import ComputeBytes, compute_bytes
 from dapo_megatron.planning.weights import StateBytes, state_bytes
 from dapo_megatron.planning.workload import micro_batches
 
+OF_LEARNING = ("parameters", "gradients", "optimizer", "critic", "activations", "logits", "reserve")
+
 
 @dataclass(frozen=True)
 class StageMemory:
@@ -27,6 +29,22 @@ class StageMemory:
     learn: int
     rollout: int
 
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by part."""
+        return {
+            "parameters": self.state.parameters,
+            "gradients": self.state.gradients,
+            "optimizer": self.state.optimizer,
+            "critic": self.critic,
+            "activations": self.activations,
+            "logits": self.logits,
+            "update": self.update,
+            "engine_weights": self.engine.weights,
+            "kv_cache": max(0, self.engine.kv_cache),
+            "reserve": self.reserve,
+        }
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -40,19 +58,7 @@ class Memory:
     @property
     def parts(self) -> dict[str, int]:
         """Bytes of the fullest rank by part."""
-        stage = self.stages[self.fullest]
-        return {
-            "parameters": stage.state.parameters,
-            "gradients": stage.state.gradients,
-            "optimizer": stage.state.optimizer,
-            "critic": stage.critic,
-            "activations": stage.activations,
-            "logits": stage.logits,
-            "update": stage.update,
-            "engine_weights": stage.engine.weights,
-            "kv_cache": max(0, stage.engine.kv_cache),
-            "reserve": stage.reserve,
-        }
+        return self.stages[self.fullest].parts
 
 
 def plan_memory(recipe: Recipe, a: Architecture, layout: Layout, *, attention: Attention | None = None) -> Memory:
@@ -124,15 +130,7 @@ def _problems(recipe: Recipe, stages: list[StageMemory], engine: EngineBytes, ca
     i = max(range(len(stages)), key=lambda i: stages[i].learn)
     if stages[i].learn > card.memory:
         stage = stages[i]
-        parts = {
-            "parameters": stage.state.parameters,
-            "gradients": stage.state.gradients,
-            "optimizer": stage.state.optimizer,
-            "critic": stage.critic,
-            "activations": stage.activations,
-            "logits": stage.logits,
-            "reserve": stage.reserve,
-        }
+        parts = {name: count for name, count in stage.parts.items() if name in OF_LEARNING}
         told = ", ".join(f"{n} {gigabytes(count)} GB" for n, count in parts.items() if count or n != "critic")
         problems.append(
             f"learning needs {gigabytes(stage.learn)} GB on pipeline stage {i} and a {card.name} has "

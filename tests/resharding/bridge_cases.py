@@ -117,7 +117,7 @@ class Allocations(TorchDispatchMode):
 
 
 class TroubledLink:
-    """A link whose owner does `trouble` before it posts its second window."""
+    """A link whose owner does `trouble` before it posts its second window, or round."""
 
     def __init__(self, link: Link, trouble: Any) -> None:
         self.link, self.trouble, self.posts = link, trouble, 0

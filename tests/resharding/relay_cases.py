@@ -13,14 +13,13 @@ from torch import Tensor
 from dapo_megatron.errors import RunError
 from dapo_megatron.resharding import relay as relay_module
 from dapo_megatron.resharding.bridge import Bridge
-from dapo_megatron.resharding.links import Link, Operation, Pending
 from dapo_megatron.resharding.relay import Relay
 from dapo_megatron.resharding.relay_taker import RelayTaker
 from dapo_megatron.resharding.shared_memory import Puller, export_tensors, open_export
 from dapo_megatron.resharding.topology import topology_of
 from dapo_megatron.resharding.turns import Turns
 from dapo_megatron.resharding.vllm_layout import vllm_local_shapes
-from tests.resharding.bridge_cases import UNTOUCHED
+from tests.resharding.bridge_cases import UNTOUCHED, TroubledLink
 from tests.resharding.worlds import architecture, layout_for, numbered, shards
 
 LEARNERS = 4
@@ -126,22 +125,6 @@ def _carried(scene: Scene) -> dict[str, Any]:
     found["filled"] = sum(int((tensor != UNTOUCHED).sum()) for tensor in scene.target.values())
     part.close()
     return {**found, **vars(transfer)}
-
-
-class TroubledLink:
-    """A link whose owner does `trouble` before its second round."""
-
-    def __init__(self, link: Link, trouble: Any) -> None:
-        self.link, self.trouble, self.posts = link, trouble, 0
-
-    def post(self, operations: list[Operation]) -> list[Pending]:
-        self.posts += 1
-        if self.posts == 2:
-            self.trouble()
-        return self.link.post(operations)
-
-    def close(self) -> None:
-        self.link.close()
 
 
 class TroubledTurns(Turns):
