@@ -22,7 +22,7 @@ KL_ESTIMATORS = {"k2": 2, "k3": 3}  # the number that the loss kernel is compile
 FINISH_ROWS = 256 if INTERPRETED else 32  # one row a thread of one warp
 
 if INTERPRETED:
-    from dapo_kernels.interpreter_bf16 import mend
+    from dapo_kernels.interpreter_arithmetic import mend
 
     mend()
 
@@ -72,20 +72,17 @@ def statistics(
         parts = own.new_empty(group.size(), *own.shape)
         dist.all_gather_into_tensor(parts.view(-1, 4), own, group=group)
     if logits.device.type == "cpu":
-        bad = ~(torch.isfinite(parts[..., 0].amax(0)) & torch.isfinite(parts[..., 1].sum(0)))
-        bad = bad if mask is None else bad & (mask > 0)
-        if bool(bad.any()):
-            row = int(bad.nonzero()[0])
-            raise NonFiniteLogits(f"logits row {row} holds a NaN, a +inf or nothing but −inf")
+        sound = torch.isfinite(parts[..., 0].amax(0)) & torch.isfinite(parts[..., 1].sum(0))
+        _refuse_on_cpu(~sound if mask is None else ~sound & (mask > 0))
     return parts
 
 
 def finish(parts: Tensor, targets: Tensor, mask: Tensor | None, inverse_temperature: Tensor, shard: Shard) -> Tensor:
-    """(l, H, M, S) of whole rows, fp32 [4, N]; l = H = 0 on rows not asked for."""
+    """(l, H, B, S) of whole rows, fp32 [4, N]; l = H = 0 on rows not asked for."""
     ranks, count, _ = parts.shape
     values = torch.empty(4, count, dtype=torch.float32, device=parts.device)
     _launch(
-        row_kernels.finish_rows_kernel, Tile(FINISH_ROWS, 1, 1, 1), parts[0],
+        row_kernels.finish_rows_kernel, Tile(FINISH_ROWS, 1, 1, 1, 1), parts[0],
         parts, targets, mask, inverse_temperature, values, device_flags(parts.device),
         count, shard.valid, shard.first, shard.vocabulary, _stride(inverse_temperature),
         RANKS=ranks, RANKS_POWER=triton.next_power_of_2(ranks),
@@ -131,18 +128,25 @@ def clipped_loss(
 ) -> ClippedRows:
     """The clipped policy loss a row; its gradient → `out` (may be the logits), unless None.
 
+    Where no group shares the vocabulary, one kernel takes the statistics of a row and goes over it again at once, while
+    it is in the cache; else statistics of all rows and one all-gather come before.
+
     Args:
         denominator: float32 [1] on the logits' device.
         reference_logprobs: [N], read where settings.kl_coefficient > 0.
+
+    Raises:
+        ValueError: as `statistics`; the logits may be overwritten then.
     """
     estimator = KL_ESTIMATORS[settings.kl_estimator] if settings.kl_coefficient else 0
     reference = reference_logprobs.contiguous() if estimator else None
     count = logits.shape[0]
-    parts = statistics(logits, targets, weights, inverse_temperature, shard, group)
+    parts = None if group is None else statistics(logits, targets, weights, inverse_temperature, shard, group)
+    ranks = 0 if parts is None else parts.shape[0]
     terms = torch.empty(count, dtype=torch.float32, device=logits.device)
     values = torch.empty(3, count, dtype=torch.float32, device=logits.device)
     clips = torch.empty(3, count, dtype=torch.uint8, device=logits.device)
-    tile = _tile(logits)
+    tile = _tile(logits, read_twice=parts is None and out is not None)
     _launch(
         row_kernels.clipped_loss_kernel, tile, logits,
         logits, logits if out is None else out, parts, targets, weights, old_logprobs.contiguous(),
@@ -150,10 +154,12 @@ def clipped_loss(
         device_flags(logits.device),
         count, _units(logits, tile)[0], shard.valid, shard.first, shard.vocabulary, _stride(inverse_temperature),
         *(float(setting) for setting in settings[:-1]),
-        RANKS=parts.shape[0], RANKS_POWER=triton.next_power_of_2(parts.shape[0]),
+        RANKS=ranks, RANKS_POWER=triton.next_power_of_2(max(1, ranks)),
         GRADIENT=out is not None, ENTROPY=settings.entropy_coefficient != 0, KL=estimator,
         **_columns(logits, tile, shard),
     )  # fmt: skip
+    if parts is None and logits.device.type == "cpu":
+        _refuse_on_cpu(values[2].isnan() & (weights > 0))
     return ClippedRows(terms, values, clips.view(torch.bool))
 
 
@@ -163,15 +169,25 @@ def scale(matrix: Tensor, factor: Tensor) -> None:
     units, unit = _units(matrix, tile)
     _launch(
         row_kernels.scale_rows_kernel, tile, matrix, matrix, factor.reshape(1), matrix.shape[0], units,
-        LANES=tile.lanes, VEC=tile.vector, UNIT=unit,
+        VECS=tile.vectors, LANES=tile.lanes, VEC=tile.vector, UNIT=unit,
     )  # fmt: skip
 
 
-def _tile(matrix: Tensor) -> Tile:
+def _refuse_on_cpu(bad: Tensor) -> None:
+    """NonFiniteLogits for the first row of `bad` [N]; the flag, which is for devices that must not be waited for, is
+    taken back."""
+    if bool(bad.any()):
+        device_flags(bad.device).zero_()
+        row = int(bad.nonzero()[0])
+        raise NonFiniteLogits(f"logits row {row} holds a NaN, a +inf or nothing but −inf")
+
+
+def _tile(matrix: Tensor, read_twice: bool = False) -> Tile:
     rows, columns = matrix.shape
     if matrix.device.type == "cpu":
         return interpreter_tile(rows, columns, matrix.element_size())
-    return tile_for(torch.cuda.get_device_capability(matrix.device), columns, matrix.element_size())
+    capability, warp = torch.cuda.get_device_capability(matrix.device), 64 if torch.version.hip else 32
+    return tile_for(capability, columns, matrix.element_size(), read_twice=read_twice, warp=warp)
 
 
 def _units(matrix: Tensor, tile: Tile) -> tuple[int, int]:
@@ -182,6 +198,7 @@ def _units(matrix: Tensor, tile: Tile) -> tuple[int, int]:
 
 def _columns(logits: Tensor, tile: Tile, shard: Shard) -> dict[str, int | bool]:
     return {
+        "VECS": tile.vectors,
         "LANES": tile.lanes,
         "VEC": tile.vector,
         "UNIT": _units(logits, tile)[1],

@@ -14,7 +14,7 @@ import torch
 import triton
 from dapo_kernels import row_kernels
 from dapo_kernels.triton_rows import FINISH_ROWS
-from dapo_kernels.tuned import tile_for
+from dapo_kernels.tuned import Tile, tile_for
 from triton.backends.compiler import GPUTarget
 
 CAPABILITY = {"sm_90": (9, 0), "sm_80": (8, 0), "sm_100": (10, 0), "gfx942": (9, 0)}
@@ -55,24 +55,33 @@ def activate(card: str) -> None:
     triton.runtime.driver.set_active(StubDriver(target))
 
 
-def compiled(kernel: str, card: str, dtype: torch.dtype, columns: int, rows: int = 8192, valid: int | None = None):
+def tile_of(card: str, dtype: torch.dtype, columns: int, ranks: int) -> Tile:
+    warp = 64 if card.startswith("gfx") else 32
+    return tile_for(CAPABILITY[card], columns, dtype.itemsize, read_twice=ranks == 0, warp=warp)
+
+
+def compiled(
+    kernel: str, card: str, dtype: torch.dtype, columns: int, rows: int = 8192, valid: int | None = None,
+    ranks: int = 8, entropy: bool = True,
+):  # fmt: skip
     """The kernel as `triton_rows` would launch it on logits [rows, columns] of that dtype."""
     logits = torch.empty(1, dtype=dtype)
-    tile = tile_for(CAPABILITY[card], columns, logits.element_size())
+    tile = tile_of(card, dtype, columns, ranks)
     unit = tile.vector if columns % tile.vector == 0 else 1
     # per-row vectors may start anywhere: those of an odd N do not start on 16 bytes
     f32, i64, i32, u8 = (
         torch.empty(4, dtype=t)[rows % 2 :] for t in (torch.float32, torch.int64, torch.int32, torch.uint8)
     )
     units, valid = columns // unit, columns if valid is None else valid
-    shape = {"LANES": tile.lanes, "VEC": tile.vector, "UNIT": unit}
+    shape = {"VECS": tile.vectors, "LANES": tile.lanes, "VEC": tile.vector, "UNIT": unit}
     padded = {"PADDED": valid != columns}
     arguments, constants = {
         "row_statistics_kernel": ((logits, i64, f32, f32, f32, rows, units, valid, 0, 0), shape | padded),
         "clipped_loss_kernel": (
-            (logits, logits, f32, i64, f32, f32, f32, f32, f32, f32, f32, f32, u8, i32, rows, units, valid, 0, valid, 0,
-             0.8, 1.28, 10.0, 0.01, 0.04),
-            shape | padded | {"RANKS": 8, "RANKS_POWER": 8, "GRADIENT": True, "ENTROPY": True, "KL": 3},
+            (logits, logits, f32 if ranks else None, i64, f32, f32, f32, f32, f32, f32, f32, f32, u8, i32, rows, units,
+             valid, 0, valid, 0, 0.8, 1.28, 10.0, 0.01, 0.04),
+            shape | padded
+            | {"RANKS": ranks, "RANKS_POWER": max(1, ranks), "GRADIENT": True, "ENTROPY": entropy, "KL": 3},
         ),
         "row_gradient_kernel": (
             (logits, logits, f32, i64, u8, f32, f32, f32, rows, units, valid, 0, valid, 0), shape | padded,
@@ -114,6 +123,7 @@ def resources(kernel, architecture: str) -> dict[str, int]:
         "wide_multiplies": len(re.findall(r"IMAD\.WIDE|mul\.(?:lo|wide)\.[su](?:64|32)", sass + kernel.asm["ptx"])),
         "exponentials": len(re.findall(r"MUFU\.EX2", sass)),
         "barriers_in_loops": _barriers_in_loops(kernel.asm["ptx"]),
+        "loops": _instructions_of_loops(sass),
     }
 
 
@@ -127,6 +137,24 @@ def _barriers_in_loops(ptx: str) -> int:
         if (m := re.search(r"bra(?:\.uni)?\s+(\$\w+)", line)) and labels.get(m.group(1), i) < i
     ]
     return sum(any(a < i < b for a, b in loops) for i, line in enumerate(lines) if "bar.sync" in line)
+
+
+def _instructions_of_loops(sass: str) -> list[int]:
+    """Instructions of one trip through each loop over columns, where no branch within it is taken the rare way: what a
+    predicated branch forward leaps over is not counted."""
+    lines = sass.splitlines()
+    labels = {m.group(1): i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_\w+):", line))}
+    branches = [
+        (i, labels[m.group(1)]) for i, line in enumerate(lines) if (m := re.search(r"\bBRA.*`\((\.L_\w+)\)", line))
+    ]
+    instructions = [bool(re.search(r"/\*[0-9a-f]{4,}\*/\s+\S", line)) for line in lines]
+    found = []
+    for end, start in branches:
+        if start >= end or "LDG" not in "".join(lines[start:end]):
+            continue
+        leapt = {i for at, to in branches if start <= at < to <= end for i in range(at + 1, to)}
+        found.append(sum(instructions[i] for i in range(start, end + 1) if i not in leapt))
+    return sorted(found)
 
 
 def _tool(name: str) -> str:
@@ -147,14 +175,18 @@ def main() -> None:
         if case.get("rows_list"):
             kernel = getattr(row_kernels, case["kernel"])
             before = sum(len(cache[0]) for cache in kernel.device_caches.values())
+            more = {"ranks": case.get("ranks", 8), "entropy": case.get("entropy", True)}
             for rows in case["rows_list"]:
-                compiled(case["kernel"], case["card"], dtype, case["columns"], rows)
+                compiled(case["kernel"], case["card"], dtype, case["columns"], rows, **more)
             for columns in case.get("columns_list", []):
-                compiled(case["kernel"], case["card"], dtype, columns)
+                compiled(case["kernel"], case["card"], dtype, columns, **more)
             after = sum(len(cache[0]) for cache in kernel.device_caches.values())
             report[case["name"]] = {"compilations": after - before}
             continue
-        kernel = compiled(case["kernel"], case["card"], dtype, case["columns"], valid=case.get("valid"))
+        ranks, entropy = case.get("ranks", 8), case.get("entropy", True)
+        kernel = compiled(
+            case["kernel"], case["card"], dtype, case["columns"], valid=case.get("valid"), ranks=ranks, entropy=entropy
+        )
         if case["card"].startswith("gfx"):
             code = kernel.asm["amdgcn"]
             numbers = {
@@ -165,10 +197,12 @@ def main() -> None:
         else:
             report[case["name"]] = resources(kernel, case["card"] + ("a" if case["card"] != "sm_80" else ""))
         matrix = re.findall(r"tt\.addptr %(?:logits|gradient)_ptr, .*?, (?:tensor<\S+x)?(i\d+)", kernel.asm["ttir"])
-        tile = tile_for(CAPABILITY[case["card"]], case["columns"], torch.empty(1, dtype=dtype).element_size())
+        tile = tile_of(case["card"], dtype, case["columns"], ranks)
         report[case["name"]] |= {
             "matrix_offsets": sorted(set(matrix)),
-            "vectors_a_thread": tile.lanes // (tile.warps * (64 if case["card"].startswith("gfx") else 32)),
+            "vectors_a_thread": tile.vectors,
+            "elements_a_thread": tile.vectors * tile.vector,
+            "warps": tile.warps,
         }
     print(json.dumps(report))
 

@@ -341,6 +341,6 @@ def test_what_the_statistics_kernel_leaves_for_unsound_rows():
     triton_rows._launch(
         triton_rows.row_kernels.row_statistics_kernel, tile, logits,
         logits, torch.tensor([0, 1, 2]), None, torch.ones(()), own, 3, 10, 40, 0, 0,
-        LANES=tile.lanes, VEC=4, UNIT=4, PADDED=False,
+        VECS=tile.vectors, LANES=tile.lanes, VEC=4, UNIT=4, PADDED=False,
     )  # fmt: skip
     assert own[0, 1].isnan() and own[1, 1].isnan() and own[2, 0] == -INFINITY and own[2, 1] == 0
