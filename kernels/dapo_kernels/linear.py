@@ -24,14 +24,16 @@ from dapo_kernels.kl import check_kl
 from dapo_kernels.linear_chunks import (
     LinearGradients,
     LinearHead,
+    among_all_rows,
     chunks,
     gathered,
     global_rows,
     linear_head,
+    of_rows,
     weight_gradient_for_autograd,
 )
 from dapo_kernels.logprobs import LogprobsAndEntropy, RowStatistics, row_statistics, write_row_gradient
-from dapo_kernels.policy_loss import PolicyLoss, check_clip, clip_settings, device_number, loss_of_rows
+from dapo_kernels.policy_loss import ClippedRows, PolicyLoss, check_clip, clip_settings, device_number, loss_of_rows
 
 
 def linear_clipped_policy_loss(
@@ -148,23 +150,25 @@ class _LinearClippedLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, head: LinearHead, vectors, scale, denominator, clip, main_grad, gradient_scale):
         whole = gathered(head, hidden)
         gradients = LinearGradients(head, whole, weight, main_grad, gradient_scale)
-        count = vectors[0].shape[0]
         dtype = compute_dtype(hidden.dtype)
-        loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        values = torch.zeros(3, count, dtype=dtype, device=hidden.device)
-        clips = torch.zeros(3, count, dtype=torch.bool, device=hidden.device)
         chunk_loss = _triton_chunk_loss if head.implementation == "triton" else _torch_chunk_loss
         want = head.need_hidden or head.need_weight
+        if head.implementation == "triton":
+            denominator = device_number(denominator, hidden.device)
+        # once a call, not once a chunk: on a GPU each small kernel takes 2 to 4 µs between products
+        own, scale = [of_rows(head, vector) for vector in vectors], of_rows(head, scale)
+        found = ClippedRows.empty(head.rows.numel(), dtype, hidden.device)
         for chunk in chunks(head, whole, weight):
-            own = [vector[chunk.rows] for vector in vectors]
-            chunk_scale = scale[chunk.rows] if scale.dim() else scale
-            part, chunk_values, chunk_clips = chunk_loss(head, chunk.logits, own, chunk_scale, denominator, clip, want)
-            loss += part
-            values.index_copy_(1, chunk.rows, chunk_values)
-            clips.index_copy_(1, chunk.rows, chunk_clips)
+            part = chunk.positions
+            chunk_loss(
+                head, chunk.logits, [vector[part] for vector in own], scale[part] if scale.dim() else scale,
+                denominator, clip, want, found.part(part),
+            )  # fmt: skip
             if want:
                 gradients.add(chunk)
         gradients.finish()
+        loss = found.terms.sum(dtype=torch.float64)
+        values, clips = (among_all_rows(head, tensor, vectors[0].shape[0]) for tensor in found[1:])
         ctx.gradients = (gradients.hidden, None if main_grad is not None else gradients.weight)
         ctx.main_grad, ctx.gradient_scale, ctx.weight = main_grad, gradient_scale, weight
         ctx.implementation = head.implementation
@@ -199,20 +203,21 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, head: LinearHead, targets, scale, main_grad):
         whole = gathered(head, hidden)
         kept = torch.empty(4, head.rows.numel(), dtype=compute_dtype(hidden.dtype), device=hidden.device)
+        own_targets, own_scale = of_rows(head, targets), of_rows(head, scale)
         for chunk in chunks(head, whole, weight):
-            own, chunk_scale = targets[chunk.rows], scale[chunk.rows] if scale.dim() else scale
+            own, chunk_scale = own_targets[chunk.positions], own_scale[chunk.positions] if scale.dim() else scale
             if head.implementation == "triton":
                 from dapo_kernels import triton_rows
 
                 parts = triton_rows.statistics(chunk.logits, own, None, chunk_scale, head.shard, head.group)
-                kept[:, chunk.positions] = triton_rows.finish(parts, own, None, chunk_scale, head.shard)
+                triton_rows.finish(parts, own, None, chunk_scale, head.shard, into=kept[:, chunk.positions])
             else:
                 every = torch.arange(own.numel(), device=own.device)
                 found = row_statistics(chunk.logits, own, every, chunk_scale, head.shard, head.group)
                 kept[:, chunk.positions] = torch.stack([found.logprobs, found.entropy, found.maximum, found.log_sum])
-        ctx.save_for_backward(hidden, weight, targets, scale, kept)
+        ctx.save_for_backward(hidden, weight, own_targets, own_scale, kept)
         ctx.head, ctx.main_grad, ctx.weight = head, main_grad, weight
-        result = kept.new_zeros(2, targets.shape[0]).index_copy_(1, head.rows, kept[:2])
+        result = among_all_rows(head, kept[:2], targets.shape[0])
         return result[0].clone(), result[1].clone()
 
     @staticmethod
@@ -221,9 +226,11 @@ class _LinearLogprobs(torch.autograd.Function):
         head = ctx.head
         whole = gathered(head, hidden)
         gradients = LinearGradients(head, whole, weight, ctx.main_grad)
+        g_l, g_h = of_rows(head, g_l), of_rows(head, g_h)
         for chunk in chunks(head, whole, weight):
-            own, chunk_scale = targets[chunk.rows], scale[chunk.rows] if scale.dim() else scale
-            own_l, own_h, values = g_l[chunk.rows], g_h[chunk.rows], kept[:, chunk.positions].contiguous()
+            part = chunk.positions
+            own, chunk_scale = targets[part], scale[part] if scale.dim() else scale
+            own_l, own_h, values = g_l[part], g_h[part], kept[:, part]
             if head.implementation == "triton":
                 from dapo_kernels import triton_rows
 
@@ -245,8 +252,9 @@ class _LinearLogprobs(torch.autograd.Function):
         return gradients.hidden, d_weight, *[None] * 4
 
 
-def _torch_chunk_loss(head, logits, vectors, scale, denominator, clip, want):
-    """(Σ terms, (l, ratio, H), clips) of a chunk; `logits` become their gradient where that is wanted."""
+def _torch_chunk_loss(head, logits, vectors, scale, denominator, clip, want, into: ClippedRows):
+    """A chunk's rows `into` their place, the sum of the terms at the first one's; `logits` become their gradient where
+    that is wanted."""
     targets, old, advantages, weights, *reference = vectors
     rows = torch.arange(targets.numel(), device=targets.device)
     found = row_statistics(logits, targets, rows, scale, head.shard, head.group)
@@ -259,19 +267,19 @@ def _torch_chunk_loss(head, logits, vectors, scale, denominator, clip, want):
         if want:
             g_l, g_h = torch.autograd.grad(result.loss, leaves, allow_unused=True, materialize_grads=True)
             write_row_gradient(logits, logits, targets, rows, scale, found, g_l, g_h, head.shard)
-    values = torch.stack([result.logprobs, result.ratio, result.entropy])
-    return result.loss.detach(), values, torch.stack([result.clipped_low, result.clipped_high, result.clipped_dual])
+    into.terms.zero_()[0] = result.loss.detach()
+    torch.stack([result.logprobs, result.ratio, result.entropy], out=into.values)
+    torch.stack([result.clipped_low, result.clipped_high, result.clipped_dual], out=into.clips)
 
 
-def _triton_chunk_loss(head, logits, vectors, scale, denominator, clip, want):
+def _triton_chunk_loss(head, logits, vectors, scale, denominator, clip, want, into: ClippedRows):
     from dapo_kernels import triton_rows
 
     targets, old, advantages, weights, *reference = vectors
-    found = triton_rows.clipped_loss(
+    triton_rows.clipped_loss(
         logits, logits if want else None, targets, old, advantages, weights,
-        device_number(denominator, logits.device), scale, head.shard, head.group, clip_settings(**clip), *reference,
+        denominator, scale, head.shard, head.group, clip_settings(**clip), *(reference or [None]), into,
     )  # fmt: skip
-    return found.terms.sum(dtype=torch.float64), found.values, found.clips
 
 
 def _of_rows(temperature: float | Tensor, head: LinearHead) -> float | Tensor:

@@ -114,6 +114,20 @@ def gathered(head: LinearHead, hidden: Tensor) -> Tensor:
     return whole
 
 
+def of_rows(head: LinearHead, per_row: Tensor) -> Tensor:
+    """The entries, [N] → [n], of the rows that count; a scalar stays one."""
+    if per_row.dim() == 0:
+        return per_row
+    return per_row.contiguous() if head.everything else per_row.index_select(0, head.rows)
+
+
+def among_all_rows(head: LinearHead, per_row: Tensor, count: int) -> Tensor:
+    """[m, n] of the rows that count → [m, count], zeros elsewhere; `per_row` itself where these are all."""
+    if head.everything:
+        return per_row
+    return per_row.new_zeros(per_row.shape[0], count).index_copy_(1, head.rows, per_row)
+
+
 @dataclass(frozen=True)
 class Chunk:
     """`logits` [m, V/TP] and `hidden` [m, H] of the rows `rows` [m] of the batch; `positions` among the rows that

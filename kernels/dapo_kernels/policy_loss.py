@@ -10,7 +10,7 @@ loss (GRPO, 2402.03300, eq. 3).
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,24 @@ class PolicyLoss:
     clipped_low: Tensor
     clipped_high: Tensor
     clipped_dual: Tensor
+
+
+class ClippedRows(NamedTuple):
+    """Per row: w·(L − β_H·H + β·k)/denominator [N]; (l, ratio, H) [3, N]; (low, high, dual) bool [3, N]."""
+
+    terms: Tensor
+    values: Tensor
+    clips: Tensor
+
+    @classmethod
+    def empty(cls, count: int, dtype: torch.dtype, device: torch.device) -> "ClippedRows":
+        """Room for `count` rows."""
+        terms, values = (torch.empty(*shape, count, dtype=dtype, device=device) for shape in ((), (3,)))
+        return cls(terms, values, torch.empty(3, count, dtype=torch.bool, device=device))
+
+    def part(self, rows: slice) -> "ClippedRows":
+        """These rows' share of the same memory."""
+        return ClippedRows(self.terms[rows], self.values[:, rows], self.clips[:, rows])
 
 
 def clipped_policy_loss(

@@ -76,7 +76,7 @@ def _asked(mask_ptr, row, exists):
 _UNSPECIALISED = [
     "targets_ptr", "mask_ptr", "inverse_temperature_ptr", "statistics_ptr", "parts_ptr", "old_ptr", "advantages_ptr",
     "reference_ptr", "denominator_ptr", "terms_ptr", "values_ptr", "clips_ptr", "flags_ptr", "g_l_ptr", "g_h_ptr",
-    "scale_ptr", "rows", "column_units", "valid", "first", "vocabulary", "temperature_stride",
+    "scale_ptr", "rows", "values_stride", "column_units", "valid", "first", "vocabulary", "temperature_stride",
 ]  # fmt: skip
 
 
@@ -251,14 +251,15 @@ def _divergence(logprob, reference, KL: tl.constexpr):
 def clipped_loss_kernel(
     logits_ptr, gradient_ptr, parts_ptr, targets_ptr, mask_ptr, old_ptr, advantages_ptr, reference_ptr, denominator_ptr,
     inverse_temperature_ptr, terms_ptr, values_ptr, clips_ptr, flags_ptr,
-    rows, column_units, valid, first, vocabulary, temperature_stride,
+    rows, values_stride, column_units, valid, first, vocabulary, temperature_stride,
     lowest_ratio, highest_ratio, dual_ratio, entropy_coefficient, kl_coefficient,
     RANKS: tl.constexpr, RANKS_POWER: tl.constexpr, GRADIENT: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr,
     ROWS: tl.constexpr, VECS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
     """Per row w·(L − β_H·H + β·k)/denominator → terms [N]; (l, ratio, H) → values [3, N]; (low, high, dual) → clips
-    [3, N] uint8; with GRADIENT its derivative → gradient [N, V_local], which may be the logits themselves.
+    [3, N] uint8, both with rows `values_stride` apart; with GRADIENT its derivative → gradient [N, V_local], which may
+    be the logits themselves.
 
     RANKS = 0: no parts are given, the whole vocabulary is here; the statistics are taken first, and the gradient meets
     what they have left in the cache. `mask_ptr` holds the weights w; KL names the estimator k, 0 for none. A weight
@@ -303,12 +304,13 @@ def clipped_loss_kernel(
         divergence, kl_slope = _divergence(logprob, reference, KL)
         token_loss += kl_coefficient * divergence
     tl.store(terms_ptr + row, w * token_loss, mask=exists)
+    n = values_stride.to(tl.int64)
     tl.store(values_ptr + row, logprob, mask=exists)
-    tl.store(values_ptr + rows + row, tl.where(asked, ratio, 0.0), mask=exists)
-    tl.store(values_ptr + 2 * rows.to(tl.int64) + row, entropy, mask=exists)
+    tl.store(values_ptr + n + row, tl.where(asked, ratio, 0.0), mask=exists)
+    tl.store(values_ptr + 2 * n + row, entropy, mask=exists)
     tl.store(clips_ptr + row, (asked & low).to(tl.uint8), mask=exists)
-    tl.store(clips_ptr + rows + row, (asked & high).to(tl.uint8), mask=exists)
-    tl.store(clips_ptr + 2 * rows.to(tl.int64) + row, (asked & dual).to(tl.uint8), mask=exists)
+    tl.store(clips_ptr + n + row, (asked & high).to(tl.uint8), mask=exists)
+    tl.store(clips_ptr + 2 * n + row, (asked & dual).to(tl.uint8), mask=exists)
     if GRADIENT:
         flows = (moves | is_nan) & (low == 0) & (high == 0) & (dual == 0)
         g_l = tl.where(flows, -w * advantage * ratio, 0.0)
@@ -324,10 +326,11 @@ def clipped_loss_kernel(
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def finish_rows_kernel(
     parts_ptr, targets_ptr, mask_ptr, inverse_temperature_ptr, values_ptr, flags_ptr,
-    rows, valid, first, vocabulary, temperature_stride,
+    rows, values_stride, valid, first, vocabulary, temperature_stride,
     RANKS: tl.constexpr, RANKS_POWER: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """(l, H, B, S) → values [4, N]; 0 on rows not asked for. A temperature not above 0 sets flag 2."""
+    """(l, H, B, S) → values [4, N], its rows `values_stride` apart; 0 on rows not asked for. A temperature not above 0
+    sets flag 2."""
     row, exists = _row_numbers(rows, ROWS, False)
     asked = _asked(mask_ptr, row, exists)
     inverse_temperature = tl.load(inverse_temperature_ptr + row * temperature_stride, mask=exists, other=1.0)
@@ -336,7 +339,7 @@ def finish_rows_kernel(
     known, _ = _known_target(targets_ptr, row, asked, vocabulary, first, valid)
     largest, total, target, weighted = _merge_ranks(parts_ptr, row, asked, rows, RANKS, RANKS_POWER)
     total, logprob, entropy = _finish(largest, total, target, weighted, asked, known, flags_ptr, row)
-    n = rows.to(tl.int64)
+    n = values_stride.to(tl.int64)
     tl.store(values_ptr + row, tl.where(asked, tl.where(sound, logprob, float("nan")), 0.0), mask=exists)
     tl.store(values_ptr + n + row, tl.where(asked, tl.where(sound, entropy, float("nan")), 0.0), mask=exists)
     tl.store(values_ptr + 2 * n + row, tl.where(asked, largest, 0.0), mask=exists)
@@ -346,7 +349,7 @@ def finish_rows_kernel(
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def row_gradient_kernel(
     logits_ptr, gradient_ptr, values_ptr, targets_ptr, mask_ptr, g_l_ptr, g_h_ptr, inverse_temperature_ptr,
-    rows, column_units, valid, first, vocabulary, temperature_stride,
+    rows, values_stride, column_units, valid, first, vocabulary, temperature_stride,
     ROWS: tl.constexpr, VECS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
@@ -357,7 +360,7 @@ def row_gradient_kernel(
     asked = _asked(mask_ptr, row, exists)
     inverse_temperature = tl.load(inverse_temperature_ptr + row * temperature_stride, mask=exists, other=1.0)
     _, local_target = _known_target(targets_ptr, row, asked, vocabulary, first, valid)
-    n = rows.to(tl.int64)
+    n = values_stride.to(tl.int64)
     entropy = tl.load(values_ptr + n + row, mask=asked, other=0.0)
     largest = tl.load(values_ptr + 2 * n + row, mask=asked, other=0.0)
     total = tl.load(values_ptr + 3 * n + row, mask=asked, other=1.0)

@@ -12,6 +12,7 @@ from torch import Tensor
 from dapo_kernels import row_kernels
 from dapo_kernels.arguments import Shard
 from dapo_kernels.device_errors import NonFiniteLogits, device_flags
+from dapo_kernels.policy_loss import ClippedRows
 from dapo_kernels.tuned import Tile, interpreter_tile, tile_for
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -36,14 +37,6 @@ class ClipSettings(NamedTuple):
     entropy_coefficient: float
     kl_coefficient: float = 0.0
     kl_estimator: str = "k3"
-
-
-class ClippedRows(NamedTuple):
-    """Per row: w·(L − β_H·H + β·k)/denominator [N]; (l, ratio, H) [3, N]; (low, high, dual) bool [3, N]."""
-
-    terms: Tensor
-    values: Tensor
-    clips: Tensor
 
 
 def statistics(
@@ -77,14 +70,22 @@ def statistics(
     return parts
 
 
-def finish(parts: Tensor, targets: Tensor, mask: Tensor | None, inverse_temperature: Tensor, shard: Shard) -> Tensor:
-    """(l, H, B, S) of whole rows, fp32 [4, N]; l = H = 0 on rows not asked for."""
+def finish(
+    parts: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    inverse_temperature: Tensor,
+    shard: Shard,
+    into: Tensor | None = None,
+) -> Tensor:
+    """(l, H, B, S) of whole rows, fp32 [4, N]; l = H = 0 on rows not asked for. They go `into` part of a larger tensor
+    if one is given."""
     ranks, count, _ = parts.shape
-    values = torch.empty(4, count, dtype=torch.float32, device=parts.device)
+    values = torch.empty(4, count, dtype=torch.float32, device=parts.device) if into is None else into
     _launch(
         row_kernels.finish_rows_kernel, Tile(FINISH_ROWS, 1, 1, 1, 1), parts[0],
         parts, targets, mask, inverse_temperature, values, device_flags(parts.device),
-        count, shard.valid, shard.first, shard.vocabulary, _stride(inverse_temperature),
+        count, values.stride(0), shard.valid, shard.first, shard.vocabulary, _stride(inverse_temperature),
         RANKS=ranks, RANKS_POWER=triton.next_power_of_2(ranks),
     )  # fmt: skip
     return values
@@ -101,12 +102,13 @@ def gradient(
     inverse_temperature: Tensor,
     shard: Shard,
 ) -> None:
-    """∂/∂logits under the cotangents of (l, H) → `out` [N, V_local], which may be the logits themselves."""
+    """∂/∂logits under the cotangents of (l, H) → `out` [N, V_local], which may be the logits themselves; `values` as
+    from `finish`."""
     tile = _tile(logits)
     _launch(
         row_kernels.row_gradient_kernel, tile, logits,
         logits, out, values, targets, mask, g_l.contiguous(), g_h.contiguous(), inverse_temperature,
-        logits.shape[0], _units(logits, tile)[0], shard.valid, shard.first, shard.vocabulary,
+        logits.shape[0], values.stride(0), _units(logits, tile)[0], shard.valid, shard.first, shard.vocabulary,
         _stride(inverse_temperature),
         **_columns(logits, tile, shard),
     )  # fmt: skip
@@ -125,6 +127,7 @@ def clipped_loss(
     group: dist.ProcessGroup | None,
     settings: ClipSettings,
     reference_logprobs: Tensor | None = None,
+    into: ClippedRows | None = None,
 ) -> ClippedRows:
     """The clipped policy loss a row; its gradient → `out` (may be the logits), unless None.
 
@@ -134,6 +137,7 @@ def clipped_loss(
     Args:
         denominator: float32 [1] on the logits' device.
         reference_logprobs: [N], read where settings.kl_coefficient > 0.
+        into: where the rows' values go; new tensors if None.
 
     Raises:
         ValueError: as `statistics`; the logits may be overwritten then.
@@ -143,24 +147,23 @@ def clipped_loss(
     count = logits.shape[0]
     parts = None if group is None else statistics(logits, targets, weights, inverse_temperature, shard, group)
     ranks = 0 if parts is None else parts.shape[0]
-    terms = torch.empty(count, dtype=torch.float32, device=logits.device)
-    values = torch.empty(3, count, dtype=torch.float32, device=logits.device)
-    clips = torch.empty(3, count, dtype=torch.uint8, device=logits.device)
+    rows = ClippedRows.empty(count, torch.float32, logits.device) if into is None else into
     tile = _tile(logits, read_twice=parts is None and out is not None)
     _launch(
         row_kernels.clipped_loss_kernel, tile, logits,
         logits, logits if out is None else out, parts, targets, weights, old_logprobs.contiguous(),
-        advantages.contiguous(), reference, denominator, inverse_temperature, terms, values, clips,
-        device_flags(logits.device),
-        count, _units(logits, tile)[0], shard.valid, shard.first, shard.vocabulary, _stride(inverse_temperature),
+        advantages.contiguous(), reference, denominator, inverse_temperature, rows.terms, rows.values,
+        rows.clips.view(torch.uint8), device_flags(logits.device),
+        count, rows.values.stride(0), _units(logits, tile)[0], shard.valid, shard.first, shard.vocabulary,
+        _stride(inverse_temperature),
         *(float(setting) for setting in settings[:-1]),
         RANKS=ranks, RANKS_POWER=triton.next_power_of_2(max(1, ranks)),
         GRADIENT=out is not None, ENTROPY=settings.entropy_coefficient != 0, KL=estimator,
         **_columns(logits, tile, shard),
     )  # fmt: skip
     if parts is None and logits.device.type == "cpu":
-        _refuse_on_cpu(values[2].isnan() & (weights > 0))
-    return ClippedRows(terms, values, clips.view(torch.bool))
+        _refuse_on_cpu(rows.values[2].isnan() & (weights > 0))
+    return rows
 
 
 def scale(matrix: Tensor, factor: Tensor) -> None:

@@ -78,16 +78,18 @@ def compiled(
     arguments, constants = {
         "row_statistics_kernel": ((logits, i64, f32, f32, f32, rows, units, valid, 0, 0), shape | padded),
         "clipped_loss_kernel": (
-            (logits, logits, f32 if ranks else None, i64, f32, f32, f32, f32, f32, f32, f32, f32, u8, i32, rows, units,
-             valid, 0, valid, 0, 0.8, 1.28, 10.0, 0.01, 0.04),
+            (logits, logits, f32 if ranks else None, i64, f32, f32, f32, f32, f32, f32, f32, f32, u8, i32, rows, rows,
+             units, valid, 0, valid, 0, 0.8, 1.28, 10.0, 0.01, 0.04),
             shape | padded
             | {"RANKS": ranks, "RANKS_POWER": max(1, ranks), "GRADIENT": True, "ENTROPY": entropy, "KL": 3},
         ),
         "row_gradient_kernel": (
-            (logits, logits, f32, i64, u8, f32, f32, f32, rows, units, valid, 0, valid, 0), shape | padded,
+            (logits, logits, f32, i64, u8, f32, f32, f32, rows, rows, units, valid, 0, valid, 0), shape | padded,
         ),
         "scale_rows_kernel": ((logits, f32, rows, units), shape),
-        "finish_rows_kernel": ((f32, i64, u8, f32, f32, i32, rows, valid, 0, valid, 0), {"RANKS": 8, "RANKS_POWER": 8}),
+        "finish_rows_kernel": (
+            (f32, i64, u8, f32, f32, i32, rows, rows, valid, 0, valid, 0), {"RANKS": 8, "RANKS_POWER": 8},
+        ),
     }[kernel]  # fmt: skip
     per_program, warps = (FINISH_ROWS, 1) if kernel == "finish_rows_kernel" else (tile.rows, tile.warps)
     grid = (triton.cdiv(rows, per_program),)
