@@ -131,10 +131,10 @@ def file_name(facts: dict[str, str]) -> str:
 
 
 def write_table(rows: list[dict[str, object]], path: Path) -> None:
-    """A CSV, written beside its final name and renamed."""
+    """A CSV with every column that a row has, written beside its final name and renamed."""
     beside = path.with_suffix(".csv.part")
     with open(beside, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
     os.replace(beside, path)

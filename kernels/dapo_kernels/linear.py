@@ -175,7 +175,7 @@ class _LinearClippedLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(values, clips)
         if loss.device.type != "cpu":
             weights = vectors[3]
-            sound = (weights >= 0).all() & (torch.as_tensor(denominator, device=loss.device) > 0)
+            sound = (weights >= 0).all() & (device_number(denominator, loss.device)[0] > 0)
             sound &= (weights[head.rows] > 0).all() & ((weights > 0).sum() == head.rows.numel())
             note_on_device(loss.device, "setting", ~sound)
             loss = torch.where(sound, loss, float("nan"))

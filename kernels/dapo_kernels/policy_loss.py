@@ -221,7 +221,7 @@ def loss_of_rows(
         token_loss = token_loss + kl_coefficient * kl_estimate(logprobs - reference, kl_estimator)
     loss = (weight * token_loss).sum() / denominator
     if loss.device.type != "cpu":
-        sound = (loss_mask >= 0).all() & (torch.as_tensor(denominator, device=loss.device) > 0)
+        sound = (loss_mask >= 0).all() & (device_number(denominator, loss.device)[0] > 0)
         note_on_device(loss.device, "setting", ~sound)
         loss = torch.where(sound, loss, float("nan"))
     return PolicyLoss(
