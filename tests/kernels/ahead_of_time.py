@@ -1,6 +1,7 @@
 """Compile the row kernels for a card that is not there, as a launch would specialise them, and read what came out.
 
-Run as a module (TRITON_INTERPRET unset): prints one JSON object, name of the case → what came out.
+Run as a module (TRITON_INTERPRET unset): prints a table of the kernels for sm_90; given cases as JSON, one JSON object,
+name of the case → what came out.
 """
 
 import json
@@ -168,44 +169,69 @@ def _output(command: list[str]) -> str:
     return done.stdout + done.stderr
 
 
-def main() -> None:
-    cases = json.loads(sys.argv[1])
-    report = {}
-    for case in cases:
-        activate(case["card"])
-        dtype = ROWS_OF[case["dtype"]]
-        if case.get("rows_list"):
-            kernel = getattr(row_kernels, case["kernel"])
-            before = sum(len(cache[0]) for cache in kernel.device_caches.values())
-            more = {"ranks": case.get("ranks", 8), "entropy": case.get("entropy", True)}
-            for rows in case["rows_list"]:
-                compiled(case["kernel"], case["card"], dtype, case["columns"], rows, **more)
-            for columns in case.get("columns_list", []):
-                compiled(case["kernel"], case["card"], dtype, columns, **more)
-            after = sum(len(cache[0]) for cache in kernel.device_caches.values())
-            report[case["name"]] = {"compilations": after - before}
-            continue
-        ranks, entropy = case.get("ranks", 8), case.get("entropy", True)
-        kernel = compiled(
-            case["kernel"], case["card"], dtype, case["columns"], valid=case.get("valid"), ranks=ranks, entropy=entropy
-        )
-        if case["card"].startswith("gfx"):
-            code = kernel.asm["amdgcn"]
-            numbers = {
-                key: int(m.group(1)) if (m := re.search(rf"\.{key}:\s*(\d+)", code)) else -1
-                for key in ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size", "vgpr_count")
-            }
-            report[case["name"]] = numbers | {"wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", code))}
-        else:
-            report[case["name"]] = resources(kernel, case["card"] + ("a" if case["card"] != "sm_80" else ""))
-        matrix = re.findall(r"tt\.addptr %(?:logits|gradient)_ptr, .*?, (?:tensor<\S+x)?(i\d+)", kernel.asm["ttir"])
-        tile = tile_of(case["card"], dtype, case["columns"], ranks)
-        report[case["name"]] |= {
-            "matrix_offsets": sorted(set(matrix)),
-            "vectors_a_thread": tile.vectors,
-            "elements_a_thread": tile.vectors * tile.vector,
-            "warps": tile.warps,
+def report_of(case: dict) -> dict:
+    """What came out of one case: "kernel", "card", "dtype", "columns"; maybe "valid", "ranks" and "entropy"."""
+    activate(case["card"])
+    dtype, ranks, entropy = ROWS_OF[case["dtype"]], case.get("ranks", 8), case.get("entropy", True)
+    kernel = compiled(
+        case["kernel"], case["card"], dtype, case["columns"], valid=case.get("valid"), ranks=ranks, entropy=entropy
+    )
+    if case["card"].startswith("gfx"):
+        code = kernel.asm["amdgcn"]
+        found = {
+            key: int(m.group(1)) if (m := re.search(rf"\.{key}:\s*(\d+)", code)) else -1
+            for key in ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size", "vgpr_count")
         }
+        found |= {"wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", code))}
+    else:
+        found = resources(kernel, case["card"] + ("a" if case["card"] != "sm_80" else ""))
+    matrix = re.findall(r"tt\.addptr %(?:logits|gradient)_ptr, .*?, (?:tensor<\S+x)?(i\d+)", kernel.asm["ttir"])
+    tile = tile_of(case["card"], dtype, case["columns"], ranks)
+    return found | {
+        "matrix_offsets": sorted(set(matrix)),
+        "vectors_a_thread": tile.vectors,
+        "elements_a_thread": tile.vectors * tile.vector,
+        "warps": tile.warps,
+    }
+
+
+def compilations(case: dict) -> dict[str, int]:
+    """How often a case's kernel is compiled for all of its "rows_list" and "columns_list"."""
+    activate(case["card"])
+    kernel, dtype = getattr(row_kernels, case["kernel"]), ROWS_OF[case["dtype"]]
+    more = {"ranks": case.get("ranks", 8), "entropy": case.get("entropy", True)}
+    before = sum(len(cache[0]) for cache in kernel.device_caches.values())
+    for rows in case["rows_list"]:
+        compiled(case["kernel"], case["card"], dtype, case["columns"], rows, **more)
+    for columns in case.get("columns_list", []):
+        compiled(case["kernel"], case["card"], dtype, columns, **more)
+    return {"compilations": sum(len(cache[0]) for cache in kernel.device_caches.values()) - before}
+
+
+def table(card: str = "sm_90") -> None:
+    """The committed tiles in bf16, as docs/kernels.md has them."""
+    print("| kernel | V | 16-byte loads a thread | warps | registers | spilled | instructions an element |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for columns in (152064, 19008):
+        for kernel, title, ranks in (
+            ("row_statistics_kernel", "statistics", 8),
+            ("clipped_loss_kernel", "loss and gradient of a rank", 8),
+            ("clipped_loss_kernel", "both, vocabulary whole", 0),
+            ("row_gradient_kernel", "gradient of log-probs and entropy", 8),
+        ):
+            case = {"kernel": kernel, "card": card, "dtype": "bf16", "columns": columns, "ranks": ranks}
+            found = report_of(case)
+            loops = " and ".join(f"{loop / found['elements_a_thread']:.1f}" for loop in found["loops"])
+            cells = (found["vectors_a_thread"], found["warps"], found["registers"], found["spilled"], loops)
+            print(f"| {title} | {columns} | " + " | ".join(map(str, cells)) + " |")
+
+
+def main() -> None:
+    if len(sys.argv) == 1:
+        table()
+        return
+    cases = json.loads(sys.argv[1])
+    report = {case["name"]: compilations(case) if case.get("rows_list") else report_of(case) for case in cases}
     print(json.dumps(report))
 
 
