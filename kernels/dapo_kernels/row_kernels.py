@@ -95,6 +95,8 @@ def _row_statistics(
     not read and get (−inf, 0, −inf, 0)."""
     offset = row * columns
     k = tl.where(asked, inverse_temperature, 1.0) * LOG2E
+    at = logits_ptr + offset + local_target
+    target = tl.load(at, mask=asked & (local_target >= 0), other=float("-inf")).to(tl.float32)
     largest = tl.full([ROWS, LANES], float("-inf"), tl.float32)
     total = tl.zeros([ROWS, LANES], tl.float32)
     weighted = tl.zeros([ROWS, LANES], tl.float32)
@@ -118,8 +120,6 @@ def _row_statistics(
     shrink = tl.exp2(step)
     row_weighted = tl.sum((weighted + total * step) * shrink, axis=1)
     row_total = tl.sum(total * shrink, axis=1)
-    at = logits_ptr + offset + local_target
-    target = tl.load(at, mask=asked & (local_target >= 0), other=float("-inf")).to(tl.float32)
     return row_largest, row_total, tl.fma(target, k, -base), row_weighted
 
 
@@ -279,6 +279,7 @@ def clipped_loss_kernel(
         largest, total, target, weighted = _row_statistics(
             logits_ptr, row, asked, local_target, inverse_temperature, columns, valid, ROWS, VECS, LANES, VEC, PADDED
         )
+        tl.debug_barrier()  # every thread has read the target's logit before one writes a gradient over it
     else:
         largest, total, target, weighted = _merge_ranks(parts_ptr, row, asked, rows, RANKS, RANKS_POWER)
     total, logprob, entropy = _finish(largest, total, target, weighted, asked, known, flags_ptr, row)

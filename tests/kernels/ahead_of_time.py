@@ -127,6 +127,7 @@ def resources(kernel, architecture: str) -> dict[str, int]:
         "exponentials": len(re.findall(r"MUFU\.EX2", sass)),
         "barriers_in_loops": _barriers_in_loops(kernel.asm["ptx"]),
         "loops": _instructions_of_loops(sass),
+        "target_read_before_barrier": _target_read_before_barrier(sass),
     }
 
 
@@ -140,6 +141,16 @@ def _barriers_in_loops(ptx: str) -> int:
         if (m := re.search(r"bra(?:\.uni)?\s+(\$\w+)", line)) and labels.get(m.group(1), i) < i
     ]
     return sum(any(a < i < b for a, b in loops) for i, line in enumerate(lines) if "bar.sync" in line)
+
+
+def _target_read_before_barrier(sass: str) -> bool:
+    """Whether a barrier stands between the narrow load of the target's logit and the first wide store."""
+    lines = sass.splitlines()
+    targets, barriers, stores = (
+        [i for i, line in enumerate(lines) if re.search(pattern, line)]
+        for pattern in (r"LDG\.E\.U16", r"BAR\.SYNC", r"STG[.A-Z0-9]*\.128")
+    )
+    return bool(targets and stores) and any(max(targets) < i < min(stores) for i in barriers)
 
 
 def _instructions_of_loops(sass: str) -> list[int]:
