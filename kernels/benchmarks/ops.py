@@ -116,9 +116,11 @@ def materialised(
             lambda: float(loss(*ready(0)).detach()),
         )  # fmt: skip
 
+    asked = batch.weights > 0
+
     def forward(z: Tensor) -> None:
         with torch.no_grad(), as_a_rank(columns):
-            logprobs_and_entropy(z, batch.targets, row_mask=batch.weights > 0, implementation=own)
+            logprobs_and_entropy(z, batch.targets, row_mask=asked, implementation=own)
 
     def ours(z: Tensor) -> Tensor:
         with as_a_rank(columns):

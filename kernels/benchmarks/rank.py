@@ -1,32 +1,18 @@
-"""One rank of a split vocabulary, alone on its card: our ops go the way that they go there, statistics of all rows, one
-gather (of one rank's), and the rest. A vocabulary that is whole is spared the gather, and a second reading of the
-logits: another path, which must not stand for a rank's in a table."""
+"""One rank of a split vocabulary, alone on its card: our ops go the way that they go there, statistics of all rows and
+then the rest; the gather between them is the network's time and is left out. A vocabulary that is whole is spared the
+second reading of the logits: another path, which must not stand for a rank's in a table."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from unittest import mock
-
-import torch
-import torch.distributed as dist
-from dapo_kernels import linear_chunks, logprobs, policy_loss
 
 COLUMNS_OF_A_RANK = (19008, 38016)  # 152,064 over 8 and over 4
 
 
-@contextmanager
-def as_a_rank(columns: int) -> Iterator[None]:
+def as_a_rank(columns: int) -> AbstractContextManager:
     """Within, the ops take `columns` for a rank's where it is one of COLUMNS_OF_A_RANK."""
-    with ExitStack() as patches:
-        if columns in COLUMNS_OF_A_RANK:
-            alone = _group_of_one()
-            for module in (policy_loss, logprobs, linear_chunks):
-                patches.enter_context(mock.patch.object(module, "group_of_many", lambda _: alone))
-        yield
+    if columns not in COLUMNS_OF_A_RANK or find_spec("triton") is None:
+        return nullcontext()
+    from dapo_kernels import triton_rows
 
-
-@lru_cache(maxsize=1)
-def _group_of_one() -> dist.ProcessGroup:
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return dist.group.WORLD
+    return mock.patch.object(triton_rows, "WHOLE_ROWS_AT_ONCE", False)

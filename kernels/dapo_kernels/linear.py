@@ -18,6 +18,7 @@ from dapo_kernels.arguments import (
     check_vectors,
     compute_dtype,
     inverse_temperature,
+    kernel_temperature,
 )
 from dapo_kernels.device_errors import note_on_device
 from dapo_kernels.kl import check_kl
@@ -30,10 +31,11 @@ from dapo_kernels.linear_chunks import (
     global_rows,
     linear_head,
     of_rows,
+    part_of,
     weight_gradient_for_autograd,
 )
 from dapo_kernels.logprobs import LogprobsAndEntropy, RowStatistics, row_statistics, write_row_gradient
-from dapo_kernels.policy_loss import ClippedRows, PolicyLoss, check_clip, clip_settings, device_number, loss_of_rows
+from dapo_kernels.policy_loss import ClippedRows, PolicyLoss, check_clip, clip_settings, loss_of_rows
 
 
 def linear_clipped_policy_loss(
@@ -98,7 +100,7 @@ def linear_clipped_policy_loss(
     check_on_cpu(targets, temperature, head.shard.vocabulary, loss_mask > 0)
     loss, values, clips = _LinearClippedLoss.apply(
         hidden, weight, head, (targets, old_logprobs, advantages, loss_mask, *reference.values()),
-        inverse_temperature(temperature, count, hidden), denominator,
+        _inverse_temperature(temperature, count, hidden, head), denominator,
         {
             "eps_low": eps_low, "eps_high": eps_high, "eps_dual": eps_dual, "entropy_coefficient": entropy_coefficient,
             "kl_coefficient": kl_coefficient, "kl_estimator": kl_estimator,
@@ -139,7 +141,7 @@ def linear_logprobs_and_entropy(
     )  # fmt: skip
     count = global_rows(hidden, head.group, sequence_parallel)
     check_rows(count, hidden.device, targets, row_mask)
-    scale = inverse_temperature(temperature, count, hidden)
+    scale = _inverse_temperature(temperature, count, hidden, head)
     if hidden.device.type == "cpu":
         check_on_cpu(targets[head.rows], _of_rows(temperature, head), head.shard.vocabulary, None)
     return LogprobsAndEntropy(*_LinearLogprobs.apply(hidden, weight, head, targets, scale, _main_grad(weight, head)))
@@ -153,15 +155,13 @@ class _LinearClippedLoss(torch.autograd.Function):
         dtype = compute_dtype(hidden.dtype)
         chunk_loss = _triton_chunk_loss if head.implementation == "triton" else _torch_chunk_loss
         want = head.need_hidden or head.need_weight
-        if head.implementation == "triton":
-            denominator = device_number(denominator, hidden.device)
         # once a call, not once a chunk: on a GPU each small kernel takes 2 to 4 µs between products
         own, scale = [of_rows(head, vector) for vector in vectors], of_rows(head, scale)
         found = ClippedRows.empty(head.rows.numel(), dtype, hidden.device)
         for chunk in chunks(head, whole, weight):
             part = chunk.positions
             chunk_loss(
-                head, chunk.logits, [vector[part] for vector in own], scale[part] if scale.dim() else scale,
+                head, chunk.logits, [vector[part] for vector in own], part_of(scale, part),
                 denominator, clip, want, found.part(part),
             )  # fmt: skip
             if want:
@@ -175,8 +175,9 @@ class _LinearClippedLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(values, clips)
         if loss.device.type != "cpu":
             weights = vectors[3]
-            sound = (weights >= 0).all() & (device_number(denominator, loss.device)[0] > 0)
-            sound &= (weights[head.rows] > 0).all() & ((weights > 0).sum() == head.rows.numel())
+            sound = (weights >= 0).all() & (own[3] > 0).all() & ((weights > 0).sum() == head.rows.numel())
+            if isinstance(denominator, Tensor):  # a number has been looked at
+                sound &= denominator.to(loss.device).reshape(()) > 0
             note_on_device(loss.device, "setting", ~sound)
             loss = torch.where(sound, loss, float("nan"))
         return loss.to(dtype), values, clips
@@ -202,41 +203,48 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, head: LinearHead, targets, scale, main_grad):
         whole = gathered(head, hidden)
-        kept = torch.empty(4, head.rows.numel(), dtype=compute_dtype(hidden.dtype), device=hidden.device)
+        # l, H and what the backward pass needs of a row: maximum and sum, as the implementation has them
+        shape, dtype = (head.rows.numel(),), compute_dtype(hidden.dtype)
+        kept = [torch.empty(shape, dtype=dtype, device=hidden.device) for _ in range(4)]
         own_targets, own_scale = of_rows(head, targets), of_rows(head, scale)
         for chunk in chunks(head, whole, weight):
-            own, chunk_scale = own_targets[chunk.positions], own_scale[chunk.positions] if scale.dim() else scale
+            into = [vector[chunk.positions] for vector in kept]
+            own, chunk_scale = own_targets[chunk.positions], part_of(own_scale, chunk.positions)
             if head.implementation == "triton":
                 from dapo_kernels import triton_rows
 
-                parts = triton_rows.statistics(chunk.logits, own, None, chunk_scale, head.shard, head.group)
-                triton_rows.finish(parts, own, None, chunk_scale, head.shard, into=kept[:, chunk.positions])
+                triton_rows.logprobs(
+                    chunk.logits, own, None, chunk_scale, head.shard, head.group, triton_rows.RowValues(*into)
+                )
             else:
                 every = torch.arange(own.numel(), device=own.device)
                 found = row_statistics(chunk.logits, own, every, chunk_scale, head.shard, head.group)
-                kept[:, chunk.positions] = torch.stack([found.logprobs, found.entropy, found.maximum, found.log_sum])
-        ctx.save_for_backward(hidden, weight, own_targets, own_scale, kept)
-        ctx.head, ctx.main_grad, ctx.weight = head, main_grad, weight
-        result = among_all_rows(head, kept[:2], targets.shape[0])
-        return result[0].clone(), result[1].clone()
+                for vector, value in zip(
+                    into, (found.logprobs, found.entropy, found.maximum, found.log_sum), strict=True
+                ):
+                    vector.copy_(value)
+        ctx.save_for_backward(hidden, weight, own_targets, *kept)
+        ctx.head, ctx.main_grad, ctx.weight, ctx.scale = head, main_grad, weight, own_scale
+        return tuple(among_all_rows(head, vector, targets.shape[0]) for vector in kept[:2])
 
     @staticmethod
     def backward(ctx, g_l, g_h):
-        hidden, weight, targets, scale, kept = ctx.saved_tensors
+        hidden, weight, targets, *kept = ctx.saved_tensors
         head = ctx.head
         whole = gathered(head, hidden)
         gradients = LinearGradients(head, whole, weight, ctx.main_grad)
         g_l, g_h = of_rows(head, g_l), of_rows(head, g_h)
         for chunk in chunks(head, whole, weight):
             part = chunk.positions
-            own, chunk_scale = targets[part], scale[part] if scale.dim() else scale
-            own_l, own_h, values = g_l[part], g_h[part], kept[:, part]
+            own, chunk_scale = targets[part], part_of(ctx.scale, part)
+            own_l, own_h, values = g_l[part], g_h[part], [vector[part] for vector in kept]
             if head.implementation == "triton":
                 from dapo_kernels import triton_rows
 
                 triton_rows.gradient(
-                    chunk.logits, chunk.logits, values, own, None, own_l, own_h, chunk_scale, head.shard
-                )
+                    chunk.logits, chunk.logits, triton_rows.RowValues(*values), own, None, own_l, own_h, chunk_scale,
+                    head.shard,
+                )  # fmt: skip
             else:
                 every = torch.arange(own.numel(), device=own.device)
                 statistics = RowStatistics(values[2], values[3], values[0], values[1])
@@ -280,6 +288,11 @@ def _triton_chunk_loss(head, logits, vectors, scale, denominator, clip, want, in
         logits, logits if want else None, targets, old, advantages, weights,
         denominator, scale, head.shard, head.group, clip_settings(**clip), *(reference or [None]), into,
     )  # fmt: skip
+
+
+def _inverse_temperature(temperature: float | Tensor, count: int, hidden: Tensor, head: LinearHead) -> float | Tensor:
+    of_implementation = kernel_temperature if head.implementation == "triton" else inverse_temperature
+    return of_implementation(temperature, count, hidden)
 
 
 def _of_rows(temperature: float | Tensor, head: LinearHead) -> float | Tensor:

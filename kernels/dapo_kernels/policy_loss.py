@@ -24,7 +24,7 @@ from dapo_kernels.arguments import (
     check_vectors,
     choose_implementation,
     group_of_many,
-    inverse_temperature,
+    kernel_temperature,
     shard_of,
 )
 from dapo_kernels.device_errors import note_on_device
@@ -139,11 +139,11 @@ def clipped_policy_loss(
     from dapo_kernels.triton_ops import TritonClippedLoss
 
     shard = shard_of(logits.shape[1], vocab_size, tensor_parallel_group)
-    scale = inverse_temperature(temperature, logits.shape[0], logits)
+    scale = kernel_temperature(temperature, logits.shape[0], logits)
     check_on_cpu(targets, temperature, shard.vocabulary, loss_mask > 0)
     loss, values, clips = TritonClippedLoss.apply(
         logits, targets.contiguous(), old_logprobs, advantages, loss_mask.contiguous(), reference_logprobs,
-        device_number(denominator, logits.device), scale, shard, group_of_many(tensor_parallel_group),
+        denominator, scale, shard, group_of_many(tensor_parallel_group),
         clip_settings(eps_low, eps_high, eps_dual, entropy_coefficient, kl_coefficient, kl_estimator),
         logits.requires_grad and torch.is_grad_enabled(), in_place,
     )  # fmt: skip
@@ -174,13 +174,6 @@ def clip_settings(
 
     dual = float("inf") if eps_dual is None else eps_dual
     return ClipSettings(1 - eps_low, 1 + eps_high, dual, entropy_coefficient, kl_coefficient, kl_estimator)
-
-
-def device_number(value: float | Tensor, device: torch.device) -> Tensor:
-    """float32 [1] on `device`; a Python number by a fill, which waits for nothing."""
-    if isinstance(value, Tensor):
-        return value.to(device=device, dtype=torch.float32).reshape(1)
-    return torch.full((1,), float(value), dtype=torch.float32, device=device)
 
 
 def loss_of_rows(
@@ -221,7 +214,9 @@ def loss_of_rows(
         token_loss = token_loss + kl_coefficient * kl_estimate(logprobs - reference, kl_estimator)
     loss = (weight * token_loss).sum() / denominator
     if loss.device.type != "cpu":
-        sound = (loss_mask >= 0).all() & (device_number(denominator, loss.device)[0] > 0)
+        sound = (loss_mask >= 0).all()
+        if isinstance(denominator, Tensor):  # a number has been looked at
+            sound &= denominator.to(loss.device).reshape(()) > 0
         note_on_device(loss.device, "setting", ~sound)
         loss = torch.where(sound, loss, float("nan"))
     return PolicyLoss(

@@ -67,15 +67,26 @@ def _load_tile(logits_ptr, row_offset, live, column, columns, valid, PADDED: tl.
 @triton.jit
 def _asked(mask_ptr, row, exists):
     """Rows that count: those whose weight or mask is above 0 (a NaN is not)."""
-    if mask_ptr is None:
-        return exists
-    return exists & (tl.load(mask_ptr + row, mask=exists, other=0).to(tl.float32) > 0)
+    if mask_ptr is not None:
+        exists = exists & (tl.load(mask_ptr + row, mask=exists, other=0).to(tl.float32) > 0)
+    return exists
+
+
+@triton.jit
+def _number(pointer, number, row, exists, stride):
+    """[ROWS] fp32: the rows' own, `stride` apart, or the one `number` where no pointer is given."""
+    if pointer is None:  # no early return: the compiler would go on and add to nothing
+        numbers = tl.where(exists, number, 1.0).to(tl.float32)
+    else:
+        numbers = tl.load(pointer + row * stride, mask=exists, other=1.0)
+    return numbers
 
 
 # everything but the logits and their gradient: N, V and where a per-row vector starts must not cause a compilation
 _UNSPECIALISED = [
     "targets_ptr", "mask_ptr", "inverse_temperature_ptr", "statistics_ptr", "parts_ptr", "old_ptr", "advantages_ptr",
     "reference_ptr", "denominator_ptr", "terms_ptr", "values_ptr", "clips_ptr", "flags_ptr", "g_l_ptr", "g_h_ptr",
+    "logprobs_ptr", "entropy_ptr", "largest_ptr", "total_ptr",
     "scale_ptr", "rows", "values_stride", "column_units", "valid", "first", "vocabulary", "temperature_stride",
 ]  # fmt: skip
 
@@ -126,14 +137,14 @@ def _row_statistics(
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def row_statistics_kernel(
     logits_ptr, targets_ptr, mask_ptr, inverse_temperature_ptr, statistics_ptr,
-    rows, column_units, valid, first, temperature_stride,
+    rows, column_units, valid, first, temperature_stride, inverse_temperature,
     ROWS: tl.constexpr, VECS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
     """statistics [N, 4] of the header, one read of the logits."""
     row, exists = _row_numbers(rows, ROWS, False)
     asked = _asked(mask_ptr, row, exists)
-    inverse_temperature = tl.load(inverse_temperature_ptr + row * temperature_stride, mask=exists, other=1.0)
+    inverse_temperature = _number(inverse_temperature_ptr, inverse_temperature, row, exists, temperature_stride)
     local = tl.load(targets_ptr + row, mask=asked, other=-1).to(tl.int64) - first
     local = tl.where((local >= 0) & (local < valid), local, -1).to(tl.int32)
     largest, total, target, weighted = _row_statistics(
@@ -251,7 +262,7 @@ def _divergence(logprob, reference, KL: tl.constexpr):
 def clipped_loss_kernel(
     logits_ptr, gradient_ptr, parts_ptr, targets_ptr, mask_ptr, old_ptr, advantages_ptr, reference_ptr, denominator_ptr,
     inverse_temperature_ptr, terms_ptr, values_ptr, clips_ptr, flags_ptr,
-    rows, values_stride, column_units, valid, first, vocabulary, temperature_stride,
+    rows, values_stride, column_units, valid, first, vocabulary, temperature_stride, inverse_temperature, denominator,
     lowest_ratio, highest_ratio, dual_ratio, entropy_coefficient, kl_coefficient,
     RANKS: tl.constexpr, RANKS_POWER: tl.constexpr, GRADIENT: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr,
     ROWS: tl.constexpr, VECS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr,
@@ -269,8 +280,8 @@ def clipped_loss_kernel(
     row, exists = _row_numbers(rows, ROWS, True)
     weight = tl.load(mask_ptr + row, mask=exists, other=0).to(tl.float32)
     asked = exists & (weight > 0)
-    inverse_temperature = tl.load(inverse_temperature_ptr + row * temperature_stride, mask=exists, other=1.0)
-    denominator = tl.load(denominator_ptr + row * 0, mask=exists, other=1.0)
+    inverse_temperature = _number(inverse_temperature_ptr, inverse_temperature, row, exists, temperature_stride)
+    denominator = _number(denominator_ptr, denominator, row, exists, 0)
     warm = (inverse_temperature > 0) & (inverse_temperature < INFINITY)
     settings_sound = (denominator > 0) & (weight >= 0) & (warm | (asked == 0))
     tl.store(flags_ptr + 2 + row * 0, 1, mask=exists & (settings_sound == 0))
@@ -325,46 +336,54 @@ def clipped_loss_kernel(
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
-def finish_rows_kernel(
-    parts_ptr, targets_ptr, mask_ptr, inverse_temperature_ptr, values_ptr, flags_ptr,
-    rows, values_stride, valid, first, vocabulary, temperature_stride,
-    RANKS: tl.constexpr, RANKS_POWER: tl.constexpr, ROWS: tl.constexpr,
+def logprobs_kernel(
+    logits_ptr, parts_ptr, targets_ptr, mask_ptr, inverse_temperature_ptr,
+    logprobs_ptr, entropy_ptr, largest_ptr, total_ptr, flags_ptr,
+    rows, column_units, valid, first, vocabulary, temperature_stride, inverse_temperature,
+    RANKS: tl.constexpr, RANKS_POWER: tl.constexpr,
+    ROWS: tl.constexpr, VECS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr,
+    PADDED: tl.constexpr,
 ):  # fmt: skip
-    """(l, H, B, S) → values [4, N], its rows `values_stride` apart; 0 on rows not asked for. A temperature not above 0
-    sets flag 2."""
+    """l, H, B and S of whole rows, [N] each, from all ranks' parts, or RANKS = 0 from the logits; l = H = 0 on rows not
+    asked for. A temperature not above 0 sets flag 2."""
     row, exists = _row_numbers(rows, ROWS, False)
     asked = _asked(mask_ptr, row, exists)
-    inverse_temperature = tl.load(inverse_temperature_ptr + row * temperature_stride, mask=exists, other=1.0)
+    inverse_temperature = _number(inverse_temperature_ptr, inverse_temperature, row, exists, temperature_stride)
     sound = (inverse_temperature > 0) & (inverse_temperature < INFINITY)
     tl.store(flags_ptr + 2 + row * 0, 1, mask=asked & (sound == 0))
-    known, _ = _known_target(targets_ptr, row, asked, vocabulary, first, valid)
-    largest, total, target, weighted = _merge_ranks(parts_ptr, row, asked, rows, RANKS, RANKS_POWER)
+    known, local_target = _known_target(targets_ptr, row, asked, vocabulary, first, valid)
+    if RANKS == 0:
+        largest, total, target, weighted = _row_statistics(
+            logits_ptr, row, asked, local_target, inverse_temperature, column_units * UNIT, valid,
+            ROWS, VECS, LANES, VEC, PADDED,
+        )  # fmt: skip
+    else:
+        largest, total, target, weighted = _merge_ranks(parts_ptr, row, asked, rows, RANKS, RANKS_POWER)
     total, logprob, entropy = _finish(largest, total, target, weighted, asked, known, flags_ptr, row)
-    n = values_stride.to(tl.int64)
-    tl.store(values_ptr + row, tl.where(asked, tl.where(sound, logprob, float("nan")), 0.0), mask=exists)
-    tl.store(values_ptr + n + row, tl.where(asked, tl.where(sound, entropy, float("nan")), 0.0), mask=exists)
-    tl.store(values_ptr + 2 * n + row, tl.where(asked, largest, 0.0), mask=exists)
-    tl.store(values_ptr + 3 * n + row, tl.where(asked, total, 1.0), mask=exists)
+    tl.store(logprobs_ptr + row, tl.where(asked, tl.where(sound, logprob, float("nan")), 0.0), mask=exists)
+    tl.store(entropy_ptr + row, tl.where(asked, tl.where(sound, entropy, float("nan")), 0.0), mask=exists)
+    tl.store(largest_ptr + row, tl.where(asked, largest, 0.0), mask=exists)
+    tl.store(total_ptr + row, tl.where(asked, total, 1.0), mask=exists)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def row_gradient_kernel(
-    logits_ptr, gradient_ptr, values_ptr, targets_ptr, mask_ptr, g_l_ptr, g_h_ptr, inverse_temperature_ptr,
-    rows, values_stride, column_units, valid, first, vocabulary, temperature_stride,
+    logits_ptr, gradient_ptr, entropy_ptr, largest_ptr, total_ptr, targets_ptr, mask_ptr, g_l_ptr, g_h_ptr,
+    inverse_temperature_ptr,
+    rows, column_units, valid, first, vocabulary, temperature_stride, inverse_temperature,
     ROWS: tl.constexpr, VECS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
-    """dx of the header from the values of `finish_rows_kernel` and the cotangents g_l, g_h [N] → gradient
-    [N, V_local]."""
+    """The gradient of rows under the cotangents g_l, g_h [N] → gradient [N, V_local], which may be the logits
+    themselves; H, B and S as `logprobs_kernel` left them."""
     columns = column_units * UNIT
     row, exists = _row_numbers(rows, ROWS, True)
     asked = _asked(mask_ptr, row, exists)
-    inverse_temperature = tl.load(inverse_temperature_ptr + row * temperature_stride, mask=exists, other=1.0)
+    inverse_temperature = _number(inverse_temperature_ptr, inverse_temperature, row, exists, temperature_stride)
     _, local_target = _known_target(targets_ptr, row, asked, vocabulary, first, valid)
-    n = values_stride.to(tl.int64)
-    entropy = tl.load(values_ptr + n + row, mask=asked, other=0.0)
-    largest = tl.load(values_ptr + 2 * n + row, mask=asked, other=0.0)
-    total = tl.load(values_ptr + 3 * n + row, mask=asked, other=1.0)
+    entropy = tl.load(entropy_ptr + row, mask=asked, other=0.0)
+    largest = tl.load(largest_ptr + row, mask=asked, other=0.0)
+    total = tl.load(total_ptr + row, mask=asked, other=1.0)
     g_l = tl.load(g_l_ptr + row, mask=asked, other=0.0).to(tl.float32)
     g_h = tl.load(g_h_ptr + row, mask=asked, other=0.0).to(tl.float32)
     _write_gradient(
@@ -378,15 +397,18 @@ def scale_rows_kernel(
     gradient_ptr, scale_ptr, rows, column_units,
     ROWS: tl.constexpr, VECS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """gradient [N, V_local] ← scale · gradient, in place; untouched, and not read, where scale is 1."""
+    """gradient [N, V_local] ← scale · gradient, in place; untouched, and not read, where scale is 1. Of any number of
+    programs: a few are sooner done with nothing to do."""
     scale = tl.load(scale_ptr).to(tl.float32)
     if scale != 1.0:
         columns = column_units * UNIT
-        row, exists = _row_numbers(rows, ROWS, False)
-        offset = row * columns
-        for start in range(0, columns, VECS * LANES * VEC):
-            column = _tile_columns(start, VECS, LANES, VEC)
-            mask = _of_rows(exists) & (column < columns)
-            at = gradient_ptr + _of_rows(offset) + column
-            g = tl.load(at, mask=mask, other=0.0).to(tl.float32) * scale
-            tl.store(at, g.to(gradient_ptr.dtype.element_ty), mask=mask)
+        for first_row in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+            row = tl.arange(0, ROWS).to(tl.int64) + first_row
+            exists = row < rows
+            offset = row * columns
+            for start in range(0, columns, VECS * LANES * VEC):
+                column = _tile_columns(start, VECS, LANES, VEC)
+                mask = _of_rows(exists) & (column < columns)
+                at = gradient_ptr + _of_rows(offset) + column
+                g = tl.load(at, mask=mask, other=0.0).to(tl.float32) * scale
+                tl.store(at, g.to(gradient_ptr.dtype.element_ty), mask=mask)

@@ -67,7 +67,7 @@ def compiled(
 ):  # fmt: skip
     """The kernel as `triton_rows` would launch it on logits [rows, columns] of that dtype."""
     logits = torch.empty(1, dtype=dtype)
-    tile = tile_of(card, dtype, columns, ranks)
+    tile = tile_of(card, dtype, columns, ranks if kernel == "clipped_loss_kernel" else 1)
     unit = tile.vector if columns % tile.vector == 0 else 1
     # per-row vectors may start anywhere: those of an odd N do not start on 16 bytes
     f32, i64, i32, u8 = (
@@ -76,23 +76,31 @@ def compiled(
     units, valid = columns // unit, columns if valid is None else valid
     shape = {"VECS": tile.vectors, "LANES": tile.lanes, "VEC": tile.vector, "UNIT": unit}
     padded = {"PADDED": valid != columns}
+    here = {"RANKS": ranks, "RANKS_POWER": max(1, ranks)}
+    finishing = kernel == "logprobs_kernel" and ranks > 0
+    if finishing:
+        shape, padded = {"VECS": 1, "LANES": 1, "VEC": 1, "UNIT": 1}, {"PADDED": False}
+    parts = f32 if ranks else None
+    # one temperature for all rows, and a number to divide by: as in training
     arguments, constants = {
-        "row_statistics_kernel": ((logits, i64, f32, f32, f32, rows, units, valid, 0, 0), shape | padded),
+        "row_statistics_kernel": ((logits, i64, f32, None, f32, rows, units, valid, 0, 0, 1.0), shape | padded),
+        "logprobs_kernel": (
+            (None if finishing else logits, parts, i64, u8, None, f32, f32, f32, f32, i32, rows, units, valid, 0, valid,
+             0, 1.0),
+            shape | padded | here,
+        ),
         "clipped_loss_kernel": (
-            (logits, logits, f32 if ranks else None, i64, f32, f32, f32, f32, f32, f32, f32, f32, u8, i32, rows, rows,
-             units, valid, 0, valid, 0, 0.8, 1.28, 10.0, 0.01, 0.04),
-            shape | padded
-            | {"RANKS": ranks, "RANKS_POWER": max(1, ranks), "GRADIENT": True, "ENTROPY": entropy, "KL": 3},
+            (logits, logits, parts, i64, f32, f32, f32, f32, None, None, f32, f32, u8, i32, rows, rows, units, valid, 0,
+             valid, 0, 1.0, 7.0, 0.8, 1.28, 10.0, 0.01, 0.04),
+            shape | padded | here | {"GRADIENT": True, "ENTROPY": entropy, "KL": 3},
         ),
         "row_gradient_kernel": (
-            (logits, logits, f32, i64, u8, f32, f32, f32, rows, rows, units, valid, 0, valid, 0), shape | padded,
+            (logits, logits, f32, f32, f32, i64, u8, f32, f32, None, rows, units, valid, 0, valid, 0, 1.0),
+            shape | padded,
         ),
         "scale_rows_kernel": ((logits, f32, rows, units), shape),
-        "finish_rows_kernel": (
-            (f32, i64, u8, f32, f32, i32, rows, rows, valid, 0, valid, 0), {"RANKS": 8, "RANKS_POWER": 8},
-        ),
     }[kernel]  # fmt: skip
-    per_program, warps = (FINISH_ROWS, 1) if kernel == "finish_rows_kernel" else (tile.rows, tile.warps)
+    per_program, warps = (FINISH_ROWS, 1) if finishing else (tile.rows, tile.warps)
     grid = (triton.cdiv(rows, per_program),)
     result = getattr(row_kernels, kernel).warmup(*arguments, grid=grid, ROWS=per_program, **constants, num_warps=warps)
     return result if hasattr(result, "asm") else result.result()
@@ -197,7 +205,7 @@ def report_of(case: dict) -> dict:
     else:
         found = resources(kernel, case["card"] + ("a" if case["card"] != "sm_80" else ""))
     matrix = re.findall(r"tt\.addptr %(?:logits|gradient)_ptr, .*?, (?:tensor<\S+x)?(i\d+)", kernel.asm["ttir"])
-    tile = tile_of(case["card"], dtype, case["columns"], ranks)
+    tile = tile_of(case["card"], dtype, case["columns"], ranks if case["kernel"] == "clipped_loss_kernel" else 1)
     return found | {
         "matrix_offsets": sorted(set(matrix)),
         "vectors_a_thread": tile.vectors,
@@ -225,9 +233,10 @@ def table(card: str = "sm_90") -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for columns in (152064, 19008):
         for kernel, title, ranks in (
-            ("row_statistics_kernel", "statistics", 8),
+            ("row_statistics_kernel", "statistics of a rank", 8),
+            ("logprobs_kernel", "log-probs and entropy, vocabulary whole", 0),
             ("clipped_loss_kernel", "loss and gradient of a rank", 8),
-            ("clipped_loss_kernel", "both, vocabulary whole", 0),
+            ("clipped_loss_kernel", "loss and gradient, vocabulary whole", 0),
             ("row_gradient_kernel", "gradient of log-probs and entropy", 8),
         ):
             case = {"kernel": kernel, "card": card, "dtype": "bf16", "columns": columns, "ranks": ranks}
