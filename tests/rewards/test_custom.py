@@ -65,6 +65,16 @@ return [2.0] * len(responses)"""
             "grader/out_of_memory": 1.0,
             "grader/failures": 4.0,
         }
+        # steps count for themselves, so that a run that is resumed counts as one that was not
+        scorer.begin_step()
+        scorer.score(["fine", "raise"], ["x"] * 2, ["y"] * 2)
+        assert scorer.metrics() == {
+            "grader/timed_out": 0.0,
+            "grader/crashed": 1.0,
+            "grader/out_of_memory": 0.0,
+            "grader/failures": 1.0,
+        }
+        assert scorer.failures == 5
 
 
 @pytest.mark.parametrize(
