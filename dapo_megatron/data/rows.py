@@ -62,13 +62,16 @@ def pick_column(row: Mapping[str, Any], name: str, setting: str | None, where: s
     if name in row:
         return row[name]
     value: Any = row
+    above = ""
     for part in name.split("."):
         if not isinstance(value, Mapping) or part not in value:
             asked = f"{setting}={name}" if setting else name
-            near = difflib.get_close_matches(name, row, n=1)
-            advice = f"use {near[0]}" if near else "the row has " + (", ".join(map(str, row)) or "none")
+            inside = value if isinstance(value, Mapping) else {}
+            near = difflib.get_close_matches(part if above else name, map(str, inside), n=1)
+            has = f"{above.removesuffix('.') or 'the row'} has {', '.join(map(str, inside)) or 'no columns'}"
+            advice = f"use {above}{near[0]}" if near else has
             raise RequestError(f"{where}: no column {asked}; {advice}")
-        value = value[part]
+        value, above = value[part], f"{above}{part}."
     return value
 
 
