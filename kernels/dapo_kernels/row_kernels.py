@@ -10,10 +10,10 @@ H = ln S − ln 2·W/S, and with u_j = d_j − log2 S = log2 p_j its gradient un
 
     dx_j = (1/T)·[ g_l·(1[j=y] − p_j) − g_h·p_j·(log p_j + H) ] = g_l/T·1[j=y] − 2^u_j·(c_1 + c_2·u_j)
 
-with c_1 = (g_l + g_h·H)/T and c_2 = g_h·ln 2/T. A tile is [ROWS, VECS, LANES, VEC]: VEC neighbours are one 16-byte
-load, a thread holds VECS of these, and all of them are reduced within the thread to one maximum and one rescaling, so
+with c_1 = (g_l + g_h·H)/T and c_2 = g_h·ln 2/T. A tile is [ROWS, VECS · LANES, VEC]: VEC neighbours are one
+16-byte load, a thread holds VECS of these, and all of them are reduced within it to one maximum and one rescaling, so
 the loop over columns needs one exponential an element and no barrier; lanes meet after the loop. The target's column
-is looked for in its own tile alone. No atomics. Row offsets are 64-bit.
+gets its gradient after all others. No atomics. Row offsets are 64-bit.
 
 A number of columns arrives as `column_units` × UNIT: a multiple the compiler can see keeps loads 16 bytes wide without
 a compilation for each size. Nothing is specialised on N, V or the alignment of a per-row vector.
@@ -24,6 +24,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+MOST_BITS = tl.constexpr(float(1 << 30))  # |z/T| of 7e8: beyond, the rounding of B is no small exponent any more
 NOTHING = tl.constexpr(-1000.0)  # bits: 2^−1000 is 0 as 2^−inf is, but a product of the two with 0 is 0 as well
 INFINITY = tl.constexpr(float("inf"))
 LOG_RATIO_LIMIT = tl.constexpr(20.0)
@@ -41,22 +42,21 @@ def _row_numbers(rows, ROWS: tl.constexpr, BACKWARDS: tl.constexpr):
 
 
 @triton.jit
-def _tile_columns(start, VECS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
-    """Columns of a tile, int32 [1, VECS, LANES, VEC]."""
-    vector = tl.arange(0, VECS)[None, :, None, None] * (LANES * VEC)
-    lane = tl.arange(0, LANES)[None, None, :, None] * VEC
-    return start + vector + lane + tl.arange(0, VEC)[None, None, None, :]
+def _tile_columns(start, VECTORS: tl.constexpr, VEC: tl.constexpr):
+    """Columns of a tile, int32 [1, VECTORS, VEC]."""
+    vector = tl.arange(0, VECTORS)[None, :, None] * VEC
+    return start + vector + tl.arange(0, VEC)[None, None, :]
 
 
 @triton.jit
 def _of_rows(value):
-    """[ROWS] → [ROWS, 1, 1, 1]"""
-    return value[:, None, None, None]
+    """[ROWS] → [ROWS, 1, 1]"""
+    return value[:, None, None]
 
 
 @triton.jit
 def _load_tile(logits_ptr, row_offset, live, column, columns, valid, PADDED: tl.constexpr):
-    """x as fp32 [ROWS, VECS, LANES, VEC]; −inf in dead rows, beyond the row and in padded columns."""
+    """x as fp32 [ROWS, vectors, VEC]; −inf in dead rows, beyond the row and in padded columns."""
     mask = _of_rows(live) & (column < columns)
     x = tl.load(logits_ptr + _of_rows(row_offset) + column, mask=mask, other=float("-inf")).to(tl.float32)
     if PADDED:  # a select, not a load mask: the loads stay wide whatever the true vocabulary
@@ -93,8 +93,8 @@ _UNSPECIALISED = [
 
 @triton.jit
 def _or_zero(bits):
-    """0 for −inf: −inf − −inf is a NaN."""
-    return tl.where(bits == float("-inf"), 0.0, bits)
+    """0 for −inf, since −inf − −inf is a NaN, and for what is as good as that: 2^bits is 0 either way."""
+    return tl.where(bits < -MOST_BITS, 0.0, bits)
 
 
 @triton.jit
@@ -113,12 +113,14 @@ def _row_statistics(
     weighted = tl.zeros([ROWS, LANES], tl.float32)
     end = columns * tl.max(asked.to(tl.int32), axis=0)  # no trip at all where no row counts
     for start in range(0, end, VECS * LANES * VEC):
-        x = _load_tile(logits_ptr, offset, asked, _tile_columns(start, VECS, LANES, VEC), columns, valid, PADDED)
+        x = _load_tile(logits_ptr, offset, asked, _tile_columns(start, VECS * LANES, VEC), columns, valid, PADDED)
+        # loaded flat: a compiler that chose how to deal out four dimensions would not leave VECS to each thread
+        x = tl.reshape(x, [ROWS, VECS, LANES, VEC])
         new = tl.maximum(largest, tl.max(tl.max(x, axis=3), axis=1) * k[:, None])
         base = _or_zero(new)
         step = tl.maximum(largest - base, NOTHING)
         shrink = tl.exp2(step)
-        d = tl.fma(x, _of_rows(k), -base[:, None, :, None])
+        d = tl.fma(x, k[:, None, None, None], -base[:, None, :, None])
         e = tl.exp2(d)
         moved = tl.sum(tl.sum(e * tl.maximum(d, NOTHING), axis=3), axis=1)
         weighted = (weighted + total * step) * shrink + moved
@@ -179,10 +181,10 @@ def _merge_ranks(parts_ptr, row, asked, rows, RANKS: tl.constexpr, RANKS_POWER: 
 def _finish(largest, total, target, weighted, asked, target_known, flags_ptr, row):
     """(S, l, H) of whole rows.
 
-    Rows with a NaN, a +inf or nothing but −inf are NaN throughout and set flag 1; a target outside the vocabulary makes
-    l NaN and sets flag 0. Stores race on purpose: every writer writes 1.
+    Rows with a NaN, a +inf, nothing but −inf or a maximum beyond ±7e8 are NaN throughout and set flag 1; a target
+    outside the vocabulary makes l NaN and sets flag 0. Stores race on purpose: every writer writes 1.
     """
-    sound = (total > 0) & (largest > float("-inf")) & (largest < INFINITY)  # a NaN total is not > 0
+    sound = (total > 0) & (total < INFINITY) & (largest > -MOST_BITS) & (largest < MOST_BITS)  # a NaN is neither
     total = tl.where(sound, total, float("nan"))
     tl.store(flags_ptr + 1 + row * 0, 1, mask=asked & (sound == 0))
     tl.store(flags_ptr + row * 0, 1, mask=asked & (target_known == 0))
@@ -194,39 +196,41 @@ def _finish(largest, total, target, weighted, asked, target_known, flags_ptr, ro
 
 @triton.jit
 def _write_gradient(
-    logits_ptr, gradient_ptr, row, exists, local_target, largest, total, entropy, inverse_temperature, g_l, g_h,
-    columns, valid,
+    logits_ptr, gradient_ptr, row, exists, local_target, largest, total, logprob, entropy, inverse_temperature,
+    g_l, g_h, columns, valid,
     ENTROPY: tl.constexpr, ROWS: tl.constexpr, VECS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
     PADDED: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """dx of the header, from the last column to the first: the last tiles may still be in the cache. Rows whose g_l and
-    g_h are 0 are written as zeros and not read."""
+    """dx of the header, from the last column to the first: the last tiles may still be in the cache. The target's own
+    comes last, from l. Rows whose g_l and g_h are 0 are written as zeros and not read."""
     live = exists & ((g_l != 0) | (g_h != 0))  # a NaN is alive
     offset = row * columns
     inverse_temperature = tl.where(live, inverse_temperature, 1.0)
     k = _of_rows(inverse_temperature * LOG2E)
     base = _of_rows(tl.where(live, largest, 0.0))
     log2_sum = _of_rows(tl.log(tl.where(live, total, 1.0)) * LOG2E)
-    of_target = _of_rows(tl.where(live, g_l * inverse_temperature, 0.0))
+    of_target = tl.where(live, g_l * inverse_temperature, 0.0)
     c_2 = tl.where(live, g_h * inverse_temperature, 0.0)
-    minus_c_1 = -of_target - _of_rows(c_2 * tl.where(live, entropy, 0.0))
-    minus_c_2 = _of_rows(c_2 * -LN2)
+    minus_c_1 = -of_target - c_2 * tl.where(live, entropy, 0.0)
+    minus_c_2 = c_2 * -LN2
     TILE: tl.constexpr = VECS * LANES * VEC
     last = (columns - 1) // TILE * TILE
     for passed in range(0, columns, TILE):
         start = last - passed
-        column = _tile_columns(start, VECS, LANES, VEC)
+        column = _tile_columns(start, VECS * LANES, VEC)
         u = tl.fma(_load_tile(logits_ptr, offset, live, column, columns, valid, PADDED), k, -base) - log2_sum
-        minus_c = minus_c_1
+        minus_c = _of_rows(minus_c_1)
         if ENTROPY:
-            minus_c = tl.fma(tl.maximum(u, NOTHING), minus_c_2, minus_c_1)
+            minus_c = tl.fma(tl.maximum(u, NOTHING), _of_rows(minus_c_2), minus_c)
         g = tl.exp2(u) * minus_c
-        here = (local_target >= start) & (local_target < start + TILE)
-        if tl.max(here.to(tl.int32), axis=0) > 0:
-            g += tl.where(column == _of_rows(local_target), of_target, 0.0)
         mask = _of_rows(exists) & (column < columns)
         at = gradient_ptr + _of_rows(offset) + column
         tl.store(at, g.to(gradient_ptr.dtype.element_ty), mask=mask, eviction_policy=EVICTION)
+    u = logprob * LOG2E
+    g = of_target + tl.exp2(u) * tl.fma(tl.maximum(u, NOTHING), minus_c_2, minus_c_1)
+    tl.debug_barrier()  # whoever went over the target's column has written there
+    at = gradient_ptr + offset + local_target
+    tl.store(at, g.to(gradient_ptr.dtype.element_ty), mask=live & (local_target >= 0))
 
 
 @triton.jit
@@ -286,6 +290,11 @@ def clipped_loss_kernel(
     settings_sound = (denominator > 0) & (weight >= 0) & (warm | (asked == 0))
     tl.store(flags_ptr + 2 + row * 0, 1, mask=exists & (settings_sound == 0))
     known, local_target = _known_target(targets_ptr, row, asked, vocabulary, first, valid)
+    # before the row is gone through: where it has a multiprocessor to itself, nothing hides a wait after it
+    old = tl.load(old_ptr + row, mask=asked, other=0).to(tl.float32)
+    advantage = tl.load(advantages_ptr + row, mask=asked, other=0).to(tl.float32)
+    if KL:
+        reference = tl.load(reference_ptr + row, mask=asked, other=0).to(tl.float32)
     if RANKS == 0:
         largest, total, target, weighted = _row_statistics(
             logits_ptr, row, asked, local_target, inverse_temperature, columns, valid, ROWS, VECS, LANES, VEC, PADDED
@@ -298,8 +307,6 @@ def clipped_loss_kernel(
     w = tl.where(settings_sound | (exists == 0), w, float("nan"))
     logprob = tl.where(asked, logprob, 0.0)
     entropy = tl.where(asked, entropy, 0.0)
-    old = tl.load(old_ptr + row, mask=asked, other=0).to(tl.float32)
-    advantage = tl.load(advantages_ptr + row, mask=asked, other=0).to(tl.float32)
 
     log_ratio = logprob - old
     moves = (log_ratio >= -LOG_RATIO_LIMIT) & (log_ratio <= LOG_RATIO_LIMIT)
@@ -312,7 +319,6 @@ def clipped_loss_kernel(
     effective = tl.where(dual, dual_ratio, tl.where(low, lowest_ratio, tl.where(high, highest_ratio, ratio)))
     token_loss = -effective * advantage - entropy_coefficient * entropy
     if KL:
-        reference = tl.load(reference_ptr + row, mask=asked, other=0).to(tl.float32)
         divergence, kl_slope = _divergence(logprob, reference, KL)
         token_loss += kl_coefficient * divergence
     tl.store(terms_ptr + row, w * token_loss, mask=exists)
@@ -330,7 +336,7 @@ def clipped_loss_kernel(
             g_l += w * kl_coefficient * kl_slope
         g_h = -w * entropy_coefficient
         _write_gradient(
-            logits_ptr, gradient_ptr, row, exists, local_target, largest, total, entropy, inverse_temperature,
+            logits_ptr, gradient_ptr, row, exists, local_target, largest, total, logprob, entropy, inverse_temperature,
             g_l, g_h, columns, valid, ENTROPY, ROWS, VECS, LANES, VEC, PADDED, "evict_first" if RANKS == 0 else "",
         )  # fmt: skip
 
@@ -368,26 +374,29 @@ def logprobs_kernel(
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def row_gradient_kernel(
-    logits_ptr, gradient_ptr, entropy_ptr, largest_ptr, total_ptr, targets_ptr, mask_ptr, g_l_ptr, g_h_ptr,
-    inverse_temperature_ptr,
+    logits_ptr, gradient_ptr, logprobs_ptr, entropy_ptr, largest_ptr, total_ptr, targets_ptr, mask_ptr,
+    g_l_ptr, g_h_ptr, inverse_temperature_ptr,
     rows, column_units, valid, first, vocabulary, temperature_stride, inverse_temperature,
     ROWS: tl.constexpr, VECS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of rows under the cotangents g_l, g_h [N] → gradient [N, V_local], which may be the logits
-    themselves; H, B and S as `logprobs_kernel` left them."""
+    themselves; l, H, B and S as `logprobs_kernel` left them."""
     columns = column_units * UNIT
     row, exists = _row_numbers(rows, ROWS, True)
     asked = _asked(mask_ptr, row, exists)
     inverse_temperature = _number(inverse_temperature_ptr, inverse_temperature, row, exists, temperature_stride)
-    _, local_target = _known_target(targets_ptr, row, asked, vocabulary, first, valid)
+    known, local_target = _known_target(targets_ptr, row, asked, vocabulary, first, valid)
+    sound = known & (inverse_temperature > 0) & (inverse_temperature < INFINITY)
+    logprob = tl.load(logprobs_ptr + row, mask=asked, other=0.0)
     entropy = tl.load(entropy_ptr + row, mask=asked, other=0.0)
     largest = tl.load(largest_ptr + row, mask=asked, other=0.0)
     total = tl.load(total_ptr + row, mask=asked, other=1.0)
     g_l = tl.load(g_l_ptr + row, mask=asked, other=0.0).to(tl.float32)
+    g_l = tl.where(asked & (sound == 0), float("nan"), g_l)  # as l is
     g_h = tl.load(g_h_ptr + row, mask=asked, other=0.0).to(tl.float32)
     _write_gradient(
-        logits_ptr, gradient_ptr, row, exists, local_target, largest, total, entropy, inverse_temperature,
+        logits_ptr, gradient_ptr, row, exists, local_target, largest, total, logprob, entropy, inverse_temperature,
         g_l, g_h, columns, valid, True, ROWS, VECS, LANES, VEC, PADDED, "",
     )  # fmt: skip
 
@@ -407,7 +416,7 @@ def scale_rows_kernel(
             exists = row < rows
             offset = row * columns
             for start in range(0, columns, VECS * LANES * VEC):
-                column = _tile_columns(start, VECS, LANES, VEC)
+                column = _tile_columns(start, VECS * LANES, VEC)
                 mask = _of_rows(exists) & (column < columns)
                 at = gradient_ptr + _of_rows(offset) + column
                 g = tl.load(at, mask=mask, other=0.0).to(tl.float32) * scale

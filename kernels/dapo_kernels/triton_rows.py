@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dapo_kernels import row_kernels
 from dapo_kernels.arguments import Shard
-from dapo_kernels.device_errors import NonFiniteLogits, device_flags
+from dapo_kernels.device_errors import DeviceErrors, NonFiniteLogits, device_flags
 from dapo_kernels.policy_loss import ClippedRows
 from dapo_kernels.tuned import Tile, interpreter_tile, tile_for
 
@@ -20,6 +20,7 @@ launches: Counter[str] = Counter()
 """Kernel name → launches in this process."""
 
 KL_ESTIMATORS = {"k2": 2, "k3": 3}  # the number that the loss kernel is compiled for; 0 = none
+MOST_BITS = row_kernels.MOST_BITS.value
 WHOLE_ROWS_AT_ONCE = True
 """A vocabulary that is whole is done with in one kernel; else as a rank's part of one."""
 PROGRAMS_OF_SCALE = 1024  # enough for every multiprocessor of a card; few, for mostly they have nothing to do
@@ -86,7 +87,7 @@ def statistics(
         parts = own.new_empty(group.size(), *own.shape)
         dist.all_gather_into_tensor(parts.view(-1, 4), own, group=group)
     if logits.device.type == "cpu":
-        sound = torch.isfinite(parts[..., 0].amax(0)) & torch.isfinite(parts[..., 1].sum(0))
+        sound = (parts[..., 0].amax(0).abs() < MOST_BITS) & torch.isfinite(parts[..., 1].sum(0))
         _refuse_on_cpu(~sound if mask is None else ~sound & (mask > 0))
     return parts
 
@@ -160,7 +161,7 @@ def gradient(
     tile = _tile(logits)
     _launch(
         row_kernels.row_gradient_kernel, tile, logits,
-        logits, out, *rows[1:], targets, mask, g_l.contiguous(), g_h.contiguous(), _tensor(inverse_temperature),
+        logits, out, *rows, targets, mask, g_l.contiguous(), g_h.contiguous(), _tensor(inverse_temperature),
         logits.shape[0], _units(logits, tile)[0], shard.valid, shard.first, shard.vocabulary,
         *_temperature(inverse_temperature),
         **_columns(logits, tile, shard),
@@ -203,7 +204,8 @@ def clipped_loss(
         parts = statistics(logits, targets, weights, inverse_temperature, shard, group)
         ranks = parts.shape[0]
     rows = ClippedRows.empty(count, torch.float32, logits.device) if into is None else into
-    tile = _tile(logits, read_twice=parts is None and out is not None)
+    plain = shard.valid == logits.shape[1] and logits.shape[1] * logits.element_size() % 16 == 0
+    tile = _tile(logits, parts is None and out is not None, plain)
     if isinstance(denominator, Tensor):
         denominator_on_device, denominator = denominator.to(logits.device, torch.float32).reshape(1), 1.0
     else:
@@ -239,17 +241,17 @@ def _refuse_on_cpu(bad: Tensor) -> None:
     """NonFiniteLogits for the first row of `bad` [N]; the flag, which is for devices that must not be waited for, is
     taken back."""
     if bool(bad.any()):
-        device_flags(bad.device).zero_()
+        device_flags(bad.device)[DeviceErrors._fields.index("logits")] = 0
         row = int(bad.nonzero()[0])
-        raise NonFiniteLogits(f"logits row {row} holds a NaN, a +inf or nothing but −inf")
+        raise NonFiniteLogits(f"logits row {row} holds a NaN, a +inf, nothing but −inf or |z/T| beyond 7e8")
 
 
-def _tile(matrix: Tensor, read_twice: bool = False) -> Tile:
+def _tile(matrix: Tensor, read_twice: bool = False, plain: bool = True) -> Tile:
     rows, columns = matrix.shape
     if matrix.device.type == "cpu":
         return interpreter_tile(rows, columns, matrix.element_size())
     capability, warp = torch.cuda.get_device_capability(matrix.device), 64 if torch.version.hip else 32
-    return tile_for(capability, columns, matrix.element_size(), read_twice=read_twice, warp=warp)
+    return tile_for(capability, columns, matrix.element_size(), read_twice=read_twice, plain=plain, warp=warp)
 
 
 def _units(matrix: Tensor, tile: Tile) -> tuple[int, int]:

@@ -11,6 +11,7 @@ the table.
 
 from typing import NamedTuple
 
+MOST_THREADS = 1024  # of a program, on any card
 INTERPRETER_TILE = 1 << 18  # elements: the interpreter pays by the operation, not by the element
 
 
@@ -32,26 +33,35 @@ _BY_ROW_BYTES = {
 }
 # of the kernel that reads its row twice
 _READ_TWICE = {
-    (8, 0): [(8 << 10, 2, 4), (64 << 10, 4, 4), (128 << 10, 4, 16), (1 << 62, 4, 32)],
-    (9, 0): [(8 << 10, 2, 4), (64 << 10, 4, 4), (128 << 10, 4, 16), (1 << 62, 4, 32)],
+    (8, 0): [(8 << 10, 2, 4), (24 << 10, 4, 4), (64 << 10, 4, 8), (128 << 10, 4, 16), (1 << 62, 4, 32)],
+    (9, 0): [(8 << 10, 2, 4), (24 << 10, 4, 4), (64 << 10, 4, 8), (128 << 10, 4, 16), (1 << 62, 4, 32)],
     (10, 0): [(8 << 10, 2, 4), (128 << 10, 4, 8), (1 << 62, 4, 32)],
 }
 
 
 def tile_for(
-    capability: tuple[int, int], columns: int, element_bytes: int, *, read_twice: bool = False, warp: int = 32
+    capability: tuple[int, int],
+    columns: int,
+    element_bytes: int,
+    *,
+    read_twice: bool = False,
+    plain: bool = True,
+    warp: int = 32,
 ) -> Tile:
     """The tile for rows of `columns` elements on a card of that compute capability, whose warps have `warp` threads,
     for a kernel that reads the row once or twice; by the nearest older card's table where it has none. A lane is
-    a thread. Tiles are never longer than the row, rounded up to a power of two."""
+    a thread. Tiles are never longer than the row, rounded up to a power of two. Rows that are not `plain`, with padded
+    columns or no multiple of 16 bytes, need more registers than 1,024 threads have of four vectors each."""
     table = _READ_TWICE if read_twice else _BY_ROW_BYTES
     lines = table[max((known for known in table if known <= capability), default=min(table))]
     vectors, warps = next((vectors, warps) for limit, vectors, warps in lines if columns * element_bytes <= limit)
     vector = max(1, 16 // element_bytes)
     needed = -(-columns // vector)
-    while warps > 1 and warps * warp > needed:
+    while warps > 1 and warps * warp > min(needed, MOST_THREADS):
         warps //= 2
     lanes = warps * warp
+    if lanes == MOST_THREADS and not plain:
+        vectors = min(vectors, 2)
     return Tile(1, min(vectors, _power_of_two(-(-needed // lanes))), lanes, vector, warps)
 
 

@@ -56,9 +56,10 @@ def activate(card: str) -> None:
     triton.runtime.driver.set_active(StubDriver(target))
 
 
-def tile_of(card: str, dtype: torch.dtype, columns: int, ranks: int) -> Tile:
+def tile_of(card: str, dtype: torch.dtype, columns: int, ranks: int, valid: int | None = None) -> Tile:
     warp = 64 if card.startswith("gfx") else 32
-    return tile_for(CAPABILITY[card], columns, dtype.itemsize, read_twice=ranks == 0, warp=warp)
+    plain = valid in (None, columns) and columns * dtype.itemsize % 16 == 0
+    return tile_for(CAPABILITY[card], columns, dtype.itemsize, read_twice=ranks == 0, plain=plain, warp=warp)
 
 
 def compiled(
@@ -67,7 +68,7 @@ def compiled(
 ):  # fmt: skip
     """The kernel as `triton_rows` would launch it on logits [rows, columns] of that dtype."""
     logits = torch.empty(1, dtype=dtype)
-    tile = tile_of(card, dtype, columns, ranks if kernel == "clipped_loss_kernel" else 1)
+    tile = tile_of(card, dtype, columns, ranks if kernel == "clipped_loss_kernel" else 1, valid)
     unit = tile.vector if columns % tile.vector == 0 else 1
     # per-row vectors may start anywhere: those of an odd N do not start on 16 bytes
     f32, i64, i32, u8 = (
@@ -95,7 +96,7 @@ def compiled(
             shape | padded | here | {"GRADIENT": True, "ENTROPY": entropy, "KL": 3},
         ),
         "row_gradient_kernel": (
-            (logits, logits, f32, f32, f32, i64, u8, f32, f32, None, rows, units, valid, 0, valid, 0, 1.0),
+            (logits, logits, f32, f32, f32, f32, i64, u8, f32, f32, None, rows, units, valid, 0, valid, 0, 1.0),
             shape | padded,
         ),
         "scale_rows_kernel": ((logits, f32, rows, units), shape),
@@ -136,6 +137,7 @@ def resources(kernel, architecture: str) -> dict[str, int]:
         "barriers_in_loops": _barriers_in_loops(kernel.asm["ptx"]),
         "loops": _instructions_of_loops(sass),
         "target_read_before_barrier": _target_read_before_barrier(sass),
+        "target_written_after_barrier": _target_written_after_barrier(sass),
     }
 
 
@@ -152,13 +154,24 @@ def _barriers_in_loops(ptx: str) -> int:
 
 
 def _target_read_before_barrier(sass: str) -> bool:
-    """Whether a barrier stands between the narrow load of the target's logit and the first wide store."""
+    """Whether a barrier stands between every narrow load, the one of the target's logit among them, and the first wide
+    store."""
     lines = sass.splitlines()
-    targets, barriers, stores = (
+    narrow, barriers, stores = (
         [i for i, line in enumerate(lines) if re.search(pattern, line)]
-        for pattern in (r"LDG\.E\.U16", r"BAR\.SYNC", r"STG[.A-Z0-9]*\.128")
+        for pattern in (r"LDG(?![.A-Z0-9]*\.128)", r"BAR\.SYNC", r"STG[.A-Z0-9]*\.128")
     )
-    return bool(targets and stores) and any(max(targets) < i < min(stores) for i in barriers)
+    return bool(narrow and stores) and any(max(narrow) < i < min(stores) for i in barriers)
+
+
+def _target_written_after_barrier(sass: str) -> bool:
+    """Whether a barrier stands between the last wide store and the last narrow one, that of the target's gradient."""
+    lines = sass.splitlines()
+    wide, barriers, narrow = (
+        [i for i, line in enumerate(lines) if re.search(pattern, line)]
+        for pattern in (r"STG[.A-Z0-9]*\.128", r"BAR\.SYNC", r"STG(?![.A-Z0-9]*\.128)")
+    )
+    return bool(wide and narrow) and any(max(wide) < i < max(narrow) for i in barriers)
 
 
 def _instructions_of_loops(sass: str) -> list[int]:
@@ -205,7 +218,8 @@ def report_of(case: dict) -> dict:
     else:
         found = resources(kernel, case["card"] + ("a" if case["card"] != "sm_80" else ""))
     matrix = re.findall(r"tt\.addptr %(?:logits|gradient)_ptr, .*?, (?:tensor<\S+x)?(i\d+)", kernel.asm["ttir"])
-    tile = tile_of(case["card"], dtype, case["columns"], ranks if case["kernel"] == "clipped_loss_kernel" else 1)
+    twice = ranks if case["kernel"] == "clipped_loss_kernel" else 1
+    tile = tile_of(case["card"], dtype, case["columns"], twice, case.get("valid"))
     return found | {
         "matrix_offsets": sorted(set(matrix)),
         "vectors_a_thread": tile.vectors,

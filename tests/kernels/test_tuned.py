@@ -24,7 +24,7 @@ def test_a_tile_can_be_launched(capability, columns, element_bytes, read_twice, 
     for size in tile:
         assert size > 0 and size & (size - 1) == 0
     assert tile.lanes == warp * tile.warps, "a lane is a thread: what it holds is reduced within it"
-    assert tile.warps <= 32
+    assert tile.lanes <= 1024, "no card starts a larger program"
     elements = tile.vectors * tile.lanes * tile.vector
     assert elements < max(2 * warp * tile.vector, 2 * columns + tile.vector), "no tile of idle lanes"
 
@@ -37,10 +37,14 @@ def test_the_benchmarked_shapes_keep_enough_bytes_in_flight(capability, columns)
     assert 2 <= tile.vectors <= 4
 
 
-def test_long_rows_that_are_read_twice_are_alone_on_their_multiprocessor():
-    """More of them than multiprocessors, each of 304 kB, would drive one another out of the cache."""
-    assert tile_for((9, 0), 152064, 2, read_twice=True).warps == 32 > tile_for((9, 0), 152064, 2).warps
-    assert tile_for((9, 0), 19008, 2, read_twice=True) == tile_for((9, 0), 19008, 2)
+@pytest.mark.parametrize("columns", [*SHAPES, 12000, 65536, 128256])
+def test_rows_that_are_read_twice_fit_into_the_cache_while_they_are_in_flight(columns):
+    """As many programs as registers allow, at the 48 a thread that the smallest of these kernels has, on 132
+    multiprocessors with an L2 of 50 MB; more than one row at a time only where rows are short."""
+    tile = tile_for((9, 0), columns, 2, read_twice=True)
+    programs = max(1, min(65536 // (48 * 32 * tile.warps), 2048 // (32 * tile.warps)))
+    assert 132 * programs * columns * 2 <= 50e6, (tile, programs)
+    assert tile.warps * programs >= 16, "too few warps to keep the memory busy"
 
 
 def test_a_card_without_a_table_of_its_own_takes_that_of_the_next_older_one():
@@ -51,5 +55,5 @@ def test_a_card_without_a_table_of_its_own_takes_that_of_the_next_older_one():
 
 def test_the_number_of_rows_is_not_asked():
     assert list(inspect.signature(tile_for).parameters) == [
-        "capability", "columns", "element_bytes", "read_twice", "warp",
+        "capability", "columns", "element_bytes", "read_twice", "plain", "warp",
     ]  # fmt: skip
