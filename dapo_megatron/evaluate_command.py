@@ -1,5 +1,6 @@
 """`dapo-megatron evaluate`: k samples of every problem of a file by a model, graded; one process, no learner."""
 
+import io
 import json
 import math
 import sys
@@ -208,7 +209,9 @@ def hugging_face_folder(found: Path, scratch: Path) -> Path:
     from dapo_megatron.conversion.command import convert
 
     threads = torch.get_num_threads()
-    convert("megatron-to-hf", found, scratch / "hf")  # compares the manifest before it parses anything
+    print(f"reading {found} as a Hugging Face folder", file=sys.stderr)
+    with redirect_stdout(io.StringIO()):  # what convert says is of a folder that goes when the command ends
+        convert("megatron-to-hf", found, scratch / "hf")  # compares the manifest before it parses anything
     torch.set_num_threads(threads)
     return scratch / "hf"
 

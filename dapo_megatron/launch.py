@@ -86,6 +86,9 @@ def start_ranks(
             sent = NOTICE
         else:
             sent = signal.SIGKILL if any(earlier != NOTICE for earlier in received) else signal.SIGTERM
+        if not received:  # os.write: print could meet itself in a handler
+            second = b"" if number == NOTICE else b"; a second signal kills them"
+            os.write(2, b"stopping: ranks finish their step and leave a checkpoint" + second + b"\n")
         received.append(number)
         for process in ranks:
             if process.poll() is None:

@@ -28,9 +28,11 @@ from dapo_megatron.config.derive import derive_engines
 from dapo_megatron.config.known_models import KNOWN_MODELS, check_known
 from dapo_megatron.config.supervised import GENERATED, Stage
 from dapo_megatron.data.arithmetic import build_tokenizer, check_task, longest_example
+from dapo_megatron.data.hub import PREFIX
 from dapo_megatron.data.preferences import Preference, read_preferences
 from dapo_megatron.data.prompt_template import apply_template
 from dapo_megatron.data.prompts import Example, Prompt, check_prompt_lengths, encode_prompt, read_supervised
+from dapo_megatron.data.rows import check_data_file
 from dapo_megatron.data.tokenizer import load_tokenizer, vocabulary_size
 from dapo_megatron.errors import RequestError
 from dapo_megatron.judge_assembly import check_judge_engine, judged_by_engine
@@ -242,6 +244,8 @@ def _check_files(recipe: Recipe, paths: RunPaths, architecture: Architecture) ->
         raise RequestError(f"{paths.model}: neither config.json nor the tokenizer names an end-of-sequence token")
     sides: list[list[Prompt]] = []
     for side, path in (("train", paths.train), ("validation", paths.validation)):
+        if path is not None:
+            check_data_file(path, f"data.{side}")
         if path is not None and side == "train" and recipe.rollout.shape == "preferences":
             sides.append([preference.prompt for preference in encode_preferences(tokenizer, recipe, path)[0]])
         elif path is not None:
@@ -252,7 +256,7 @@ def _check_files(recipe: Recipe, paths: RunPaths, architecture: Architecture) ->
     for i, stage in enumerate(recipe.supervised.stages):
         if stage.data in GENERATED:
             raise RequestError(f"supervised.stages[{i}].data={stage.data} is made by data.generate, which is not set")
-        _check_stage(tokenizer, recipe, stage, architecture)
+        _check_stage(tokenizer, recipe, i, architecture)
 
 
 def _check_generated(recipe: Recipe, architecture: Architecture) -> None:
@@ -270,17 +274,21 @@ def _check_generated(recipe: Recipe, architecture: Architecture) -> None:
             f"rollout.max_response_length={recipe.rollout.max_response_length} is less than the {worked} tokens of the "
             f"longest generated response; use {worked} or more"
         )
-    own = [stage for stage in recipe.supervised.stages if stage.data not in GENERATED]
+    own = [i for i, stage in enumerate(recipe.supervised.stages) if stage.data not in GENERATED]
     if len(own) < len(recipe.supervised.stages):
         _check_example_length(whole, " and ".join(GENERATED), recipe, architecture)
     if not own:
         return
     tokenizer = planned_tokenizer(recipe)
-    for stage in own:
-        _check_stage(tokenizer, recipe, stage, architecture)
+    for i in own:
+        _check_stage(tokenizer, recipe, i, architecture)
 
 
-def _check_stage(tokenizer, recipe: Recipe, stage: Stage, architecture: Architecture) -> None:
+def _check_stage(tokenizer, recipe: Recipe, number: int, architecture: Architecture) -> None:
+    stage, setting = recipe.supervised.stages[number], f"supervised.stages[{number}].data"
+    if recipe.data.generate is not None and not Path(stage.data).suffix and not stage.data.startswith(PREFIX):
+        raise RequestError(f"{setting}={stage.data}: data.generate makes {' and '.join(GENERATED)}; use one, or a file")
+    check_data_file(stage.data, setting)
     examples = encode_examples(tokenizer, recipe, stage)
     _check_example_length(max(len(e.prompt) + len(e.response) for e in examples), stage.data, recipe, architecture)
 

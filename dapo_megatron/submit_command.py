@@ -11,6 +11,7 @@ from dapo_megatron.config.check import profile_problem
 from dapo_megatron.errors import RequestError, RunError
 from dapo_megatron.files import write_text_atomically
 from dapo_megatron.methods import check_methods
+from dapo_megatron.planning.memory import plan_memory
 from dapo_megatron.prepare import planned_architecture
 from dapo_megatron.run_directory import claim_run_directory
 from dapo_megatron.slurm.batch_file import batch_file, slurm_folder
@@ -88,7 +89,7 @@ def submit(
 
 
 def _check(recipe: Recipe, *, resume: bool, overwrite: bool) -> list[str]:
-    """Refuse what the job would refuse; returns what could not be checked here."""
+    """Refuse what the job would refuse; returns what could not be checked here, and what the plan warns of."""
     world = place_ranks(recipe).world
     if (problem := profile_problem(recipe, world)) is not None:
         raise RequestError(problem)
@@ -98,12 +99,16 @@ def _check(recipe: Recipe, *, resume: bool, overwrite: bool) -> list[str]:
     if absent and recipe.model.architecture is None:
         return [f"not checked: model.path={recipe.model.path} is not on this machine, the layout is checked by the job"]
     architecture = planned_architecture(recipe, folder_needed=False)
-    derive_layout(recipe, architecture, world)
+    layout = derive_layout(recipe, architecture, world)
     check_recipe(recipe, architecture)
+    # a formula, which no GPU has confirmed, and so no reason to refuse
+    told = [f"does not fit, by the plan: {problem}" for problem in plan_memory(recipe, architecture, layout).problems]
+    if told:
+        told.append("`dapo-megatron plan` with the same settings names the nearest layout that fits")
     if not absent:
-        return []
+        return told
     shape = f"model.architecture={recipe.model.architecture}"
-    return [f"model.path={recipe.model.path} is not on this machine: the layout was checked for {shape} alone"]
+    return [f"model.path={recipe.model.path} is not on this machine: the layout was checked for {shape} alone", *told]
 
 
 def _call_sbatch(path: Path) -> str:

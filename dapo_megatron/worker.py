@@ -116,7 +116,9 @@ def _train(run: Run, mode: Mode) -> int:
         else:
             train(run, journal, stop, rollout_only=mode.rollout_only)
         if stop.requested():
-            told = f"stopped at step {run.step}; continue with --resume"
+            warming = run.step == 0 and bool(run.recipe.supervised.stages)
+            where = f"supervised step {sum(run.supervised_done)}" if warming else f"step {run.step}"
+            told = f"stopped at {where}; continue with --resume"
             journal.note(told)
             tell_final(told)
             return stop.exit_code

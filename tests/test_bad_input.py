@@ -113,6 +113,10 @@ def test_resuming_something_else(recipe, tmp_path, old_run, override):
     refused(tmp_path, *recipe, override, "--resume", says=(override.split(".")[0], "differs", "config.yaml"))
 
 
+def test_going_on_and_starting_anew_at_once(recipe, tmp_path, old_run):
+    refused(tmp_path, *recipe, "--resume", "--overwrite", says=("exclude each other",))
+
+
 def test_the_two_debug_halves_at_once(recipe, tmp_path):
     refused(tmp_path, *recipe, "--debug-rollout-only", "--debug-train-only", tmp_path, says=("exclude each other",))
 
@@ -274,6 +278,11 @@ def test_convert_refuses_sizes_that_do_not_divide(tmp_path):
 
 def test_a_stage_of_ones_own_beside_a_generated_task(tmp_path, recipe):
     stage = "supervised.stages=[{{data: {}, steps: 1, batch_sequences: 1, learning_rate: 1.0e-3}}]"
-    refused(tmp_path, *recipe, stage.format("nowhere.jsonl"), says=("nowhere.jsonl: no such file",))
+    refused(
+        tmp_path,
+        *recipe,
+        stage.format("nowhere.jsonl"),
+        says=("supervised.stages[0].data=nowhere.jsonl: no such file",),
+    )
     (tmp_path / "rows.jsonl").write_text('{"question": "1+1=", "response": "Answer: 2"}\n')
     refused(tmp_path, *recipe, stage.format(tmp_path / "rows.jsonl"), says=("no column prompt; the row has",))

@@ -182,6 +182,10 @@ def _read_rope(reader: _Reader) -> tuple[float, dict[str, Any] | None]:
     if not isinstance(rope, Mapping):
         reader.problems.append(f"{place}={show(rope)}: expected an object or null")
         rope = {}
+    older = settings.get("rope_scaling")
+    # transformers lets the older key win
+    if place == "rope_parameters" and isinstance(older, Mapping) and any(rope.get(k) != v for k, v in older.items()):
+        reader.problems.append("rope_parameters and rope_scaling contradict each other; keep the one that is meant")
     theta = rope.get("rope_theta", settings.get("rope_theta"))
     if theta is None:
         # checkpoints differ by a factor of 100 here: a guess would run and be wrong

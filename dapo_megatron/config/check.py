@@ -3,6 +3,8 @@
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from dapo_megatron.config.architecture import Architecture
 from dapo_megatron.config.recipe import Recipe
@@ -34,6 +36,8 @@ def check_recipe(recipe: Recipe, architecture: Architecture) -> None:
         *_data(recipe),
         *_stages(recipe),
         *_profile(recipe),
+        *_rates(recipe),
+        *_home_paths(recipe),
     ]
     if problems:
         raise RequestError("\n".join(problems))
@@ -46,6 +50,33 @@ def _profile(recipe: Recipe) -> Iterator[str]:
             yield f"profile.{name}=true needs a GPU, and learner.device=cpu has none; use false"
     if profile.memory and not profile.steps:
         yield "profile.memory=true records nothing without profile.steps; name some, such as [3]"
+
+
+def _rates(recipe: Recipe) -> Iterator[str]:
+    """A schedule that would rise where it is to fall."""
+    stages = enumerate(recipe.supervised.stages)
+    for name, part in (("optimizer", recipe.optimizer), *((f"supervised.stages.{i}", stage) for i, stage in stages)):
+        if part.schedule != "constant" and part.min_learning_rate > part.learning_rate:
+            yield (
+                f"{name}.min_learning_rate={part.min_learning_rate:g} exceeds {name}.learning_rate="
+                f"{part.learning_rate:g}, from which it is to fall; use {part.learning_rate:g} or less"
+            )
+
+
+def _home_paths(recipe: Recipe) -> Iterator[str]:
+    """Paths that only a shell would understand; section slurm's lines are read by one."""
+    for name, text in _texts("", recipe.model_dump(exclude={"slurm"})):
+        if text.startswith("~/"):
+            yield f"{name}={text}: ~ is not expanded here; use {Path(text).expanduser()}"
+
+
+def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Dotted names and values of all settings that are text."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(f"{name}.{key}".removeprefix("."), inner)
 
 
 def profile_problem(recipe: Recipe, world: int) -> str | None:
@@ -278,7 +309,7 @@ def _critic(recipe: Recipe) -> Iterator[str]:
                     "no critic; remove it, or use advantage=gae"
                 )
         return
-    if algorithm.policy_loss == "dpo":
+    if algorithm.compares_pairs:
         yield (
             "algorithm.advantage=gae has no part in algorithm.policy_loss=dpo, which compares responses by their "
             "rewards; use advantage=group"

@@ -81,6 +81,8 @@ def _parse_override(override: str) -> dict[str, Any]:
         raise RequestError(f"override {override!r} is not of the form key.sub=value, e.g. run.steps=10")
     if names == ["base"]:
         raise RequestError(f"override {override!r}: base can be set in a recipe file only")
+    if text.lstrip().startswith("#"):  # what the shell leaves of key="####"
+        raise RequestError(f"override {override!r}: a value from # on is a comment; quote it twice: '{key}=\"{text}\"'")
     value = parse_yaml(text, f"override {override!r}")
     for name in reversed(names):
         value = {name: value}

@@ -95,7 +95,8 @@ class Model(Section):
         if self.path is None:
             raise ValueError(f"architecture={self.architecture} is the shape of a folder; with scratch use null")
         if self.architecture not in KNOWN_MODELS:
-            alike = get_close_matches(self.architecture.lower(), KNOWN_MODELS, n=1, cutoff=0.8)
+            name = self.architecture.lower()
+            alike = [name] if name in KNOWN_MODELS else get_close_matches(name, KNOWN_MODELS, n=3, cutoff=0.8)
             use = join_or([*(alike or KNOWN_MODELS), "null"])
             raise ValueError(f"architecture={self.architecture} is not known; use {use}")
         return self

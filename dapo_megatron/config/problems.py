@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any, Union, get_args, get_origin
@@ -22,6 +23,7 @@ _TYPES = {
     "model_attributes_type": "a mapping of settings",
     "dict_type": "a mapping of settings",
 }
+_UNITS = {"_s": "seconds", "_mib": "MiB", "_gib": "GiB", "_gb": "GB"}  # by the end of a setting's name
 _BOUNDS = {
     "greater_than_equal": ("at least", "ge", True),
     "greater_than": ("more than", "gt", False),
@@ -91,13 +93,34 @@ def _describe(details: Any, recipe: type[Section]) -> str:
         hint = ""
         if kind == "int_type" and isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
             hint = f"; use {int(value)}"
+        if kind in ("int_type", "float_type"):
+            hint = next((f" of {unit}" for end, unit in _UNITS.items() if name.endswith(end)), "") + hint
+        if kind == "list_type":
+            hint = f"; a list is given whole: {name}=[…]"
         return f"{name}={show(value)}: expected {_TYPES[kind]}{hint}"
     if kind in _BOUNDS:
         words, key, attained = _BOUNDS[kind]
-        return f"{name}={show(value)}: must be {words} {context[key]}" + (f"; use {context[key]}" if attained else "")
+        works = context[key] if attained else _within(details["loc"], recipe, value, context[key], key)
+        return f"{name}={show(value)}: must be {words} {context[key]}" + ("" if works is None else f"; use {works}")
     if kind in ("too_short", "string_too_short"):
         return f"{name}={show(value)}: must not be empty"
     return f"{name}={show(value)}: {details['msg'][0].lower()}{details['msg'][1:]}"
+
+
+def _within(place: Sequence[str | int], recipe: type[Section], value: Any, bound: Any, key: str) -> Any:
+    """A value that works where the bound itself does not: the next multiple, or the default; None if there is none."""
+    if key == "multiple_of":
+        return math.ceil(value / bound) * bound
+    section = recipe
+    for part in place[:-1]:
+        if isinstance(part, str):  # a list's entries are of one section
+            inner = list(_sections_in(section.model_fields[part].annotation))
+            if not inner:
+                return None
+            section = inner[0]
+    field = section.model_fields.get(str(place[-1]))
+    default = None if field is None else field.default
+    return default if isinstance(default, int | float) else None
 
 
 def _unknown(place: Sequence[str | int], recipe: type[Section]) -> str:

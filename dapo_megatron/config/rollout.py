@@ -97,8 +97,8 @@ class Rollout(Section):
     max_response_length: int = Field(20480, ge=1)
     """Longest response (tokens); a response cut here counts as truncated."""
 
-    temperature: float = Field(1.0, ge=0)
-    """Sampling temperature (divides the logits); training needs more than 0."""
+    temperature: float = 1.0
+    """Sampling temperature (divides the logits); more than 0."""
 
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus mass to sample from; training needs 1."""

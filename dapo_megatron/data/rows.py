@@ -24,13 +24,8 @@ def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[str, M
         for file in hub_files(str(path), EXTENSIONS):
             yield from read_rows(file, columns)
         return
+    check_data_file(path)
     path = Path(path)
-    if path.suffix not in EXTENSIONS:
-        raise RequestError(
-            f"{path}: unknown extension {path.suffix!r}; use {', '.join(EXTENSIONS[:-1])} or {EXTENSIONS[-1]}"
-        )
-    if not path.is_file():
-        raise RequestError(f"{path}: no such file")
     try:
         if path.suffix == ".parquet":
             yield from _parquet_rows(path, columns)
@@ -38,6 +33,24 @@ def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[str, M
             yield from _jsonl_rows(path) if path.suffix == ".jsonl" else _json_rows(path)
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error}") from error
+
+
+def check_data_file(path: str | Path, setting: str | None = None) -> None:
+    """Refuse what `read_rows` would not open; hub names pass. `setting`: the recipe key that named it.
+
+    Raises:
+        RequestError: no such file, an unknown extension.
+    """
+    if str(path).startswith(PREFIX):
+        return
+    path, named = Path(path), f"{setting}={path}" if setting else str(path)
+    if path.suffix not in EXTENSIONS:
+        raise RequestError(
+            f"{named}: unknown extension {path.suffix!r}; use {', '.join(EXTENSIONS[:-1])} or {EXTENSIONS[-1]}"
+        )
+    if not path.is_file():
+        seen = f" in {Path.cwd()}" if setting and not path.is_absolute() else ""
+        raise RequestError(f"{named}: no such file{seen}")
 
 
 def pick_column(row: Mapping[str, Any], name: str, setting: str | None, where: str) -> Any:
@@ -49,13 +62,16 @@ def pick_column(row: Mapping[str, Any], name: str, setting: str | None, where: s
     if name in row:
         return row[name]
     value: Any = row
+    above = ""
     for part in name.split("."):
         if not isinstance(value, Mapping) or part not in value:
             asked = f"{setting}={name}" if setting else name
-            near = difflib.get_close_matches(name, row, n=1)
-            advice = f"use {near[0]}" if near else "the row has " + (", ".join(map(str, row)) or "none")
+            inside = value if isinstance(value, Mapping) else {}
+            near = difflib.get_close_matches(part if above else name, map(str, inside), n=1)
+            has = f"{above.removesuffix('.') or 'the row'} has {', '.join(map(str, inside)) or 'no columns'}"
+            advice = f"use {above}{near[0]}" if near else has
             raise RequestError(f"{where}: no column {asked}; {advice}")
-        value = value[part]
+        value, above = value[part], f"{above}{part}."
     return value
 
 

@@ -202,7 +202,7 @@ def _disk(facts: Facts, needs: Needs) -> Iterator[Finding]:
 def _cores(facts: Facts, needs: Needs) -> Iterator[Finding]:
     if needs.world is None:
         return
-    here = min(needs.world, len(facts.gpus)) if facts.gpus else needs.world
+    here = min(needs.world, len(facts.gpus)) if facts.gpus else needs.node_ranks or needs.world
     if facts.usable_cores < here * needs.threads:
         text = f"{facts.usable_cores} may be used by this process, {here} ranks of {needs.threads} threads want "
         yield Finding("warning", "CPU cores", text + f"{here * needs.threads}: they take turns")

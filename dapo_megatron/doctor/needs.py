@@ -12,7 +12,8 @@ KEPT_BESIDE = 2  # the best checkpoint, and the one under way
 
 @dataclass(frozen=True)
 class Needs:
-    """packages: name as in `facts.PACKAGES` → the setting that wants it. world: learner ranks, None without a recipe.
+    """packages: name as in `facts.PACKAGES` → the setting that wants it. world: learner ranks, None without a recipe;
+    node_ranks: of them on one machine.
 
     cuda: the setting that wants a GPU, None where a CPU will do. engine_ranks: workers of the largest engine here.
     disk: bytes of checkpoints.
@@ -21,6 +22,7 @@ class Needs:
     packages: Mapping[str, str] = field(default_factory=dict)
     cuda: str | None = None
     world: int | None = None
+    node_ranks: int | None = None
     threads: int = 1
     engine_ranks: int = 0
     disk: int | None = None
@@ -44,6 +46,7 @@ def needs_of(recipe: Recipe, architecture: Architecture, layout: Layout) -> Need
             ("model.layer_spec=transformer_engine", recipe.model.layer_spec == "transformer_engine"),
         ),
         world=layout.world,
+        node_ranks=min(layout.world, recipe.hardware.gpus_per_node) if recipe.learner.device != "cpu" else layout.world,
         threads=recipe.learner.threads,
         engine_ranks=recipe.rollout.tensor if own_engines else 0,
         disk=checkpoint_bytes(architecture, recipe.model.dtype) * (recipe.checkpoint.keep + KEPT_BESIDE),

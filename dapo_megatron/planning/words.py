@@ -84,18 +84,29 @@ def print_run(found: RunPlan) -> None:
     for column in ("phase", "seconds", "most of it"):
         phases.add_column(column, justify="right" if column == "seconds" else "left")
     for name, phase in time.phases.items():
-        phases.add_row(name, f"{phase.seconds:.3g}", max(phase.parts, key=phase.parts.__getitem__))
-    phases.add_row("step", f"{time.seconds:.3g}", "")
+        phases.add_row(name, _seconds(phase.seconds), max(phase.parts, key=phase.parts.__getitem__))
+    phases.add_row("step", _seconds(time.seconds), "")
     console.print(phases)
     for line in (
         f"tokens trained on a step: {found.work.trained_tokens:,}",
         f"pipeline bubble of the update: {time.bubble:.1%}",
         f"bottleneck: {time.bottleneck}",
-        f"{found.recipe.run.steps} steps: {found.gpu_hours:,.0f} hours of {found.devices} devices together",
+        f"{found.recipe.run.steps} steps: {_span(found.gpu_hours / found.devices)}; {found.gpu_hours:,.0f} hours of "
+        f"{found.devices} devices together",
         f"fits: {'yes' if found.fits else 'no'}",
         *found.notes,
     ):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _span(hours: float) -> str:
+    if hours < 2:
+        return f"{60 * hours:.1f} minutes"
+    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:,.1f} days"
 
 
 def _rank(found: RunPlan, rank: int) -> dict[str, Any]:

@@ -15,6 +15,8 @@ TOKENIZER_FILES = (
     "merges.txt", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
 SINGLE = "model.safetensors"
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+PIECE = 1 << 24  # bytes compared at a time
 VALUE_HEAD = ("score.weight", "score.bias")
 ROTARY_BUFFER = "rotary_emb.inv_freq"  # old exporters wrote it along; follows from the architecture
 
@@ -68,7 +70,7 @@ def read_headers(folder: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
     elif (folder / SINGLE).is_file():
         files = [SINGLE]
     else:
-        raise RequestError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+        raise RequestError(f"{folder} holds neither {SINGLE} nor {INDEX}{_instead(folder)}")
     found: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
     for file in files:
         path = folder / file
@@ -79,8 +81,9 @@ def read_headers(folder: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
 
 
 def check_checkpoint(folder: Path, a: Architecture) -> None:
-    """Compare the folder's tensors with what the architecture needs, by name and shape, reading headers alone. A critic
-    may begin without a value head, and with an output layer that it has no use for.
+    """Compare the folder's tensors with what the architecture needs, by name and shape. Headers alone are read; but of
+    a tied model with its output layer written along these two tensors, which must be one. A critic may begin without a
+    value head, and with an output layer that it has no use for.
 
     Raises:
         RequestError: tensors missing, not needed, or of another shape; names the first few of each.
@@ -92,11 +95,47 @@ def check_checkpoint(folder: Path, a: Architecture) -> None:
         problems.append(f"{folder} lacks {_some(missing)}")
     if extra:
         problems.append(f"{folder} holds {_some(sorted(extra))}, unknown to this {a.family} architecture")
+    if a.tied and not a.value_head and OUTPUT in found and EMBEDDING in found and _copy_differs(found):
+        problems.append(
+            f"{folder}: {OUTPUT} differs from {EMBEDDING}, while config.json says tie_word_embeddings=true "
+            f"(transformers would not tie them); set it to false there, or leave {OUTPUT} out"
+        )
     for name in sorted(set(expected) & set(found)):
         if found[name][2] != expected[name]:
             problems.append(f"{folder}: {name} has shape {found[name][2]}; config.json asks for {expected[name]}")
     if problems:
         raise RequestError("\n".join(problems[:5]))
+
+
+def _copy_differs(found: dict[str, tuple[Path, str, tuple[int, ...]]]) -> bool:
+    """Whether the output layer beside a tied embedding has other bytes than the embedding."""
+    (file, start, size), (other, other_start, other_size) = (
+        (found[name][0], *_extent(found[name][0], name)) for name in (OUTPUT, EMBEDDING)
+    )
+    if size != other_size or found[OUTPUT][1:] != found[EMBEDDING][1:]:
+        return True
+    with open(file, "rb") as one, open(other, "rb") as two:
+        one.seek(start)
+        two.seek(other_start)
+        pieces = (min(PIECE, size - at) for at in range(0, size, PIECE))
+        return any(one.read(piece) != two.read(piece) for piece in pieces)
+
+
+def _extent(path: Path, name: str) -> tuple[int, int]:
+    """(first byte, bytes) of a tensor in a file whose header `_header` has found sound."""
+    with open(path, "rb") as handle:
+        length = struct.unpack("<Q", handle.read(8))[0]
+        begin, end = json.loads(handle.read(length))[name]["data_offsets"]
+    return 8 + length + begin, end - begin
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without weights that can be read has in their place, for its message."""
+    if any(folder.glob("model-*-of-*.safetensors")):
+        return "; its files of weights need their index beside them"
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        return "; pickle files are not read: transformers' save_pretrained makes safetensors of them"
+    return ""
 
 
 def _is_derived(name: str, a: Architecture) -> bool:

@@ -9,6 +9,8 @@ counted; a result of the wrong length or with a number that is none ends the run
 
 import ast
 import math
+import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from dapo_megatron.user_file import run_user_file
 ARGUMENTS = ("responses", "answers", "prompts")
 
 _loaded: dict[str, Callable] = {}
+_told: set[str] = set()
 
 
 class CustomReward:
@@ -40,7 +43,27 @@ class CustomReward:
             _loaded[self.location] = _load(Path(self.path), self.name, self.location)
 
     def __call__(self, response: str, answer: str, prompt: str) -> Score:
-        return self.score_many([(response, answer, prompt)])[0]
+        try:
+            return self.score_many([(response, answer, prompt)])[0]
+        except (RewardContractError, MemoryError):
+            raise
+        except Exception as error:  # the pool counts it, and nobody else would see what it was
+            self._tell(error)
+            raise
+
+    def _tell(self, error: Exception) -> None:
+        """The first exception of a worker process, with its line in the user's file, on standard error."""
+        if self.location in _told:
+            return
+        _told.add(self.location)
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.path]
+        what = "".join(c if c.isprintable() else "?" for c in _shown(error))  # it may hold a response
+        print(
+            f"reward.custom={self.location} raised {what}{f' in line {lines[-1]}' if lines else ''}; such responses "
+            "count as wrong and in grader/failures (told once a worker)",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def score_many(self, items: list[tuple[str, str, str]]) -> list[Score]:
         """Scores of several items; RewardContractError for a result that is not one finite number each."""

@@ -14,6 +14,7 @@ from dapo_kernels import (
 )
 from measure import Ceilings
 from peers import CLIP, has_liger, liger_linear_loss, liger_loss, torch_losses
+from rank import as_a_rank
 from torch import Tensor
 
 SEQUENCE_ROWS = 1024  # rows of a sequence, where there are as many
@@ -115,12 +116,15 @@ def materialised(
             lambda: float(loss(*ready(0)).detach()),
         )  # fmt: skip
 
+    asked = batch.weights > 0
+
     def forward(z: Tensor) -> None:
-        with torch.no_grad():
-            logprobs_and_entropy(z, batch.targets, row_mask=batch.weights > 0, implementation=own)
+        with torch.no_grad(), as_a_rank(columns):
+            logprobs_and_entropy(z, batch.targets, row_mask=asked, implementation=own)
 
     def ours(z: Tensor) -> Tensor:
-        return clipped_policy_loss(z, *batch.vectors, implementation=own, denominator=denominator, **CLIP).loss
+        with as_a_rank(columns):
+            return clipped_policy_loss(z, *batch.vectors, implementation=own, denominator=denominator, **CLIP).loss
 
     yield loss_case(own, ours)
     yield Case("log-probs", own, rows, columns, 0, mix, prepare, forward, read_floor, "1 read")
@@ -169,13 +173,14 @@ def fused_linear(
         )  # fmt: skip
 
     def forward(x: Tensor) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), as_a_rank(columns):
             linear_logprobs_and_entropy(x, weight, batch.targets, row_mask=batch.weights > 0, implementation=own)
 
     def ours(x: Tensor, chunk_rows: int = CHUNK_ROWS) -> Tensor:
-        return linear_clipped_policy_loss(
-            x, weight, *batch.vectors, implementation=own, denominator=denominator, chunk_rows=chunk_rows, **CLIP
-        ).loss
+        with as_a_rank(columns):
+            return linear_clipped_policy_loss(
+                x, weight, *batch.vectors, implementation=own, denominator=denominator, chunk_rows=chunk_rows, **CLIP
+            ).loss
 
     weight.main_grad = torch.zeros(columns, width, device=device)  # where Megatron's learner collects dW
     yield loss_case(own, ours, lambda x: [x])

@@ -220,6 +220,7 @@ def test_a_file_transformers_wrote(tmp_path):
         (QWEN25_32B | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, ['rope type "linear"']),
         (QWEN3 | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6}}, ['"dynamic"', "rope_parameters"]),
         (QWEN3 | {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, ["rope_theta is missing"]),
+        (QWEN3 | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["rope_parameters and rope_scaling contradict"]),
         (SMOLLM2 | {"rope_scaling": 3}, ["rope_scaling=3", "object or null"]),
         (SMOLLM2 | {"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
         (LLAMA3 | {"rope_scaling": LLAMA3["rope_scaling"] | {"low_freq_factor": 2}}, ["low_freq_factor=2", "with 1"]),

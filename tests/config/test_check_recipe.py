@@ -91,6 +91,12 @@ def test_what_is_allowed(sections):
             ["supervised.stages.0.weight_column='w'", "data=worked", "leave it out"],
         ),
         ({"rollout": {"temperature": 0.0}}, ["rollout.temperature=0.0", "more than 0", "use 1.0"]),
+        ({"rollout": {"temperature": -1.0}}, ["rollout.temperature=-1.0", "more than 0", "use 1.0"]),
+        (
+            {"optimizer": {"learning_rate": 1e-4, "min_learning_rate": 1e-3, "schedule": "cosine"}},
+            ["optimizer.min_learning_rate=0.001 exceeds optimizer.learning_rate=0.0001", "use 0.0001 or less"],
+        ),
+        ({"data": {"train": "~/train.jsonl"}}, ["data.train=~/train.jsonl", "use /", "/train.jsonl"]),
         (
             {"algorithm": {"kl": {"coefficient": 0.1, "estimator": "k1"}}},
             ["algorithm.kl.estimator=k1", "algorithm.kl.place=loss", "gradient 0", "use estimator=k3", "place=reward"],

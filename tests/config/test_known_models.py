@@ -37,6 +37,7 @@ def test_a_folder_that_is_there_must_agree(tmp_path):
     ("model", "told"),
     [
         ({"path": "x", "architecture": "Qwen2.5-32B"}, "is not known; use qwen2.5-32b or null"),
+        ({"path": "x", "architecture": "qwen2.5-33b"}, "use .*qwen2.5-32b.* or null"),
         ({"path": "x", "architecture": "gpt"}, "use qwen2.5-0.5b, "),
         (
             {"architecture": "qwen3-8b", "scratch": dict(hidden=8, layers=1, heads=1, kv_heads=1, head_dim=8, ffn=8)},

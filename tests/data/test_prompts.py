@@ -105,8 +105,13 @@ def test_a_missing_column_is_named_with_the_nearest(file: Path):
         read_prompts(file, **COLUMNS)
     with pytest.raises(RequestError, match=r"no column data.answer_column=answer; use answers"):
         read_prompts(file, prompt_column="question", answer_column="answer")
-    with pytest.raises(RequestError, match=r"no column data.answer_column=answers.truth"):
+    with pytest.raises(RequestError, match=r"no column data.answer_column=answers.truth; answers has no columns"):
         read_prompts(file, prompt_column="question", answer_column="answers.truth")
+    write(file, [{"question": "a", "reward": {"ground_truth": "1"}}])
+    with pytest.raises(RequestError, match=r"reward.groundtruth; use reward\.ground_truth$"):
+        read_prompts(file, prompt_column="question", answer_column="reward.groundtruth")
+    with pytest.raises(RequestError, match=r"reward.x; reward has ground_truth$"):
+        read_prompts(file, prompt_column="question", answer_column="reward.x")
 
 
 def test_missing_numbers_in_a_table_are_no_answer(tmp_path: Path):

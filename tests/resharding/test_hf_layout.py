@@ -83,9 +83,21 @@ def test_another_shape_is_named_with_both(tmp_path):
 def test_copies_that_old_exporters_wrote_along_are_let_through(tmp_path):
     tied = architecture(tied=True)
     tensors = tensors_of(tied)
-    tensors["lm_head.weight"] = torch.zeros(tied.vocab, tied.hidden)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(2)
     check_checkpoint(write_single(tmp_path, tensors), tied)
+    tensors["lm_head.weight"][-1, -1] += 1
+    with pytest.raises(RequestError, match=r"lm_head\.weight differs .* tie_word_embeddings=true"):
+        check_checkpoint(write_single(tmp_path, tensors), tied)
+
+
+@pytest.mark.parametrize(
+    ("file", "says"), [("model-00001-of-00002.safetensors", "index"), ("pytorch_model.bin", "save_pretrained")]
+)
+def test_what_is_there_in_place_of_weights_is_told(tmp_path, file, says):
+    (tmp_path / file).write_bytes(b"")
+    with pytest.raises(RequestError, match=f"holds neither .*; .*{says}"):
+        check_checkpoint(tmp_path, architecture())
 
 
 def test_a_missing_file_of_the_index_is_named(tmp_path):

@@ -44,7 +44,7 @@ def test_numpy_rewards(tmp_path: Path):
         assert scorer.score(["a", "b"], ["x"] * 2, ["y"] * 2)[1].tolist() == [0.0, 1.0]
 
 
-def test_what_one_response_does_to_it_costs_that_response_only(tmp_path: Path):
+def test_what_one_response_does_to_it_costs_that_response_only(tmp_path: Path, capfd):
     body = """for r in responses:
     if r == "sleep": time.sleep(600)
     if r == "exit": os._exit(1)
@@ -65,6 +65,18 @@ return [2.0] * len(responses)"""
             "grader/out_of_memory": 1.0,
             "grader/failures": 4.0,
         }
+        told = [line for line in capfd.readouterr().err.splitlines() if "raised" in line]
+        assert len(told) == 1 and "KeyError('raise') in line 6" in told[0]  # and once a worker
+        # steps count for themselves, so that a run that is resumed counts as one that was not
+        scorer.begin_step()
+        scorer.score(["fine", "raise"], ["x"] * 2, ["y"] * 2)
+        assert scorer.metrics() == {
+            "grader/timed_out": 0.0,
+            "grader/crashed": 1.0,
+            "grader/out_of_memory": 0.0,
+            "grader/failures": 1.0,
+        }
+        assert scorer.failures == 5
 
 
 @pytest.mark.parametrize(

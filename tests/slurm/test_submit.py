@@ -100,3 +100,6 @@ def test_a_model_that_is_elsewhere_is_said_to_be_unchecked(folder):
 def test_a_published_model_that_is_elsewhere_is_checked_by_its_shape(folder):
     output = submit(GPU, "--dry-run")
     assert "is not on this machine: the layout was checked for model.architecture=qwen2.5-7b alone" in output
+    assert "does not fit" not in output
+    output = submit(GPU, "parallel.tensor=1", "parallel.sequence=false", "--dry-run")
+    assert "does not fit, by the plan: rollout.gpu_memory_share=0.8 beside the learner's state needs" in output
