@@ -222,7 +222,7 @@ def accumulate_product(total: Tensor, dz: Tensor, hidden: Tensor, factor: float 
     """total [V/TP, H] += factor · dzᵀ hidden; a lower precision is widened within the product where the device can."""
     if total.dtype == dz.dtype:
         total.addmm_(dz.t(), hidden, alpha=factor)
-    elif dz.device.type != "cpu" and total.dtype == torch.float32:
+    elif dz.device.type == "cuda" and total.dtype == torch.float32:
         torch.addmm(total, dz.t(), hidden, alpha=factor, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(dz.t().to(total.dtype), hidden.to(total.dtype), alpha=factor)
