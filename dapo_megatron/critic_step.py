@@ -38,9 +38,9 @@ class Estimates:
 
 @dataclass(frozen=True)
 class CriticStep:
-    """loss, grad_norm: means over updates. clipped: share of tokens beyond the clip. value, target, explained_variance:
-    over the step's trained tokens, before the updates. refused: updates that the guard would not have made. seconds:
-    estimates and updates."""
+    """loss, grad_norm: means over updates. clipped: share of tokens beyond the clip. All three are 0 without an update.
+    value, target, explained_variance: over the step's trained tokens, before the updates. seconds: estimates and
+    updates."""
 
     loss: float
     grad_norm: float
@@ -49,7 +49,6 @@ class CriticStep:
     target: float
     explained_variance: float
     updates: int
-    refused: int
     seconds: float
 
 
@@ -80,7 +79,7 @@ def critic_step(
     the rollout step, for records of the guard, which judges every update."""
     started = time.perf_counter()
     settings, algorithm, batch = recipe.critic, recipe.algorithm, estimates.batch
-    sums, norms, refused = torch.zeros(len(VALUE_SUMS), dtype=torch.float64), [], 0
+    sums, norms = torch.zeros(len(VALUE_SUMS), dtype=torch.float64), []
     updates = mini_batches(estimates.samples, algorithm.mini_batch_prompts) * settings.epochs
     for sequences in updates:
         tokens = sum(np.count_nonzero(batch.loss_weights[s]) for s in sequences)
@@ -97,7 +96,6 @@ def critic_step(
             batch=partial(described, estimates.groups, sequences),
         )
         if norm is None:
-            refused += 1
             continue
         sums += terms
         norms.append(norm)
@@ -113,6 +111,5 @@ def critic_step(
         target=sum(float(r.sum(dtype=np.float64)) for r in returns) / count,
         explained_variance=explained_variance(returns, values),
         updates=len(norms),
-        refused=refused,
         seconds=estimates.seconds + time.perf_counter() - started,
     )

@@ -31,6 +31,13 @@ class RunError(Exception):
         self.on_every_rank, self.lasting = on_every_rank, lasting
 
 
+class Interrupted(RunError):
+    """A request to stop came to some rank while all waited, for engines to start or for rollouts; raised on all."""
+
+    def __init__(self) -> None:
+        super().__init__("stopped while ranks waited for engines", on_every_rank=True)
+
+
 @contextmanager
 def exit_with_message() -> Iterator[None]:
     """Turn both errors, and failing files, into a message on standard error and an exit code, without a traceback."""

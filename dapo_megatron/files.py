@@ -1,10 +1,12 @@
 """Files appear whole under their final name or not at all."""
 
 import errno
+import fcntl
 import hashlib
 import io
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,44 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, time_limit_s: float) -> Iterator[None]:
+    """Inside, no other process that asks for the lock of `path` has it: for reading it, adding, writing it anew. The
+    lock is a file beside it, gone afterwards; what a killed process leaves of it holds up nobody.
+
+    Raises:
+        TimeoutError: another process still has it after `time_limit_s`.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + time_limit_s
+    while (handle := _taken(lock)) is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"another process has had {lock} for {time_limit_s:g} s")
+        time.sleep(0.05)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # still held: who waits for it finds another file under its name
+        os.close(handle)
+
+
+def _taken(lock: Path) -> int | None:
+    """An open file that holds the lock, None while another has it."""
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(handle), os.stat(lock)):
+            return handle
+    except (BlockingIOError, FileNotFoundError):  # held, or its name gone since
+        pass
+    except BaseException:
+        os.close(handle)
+        raise
+    os.close(handle)
+    return None
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -130,7 +130,7 @@ def _token_selection(recipe: Recipe) -> Iterator[str]:
             f"algorithm.token_selection.kind={selection.kind} would take tokens out of the mean that is the ratio of "
             "algorithm.policy_loss=gspo; use policy_loss=clip, or kind=none"
         )
-    looks = selection.kind != "none" or algorithm.policy_loss in ("kl-cov", "dpo")
+    looks = selection.kind != "none" or algorithm.policy_loss == "kl-cov" or algorithm.compares_pairs
     if algorithm.statistics != "old" and not looks:
         yield (
             f"algorithm.statistics={algorithm.statistics} is looked at by algorithm.token_selection and by "
@@ -141,14 +141,14 @@ def _token_selection(recipe: Recipe) -> Iterator[str]:
 def _pairs(recipe: Recipe) -> Iterator[str]:
     algorithm, rollout = recipe.algorithm, recipe.rollout
     samples, from_file = rollout.samples_per_prompt, rollout.shape == "preferences"
-    if from_file and algorithm.policy_loss != "dpo":
+    if from_file and not algorithm.compares_pairs:
         yield (
             f"algorithm.policy_loss={algorithm.policy_loss} learns from responses that the policy drew, and "
             "rollout.shape=preferences takes them from a file; use policy_loss=dpo, or shape=independent"
         )
     if from_file and samples != 2:
         yield f"rollout.samples_per_prompt={samples}, and a row of rollout.shape=preferences has two responses; use 2"
-    if algorithm.policy_loss != "dpo":
+    if not algorithm.compares_pairs:
         return
     if samples < 2 and not from_file:
         yield f"rollout.samples_per_prompt={samples} makes no pair for algorithm.policy_loss=dpo; use 2 or more"

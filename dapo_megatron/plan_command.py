@@ -15,6 +15,7 @@ from dapo_megatron.config import Architecture, Layout, Recipe, check_recipe, der
 from dapo_megatron.config.derive import derive_engines, engine_owners
 from dapo_megatron.errors import RequestError
 from dapo_megatron.methods import check_methods
+from dapo_megatron.planning.activations import attention_of, spec_of
 from dapo_megatron.planning.plan import RunPlan, plan_run
 from dapo_megatron.planning.search import nearest_fit
 from dapo_megatron.planning.weights import ITEMSIZE
@@ -124,8 +125,7 @@ def plan_resharding(recipe: Recipe) -> ReshardingPlan:
     layout = derive_layout(recipe, architecture)
     itemsize = ITEMSIZE[recipe.model.dtype]
     started = time.perf_counter()
-    layer_spec = "transformer_engine" if recipe.model.layer_spec == "transformer_engine" else "local"
-    source = megatron_layout(architecture, layout, layer_spec=layer_spec)
+    source = megatron_layout(architecture, layout, layer_spec=spec_of(attention_of(recipe)))
     target, told = _target(recipe, architecture, layout)
     topology = _topology(recipe, layout)
     plan = make_plan(source, target, topology)

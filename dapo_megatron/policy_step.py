@@ -165,7 +165,7 @@ def learn_step(
     updates = [] if waits else mini_batches(samples, prompts)
     for update, sequences in enumerate(updates):
         choice = None
-        if algorithm.policy_loss == "dpo":
+        if algorithm.compares_pairs:
             of_update = groups[update * prompts : (update + 1) * prompts]
             compared.append(weigh_pairs(learner, batch, sequences, of_update, algorithm))
             denominator = float(compared[-1].pairs)

@@ -137,7 +137,7 @@ def _check_same_start(recipe: Recipe, run: Path) -> None:
             f"algorithm.reference.kind={kind_now} differs from kind={kind_before} in {run / 'config.yaml'}, by which "
             f"the reference has come to where it is; only a new run may change it, use kind={kind_before}"
         )
-    if recipe.algorithm.policy_loss == "dpo" and not begun.algorithm.needs_reference:
+    if recipe.algorithm.compares_pairs and not begun.algorithm.needs_reference:
         problems.append(
             f"algorithm.policy_loss=dpo measures from the policy before the first rollout step, which this run did not "
             f"keep: by {run / 'config.yaml'} it had policy_loss={begun.algorithm.policy_loss}; only a new run may turn "

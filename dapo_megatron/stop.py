@@ -9,7 +9,8 @@ from dapo_megatron.stop_signals import CAUGHT, NOTICE, hold_notice, notice_came
 
 
 class StopSignal:
-    """Remembers SIGTERM, SIGINT and SIGUSR1; the loop asks between steps, so that a usable checkpoint is left."""
+    """Remembers SIGTERM, SIGINT and SIGUSR1; the loop asks between steps, so that a usable checkpoint is left, and
+    waits for engines ask what has come to their rank."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -25,6 +26,15 @@ class StopSignal:
             self._received = NOTICE
         self._agreed = self._agreed or largest_of_ranks(int(self._received), self._device)
         return bool(self._agreed)
+
+    def came(self) -> bool:
+        """Whether a signal has come to this rank; not collective."""
+        return bool(self._received) or notice_came()
+
+    def presses(self) -> bool:
+        """Whether one has that leaves no time for the step under way, as the notice of a time limit does; not
+        collective."""
+        return self._received in CAUGHT
 
     @property
     def exit_code(self) -> int:

@@ -45,7 +45,7 @@ def run_stage(
             warmup=stage.warmup_steps,
             schedule=stage.schedule,
         )
-        sums = _gradients(learner, batch)
+        sums = supervised_gradients(learner, batch)
         norm = guarded_update(
             learner,
             guard,
@@ -78,14 +78,7 @@ def weighted_batch(examples: Sequence[Example]) -> SequenceBatch:
     return batch
 
 
-def supervised_update(
-    learner: Learner, batch: SequenceBatch, learning_rate: float, weight_decay: float
-) -> tuple[float, float]:
-    """One optimizer step on the mean −log π over the batch's weighted tokens; returns (loss, gradient norm)."""
-    sums = _gradients(learner, batch)
-    return sums["loss"], learner.step(learning_rate, weight_decay)
-
-
-def _gradients(learner: Learner, batch: SequenceBatch) -> dict[str, float]:
+def supervised_gradients(learner: Learner, batch: SequenceBatch) -> dict[str, float]:
+    """Leave the gradient of the mean −log π over the batch's weighted tokens; returns its sums by name."""
     loss = supervised_loss(learner.head, denominator=batch.weight_sum)
     return dict(zip(SUPERVISED_SUMS, learner.gradients(batch, range(len(batch)), loss).tolist(), strict=True))

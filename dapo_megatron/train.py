@@ -1,7 +1,7 @@
 """The loop: submit → collect → score → advantages → update → reshard → log."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from dapo_megatron.critic_step import critic_step, estimate
 from dapo_megatron.data.completions import PromptGroup
 from dapo_megatron.debug_batches import load_batches, save_batch
 from dapo_megatron.device_memory import held_on_card
-from dapo_megatron.errors import RunError
+from dapo_megatron.errors import Interrupted, RunError
 from dapo_megatron.evaluation import evaluate
 from dapo_megatron.learner.critic import copy_decoder
 from dapo_megatron.learner.optimizer import scheduled_rate
@@ -29,14 +29,19 @@ from dapo_megatron.supervised import run_stage
 
 
 def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = False) -> None:
-    """Train until run.steps or a stop signal; every rank calls it. A checkpoint is left in both cases."""
+    """Train until run.steps or a stop signal; every rank calls it. A checkpoint is left in both cases.
+
+    Any signal ends the wait for engines that start, SIGTERM and SIGINT that for their rollouts too: the step is then
+    drawn again after --resume. After `Interrupted` all ranks find `stop` requested.
+    """
     steps, checkpoint = run.recipe.run.steps, run.recipe.checkpoint
     warm_start(run, journal, stop)
     if not stop.requested() or (run.step and run.recipe.algorithm.reference.moves):
         begin_learning(run)  # also before stopping at once, for the next checkpoint holds a reference that moves
     run.begins("reshard")
-    with checkpoint_on_failure(run):
-        run.sync.push(run.updates)
+    if not stop.requested():
+        with suppress(Interrupted), heeding(run, stop.came), checkpoint_on_failure(run):
+            run.sync.push(run.updates)
     if run.step == 0 and not stop.requested():
         metrics = {"step": 0}
         metrics |= validate(run, "before", partial(journal.step, metrics))
@@ -45,13 +50,13 @@ def train(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = 
         if checkpoint.every and run.updates and run.step < steps and not rollout_only:
             save(run)  # the warm start is not to be lost
     while run.step < steps and not stop.requested():
-        with run.profiler.step(run.step + 1):
-            train_step(run, journal, rollout_only=rollout_only)
+        with suppress(Interrupted), run.profiler.step(run.step + 1):
+            train_step(run, journal, stop, rollout_only=rollout_only)
     save(run)
     run.saver.wait()
 
 
-def train_step(run: Run, journal: Journal, *, rollout_only: bool = False) -> None:
+def train_step(run: Run, journal: Journal, stop: StopSignal, *, rollout_only: bool = False) -> None:
     """One rollout step with all that follows it: validation, metrics, alarms, a checkpoint."""
     steps, checkpoint, evaluation = run.recipe.run.steps, run.recipe.checkpoint, run.recipe.evaluation
     run.saver.check()
@@ -59,7 +64,8 @@ def train_step(run: Run, journal: Journal, *, rollout_only: bool = False) -> Non
         run.grader.begin_step()
     clock = Clock(run.phases.mark)
     with clock.phase("rollout"), checkpoint_on_failure(run):
-        sampled = roll_out(run)
+        with heeding(run, stop.presses):
+            sampled = roll_out(run)
         if not rollout_only:
             run.sync.give_way()
     metrics = {"step": run.step + 1, "learning_rate": learning_rate(run), **rollout_metrics(sampled)}
@@ -91,6 +97,11 @@ def train_step(run: Run, journal: Journal, *, rollout_only: bool = False) -> Non
     best = improved(run, metrics) and checkpoint.keep_best
     if checkpoint.every and (best or run.step % checkpoint.every == 0) and run.step < steps:
         save(run)
+
+
+def heeding(run: Run, stopping: Callable[[], bool]) -> AbstractContextManager:
+    """Inside, waits for engines that are servers end once `stopping` says so."""
+    return nullcontext() if run.engines is None else run.engines.heeding(stopping)
 
 
 def _resharding(run: Run) -> AbstractContextManager:
@@ -128,7 +139,8 @@ def warm_start(run: Run, journal: Journal, stop: StopSignal) -> None:
     stages = run.recipe.supervised.stages
     total = sum(stage.steps for stage in stages)
     if sum(run.supervised_done) < total and not stop.requested():
-        run.sync.give_way()
+        with suppress(Interrupted), heeding(run, stop.came):
+            run.sync.give_way()
     for i, stage in enumerate(stages):
         if run.supervised_done[i] >= stage.steps or stop.requested():
             continue
@@ -228,14 +240,20 @@ def learning_rate(run: Run) -> float:
 
 
 def validate(run: Run, when: str, tell: Callable[[], None]) -> dict[str, float]:
-    """Validation metrics; a few completions are kept for the report. `tell`: as in `checkpoint_on_failure`."""
+    """Validation metrics; a few completions are kept for the report. `tell`: as in `checkpoint_on_failure`.
+
+    Rank 0, which has the grader, tells how many responses got no verdict.
+    """
     if run.validation is None or not run.recipe.evaluation.every:
         return {}
     run.begins("validation")
+    failures = 0 if run.grader is None else run.grader.failures
     clock = Clock(run.phases.mark)
     with clock.phase("validation"), checkpoint_on_failure(run, tell):
         metrics, groups = evaluate(run.validation, run.recipe)
     append_samples(run, groups, when)
+    if run.grader is not None:
+        metrics["validation/grader_failures"] = float(run.grader.failures - failures)
     return metrics | {"time/validation": clock.metrics()["time/validation"]}
 
 
@@ -243,7 +261,8 @@ def validate(run: Run, when: str, tell: Callable[[], None]) -> dict[str, float]:
 def checkpoint_on_failure(run: Run, tell: Callable[[], None] | None = None) -> Iterator[None]:
     """Around work of the engines: what all ranks fail at alike leaves a checkpoint of the last update.
 
-    Prompts taken in vain come again after --resume. `tell`: called then, for what is known of the step.
+    Prompts taken in vain come again after --resume. `tell`: called then, for what is known of the step. After
+    `Interrupted` the checkpoint is left to the end of `train`.
     """
     order = None if run.prompt_order is None else run.prompt_order.state()
     try:
@@ -253,6 +272,8 @@ def checkpoint_on_failure(run: Run, tell: Callable[[], None] | None = None) -> I
             raise
         if order is not None:
             run.prompt_order.load_state(order)
+        if isinstance(error, Interrupted):
+            raise
         told = f"{error}\nthe state after step {run.step} is saved; continue with --resume"
         try:
             save(run)

@@ -15,6 +15,7 @@ from dapo_megatron.critic_step import critic_step, estimate
 from dapo_megatron.errors import RequestError
 from dapo_megatron.files import write_text_atomically
 from dapo_megatron.learner.manifest import checkpoint_folder, write_manifest
+from dapo_megatron.monitoring.step_metrics import critic_metrics
 from dapo_megatron.prepare import check_request
 from dapo_megatron.run_directory import claim_run_directory
 from tests.command_line import RECIPE, SMALL
@@ -75,6 +76,21 @@ def test_the_reward_is_at_the_end_and_each_token_is_charged_its_own_divergence(k
         expected = group.rewards[i] - np.cumsum(charged[::-1].astype(float))[::-1]  # what is still to come
         np.testing.assert_allclose(returns, expected, atol=1e-5)
         np.testing.assert_allclose(advantages, expected - values, atol=1e-5)
+
+
+def test_a_step_without_an_update_tells_no_means_over_updates():
+    """As when the guard skips them all, or when every response is filtered out."""
+    made = scored(2)
+    metrics = []
+    for weight in (1, 0):
+        estimates = estimate(Values(), made, recipe(overlong_filtering=False))
+        estimates.batch.loss_weights = [weights * weight for weights in estimates.batch.loss_weights]
+        found = critic_step(Values(), estimates, recipe())
+        metrics.append(critic_metrics(SimpleNamespace(critic=found)))
+    updated, idle = metrics
+    means = {"critic/loss", "critic/grad_norm", "critic/clip_fraction"}
+    assert means <= set(updated) and updated["critic/updates"] == 4 and idle["critic/updates"] == 0
+    assert set(idle) >= {"critic/value_mean", "time/critic"} and not means & set(idle)
 
 
 def test_filtered_responses_are_left_out_and_every_update_is_a_mini_batch():

@@ -8,13 +8,13 @@ system, is told apart and not counted. Each checkpoint is whole: shards, sums, f
 """
 
 import argparse
-import csv
 import os
 import shutil
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,10 +31,31 @@ from dapo_megatron.launch import World  # noqa: E402
 from dapo_megatron.learner.distributed import choose_device, join_world, leave_world  # noqa: E402
 from dapo_megatron.learner.model import DTYPES  # noqa: E402
 from dapo_megatron.learner.parallel_groups import form_groups  # noqa: E402
+from tools.bench_record import machine, print_table, write_rows  # noqa: E402
 
 VOCAB = 32768
 WAYS = ("waiting", "beside")
 LIMIT_S = 1800.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One save; the machine's columns come last. held_s: seconds that training waited for it, whole_s: until the
+    checkpoint had its name. save: 0 is the first, which is not counted. size_gb: of a checkpoint on disk."""
+
+    way: str
+    save: int
+    held_s: float
+    whole_s: float
+    size_gb: float
+    parameters: int
+    dtype: str
+    device: str
+    torch: str
+    machine: str
+    cores: int
+    load: float
+    commit: str
 
 
 def build_learner(layers: int, hidden: int, dtype: torch.dtype):
@@ -64,15 +85,22 @@ def build_learner(layers: int, hidden: int, dtype: torch.dtype):
     return learner
 
 
-def measure(learner, folder: Path, saves: int) -> list[dict]:
-    """One row a save: way, number, seconds that `save` took, seconds until the checkpoint had its name."""
+def measure(learner, folder: Path, saves: int) -> list[Row]:
+    """A row a save, both ways in turn."""
     from dapo_megatron.learner.checkpoint_saver import CheckpointSaver
 
     savers = {
         way: CheckpointSaver(Checkpoint(keep=1, asynchronous=way == "beside"), learner, folder / way, side_files=folder)
         for way in WAYS
     }
-    rows = []
+    told = {
+        "parameters": sum(weight.numel() for weight in learner.weights.values()),
+        "dtype": str(learner.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name() if learner.device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        **machine(os.getloadavg()[0]),
+    }
+    rows: list[Row] = []
     for number in range(saves + 1):
         for way in WAYS:
             os.sync()  # what the other way left to be written
@@ -80,8 +108,9 @@ def measure(learner, folder: Path, saves: int) -> list[dict]:
             savers[way].save({"step": number, "updates": 0})
             held = time.perf_counter() - started
             savers[way].wait()
-            rows.append({"way": way, "save": number, "held_s": held, "whole_s": time.perf_counter() - started})
-            print("{way:>8} save {save}: held up {held_s:6.2f} s, written after {whole_s:6.2f} s".format(**rows[-1]))
+            whole = time.perf_counter() - started
+            size = sum(p.stat().st_size for p in (folder / way).rglob("*") if p.is_file()) / 1e9
+            rows.append(Row(way, number, held, whole, size, **told))
     return rows
 
 
@@ -101,22 +130,21 @@ def main() -> None:
     try:
         learner = build_learner(arguments.layers, arguments.hidden, DTYPES[arguments.dtype])
         rows = measure(learner, folder, arguments.saves)
-        size = sum(p.stat().st_size for p in (folder / "beside").rglob("*") if p.is_file())
-        parameters = sum(weight.numel() for weight in learner.weights.values())
     finally:
         leave_world()
         shutil.rmtree(folder, ignore_errors=True)
-    held = {way: statistics.median(r["held_s"] for r in rows if r["way"] == way and r["save"]) for way in WAYS}
+    lines = [(r.way, str(r.save), f"{r.held_s:.2f}", f"{r.whole_s:.2f}") for r in rows]
+    print_table(("way", "save", "held up s", "written s"), lines)
+    held = {way: statistics.median(r.held_s for r in rows if r.way == way and r.save) for way in WAYS}
+    one = rows[-1]
     print(
-        f"{parameters / 1e6:.0f} M parameters, {arguments.dtype}, {learner.device.type}, {size / 1e9:.2f} GB a save; "
+        f"{one.parameters / 1e6:.0f} M parameters, {one.dtype}, {one.device}, {one.size_gb:.2f} GB a save; "
         f"medians of {arguments.saves} saves: training is held up {held['beside']:.2f} s when it goes on, "
         f"{held['waiting']:.2f} s when it waits: {held['beside'] / held['waiting']:.1%}"
     )
     if arguments.output is not None:
-        with open(arguments.output, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        write_rows(rows, arguments.output)
+        print(f"written to {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -252,6 +252,8 @@ def measured(task: Task, repeats: int) -> list[dict]:
             timing = timed(lambda _: (), step, repeats=repeats, warm_up=1)
             peak = torch.cuda.max_memory_allocated() if task.device.type == "cuda" else float("nan")
             record |= {"losses": (first, second), "norm": norm, "timing": timing, "peak_bytes": peak}
+            told = f"{timing.median_s * 1e3:.1f} ms, losses {first:.6f} and {second:.6f}, gradient norm {norm:.6f}"
+            print(f"{side} {settings}: {told}", flush=True)
         except torch.OutOfMemoryError:
             print(f"{side} {settings}: out of memory")
         del step
@@ -335,6 +337,8 @@ def run(options: argparse.Namespace) -> None:
     print(f"matmul rate of this run: {limits.matmul_flop_per_s / 1e12:.3f} TFLOP/s")
     if not on_gpu:
         print("no GPU: this is the CPU, the tiny shape, fp32 and the torch kernels; it says nothing about a GPU")
+    options.output.mkdir(parents=True, exist_ok=True)
+    table = options.output / f"learner-{file_name(facts)}.csv"
     rows = []
     for name in names:
         shape = SHAPES[name]
@@ -352,10 +356,9 @@ def run(options: argparse.Namespace) -> None:
             f"recompute {options.recompute}"
         )
         rows += report(task, measured(task, options.repeats), limits, facts)
-    options.output.mkdir(parents=True, exist_ok=True)
-    table = options.output / f"learner-{file_name(facts)}.csv"
-    write_table(rows, table)
-    print(f"written: {table}")
+        if rows:
+            write_table(rows, table)  # after every shape: the next one may fail
+            print(f"written: {table}", flush=True)
 
 
 def main() -> int:

@@ -112,8 +112,10 @@ def main() -> int:
     print(f"{len(wheels)} wheels, {total / 2**20:.1f} MiB of {LARGEST_TOTAL_BYTES >> 20}, in {options.output}")
     print(
         "on the GPU machine, in the repository's root:\n"
-        f"  python3.12 -m pip install --no-index --no-deps --target /tmp/extra {_shown(options.output)}/*.whl && "
-        "export PYTHONPATH=/tmp/extra:$PWD:$PWD/kernels"
+        "  python3 -m pip install -q --no-index --no-deps --no-compile --target /tmp/extra "
+        f"{_shown(options.output)}/*.whl\n"
+        "  export PYTHONPATH=/tmp/extra:$PWD:$PWD/kernels\n"
+        "what to run there, in which order: docs/gpu-machine.md"
     )
     return 0
 

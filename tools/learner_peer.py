@@ -45,10 +45,8 @@ def packed_attention(
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query_1HTD, key_1KTD, value_1KTD))
     if varlen_attn is None or not query.is_cuda or query.dtype == torch.float32:
         return packed_causal_attention(query, key, value, cu_seq_lens_q, scaling)[None], None
-    shared = query.shape[1] // key.shape[1]
+    # torch 2.11 takes key and value heads that queries share as they come, later ones ask for the word
     options = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    if not options and shared > 1:
-        key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
     out = varlen_attn(
         query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
         window_size=(-1, 0), scale=scaling, **options,

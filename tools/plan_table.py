@@ -21,9 +21,19 @@ RECIPES = ROOT / "recipes" / "gpu"
 MARKS = ("<!-- plan_table begins -->", "<!-- plan_table ends -->")
 COLUMNS = (
     "recipe", "cards", "t x p x d", "fits", "learning", "sampling", "parameters", "gradients", "optimizer",
-    "activations", "logits", "engine weights", "KV cache", "rollout", "score", "update", "step",
+    "activations", "logits", "contexts", "staging", "engine weights", "KV cache", "rollout", "score", "update", "step",
 )  # fmt: skip
-PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "engine_weights", "kv_cache")
+PARTS = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "contexts",
+    "staging",
+    "engine_weights",
+    "kv_cache",
+)
 
 
 def recipe_names() -> list[str]:

@@ -256,4 +256,9 @@ class Algorithm(Section):
     @property
     def needs_reference(self) -> bool:
         """Whether a reference policy is kept beside the one that learns."""
-        return self.kl.coefficient > 0 or self.policy_loss == "dpo"
+        return self.kl.coefficient > 0 or self.compares_pairs
+
+    @property
+    def compares_pairs(self) -> bool:
+        """Whether the loss is one of pairs of responses, which no advantage enters."""
+        return self.policy_loss == "dpo"

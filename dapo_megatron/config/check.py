@@ -309,7 +309,7 @@ def _critic(recipe: Recipe) -> Iterator[str]:
                     "no critic; remove it, or use advantage=gae"
                 )
         return
-    if algorithm.policy_loss == "dpo":
+    if algorithm.compares_pairs:
         yield (
             "algorithm.advantage=gae has no part in algorithm.policy_loss=dpo, which compares responses by their "
             "rewards; use advantage=group"

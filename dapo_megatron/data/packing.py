@@ -8,6 +8,7 @@ multiple of 2·C rows, and each rank takes two of its 2·C pieces: see `context_
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -82,11 +83,20 @@ def assign_micro_batches(
 
     Every rank gets the same number of micro-batches, a multiple of `multiple_of`.
     Longest first into the emptiest bin; the number of bins is the least at which no bin exceeds the budget. Bins may be
-    empty when there are fewer sequences than bins. Deterministic.
+    empty when there are fewer sequences than bins. Deterministic, and remembered for the last few questions: an update
+    asks for its packs, and again for how full they were.
 
     Raises:
         RequestError: a sequence longer than the budget.
     """
+    found = _assigned(tuple(lengths), token_budget, data_parallel, multiple_of)
+    return [[list(members) for members in rank] for rank in found]
+
+
+@lru_cache(maxsize=4)
+def _assigned(
+    lengths: tuple[int, ...], token_budget: int, data_parallel: int, multiple_of: int
+) -> list[list[list[int]]]:
     longest = max(lengths, default=0)
     if longest > token_budget:
         raise RequestError(

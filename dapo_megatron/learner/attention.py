@@ -21,10 +21,12 @@ from dapo_megatron.learner.context_parallel import ContextPlan, attend_pieces, g
 
 HAVE_VARLEN = False
 if torch.cuda.is_available():  # elsewhere the import alone would cost a second
-    with suppress(ImportError):  # one variable-length flash-attention call, where this torch has it with shared heads
+    with suppress(ImportError):  # one variable-length flash-attention call, where this torch has it
         from torch.nn.attention.varlen import varlen_attn
 
-        HAVE_VARLEN = "enable_gqa" in inspect.signature(varlen_attn).parameters
+        HAVE_VARLEN = True
+        # key and value heads that queries share: torch 2.11 takes them as they come, later ones ask for the word
+        SHARED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -81,7 +83,7 @@ class PackedCausalAttention(MegatronModule):
                 return attend_pieces(query, key, value, plan, self.scale).flatten(1)
             out = varlen_attn(
                 query, key[plan.key_rows], value[plan.key_rows], plan.cu_queries, plan.cu_keys,
-                plan.longest_queries, plan.longest_keys, window_size=(-1, 0), scale=self.scale, enable_gqa=True,
+                plan.longest_queries, plan.longest_keys, window_size=(-1, 0), scale=self.scale, **SHARED_HEADS,
             )  # fmt: skip
             return out.flatten(1)  # flash attention ends the causal triangle at the last key, where a piece ends too
         cu_seqlens = packed_seq_params.cu_seqlens_q
@@ -89,7 +91,7 @@ class PackedCausalAttention(MegatronModule):
             longest = packed_seq_params.max_seqlen_q
             out = varlen_attn(
                 query, key, value, cu_seqlens, cu_seqlens, longest, longest,
-                window_size=(-1, 0), scale=self.scale, enable_gqa=True,
+                window_size=(-1, 0), scale=self.scale, **SHARED_HEADS,
             )  # fmt: skip
             return out.flatten(1)
         return packed_causal_attention(query, key, value, cu_seqlens, self.scale).flatten(1)

@@ -157,15 +157,9 @@ def _not_a_number(history: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _grader_failures(history: Sequence[Mapping[str, Any]]) -> str | None:
-    counts = [(row, count) for row in history if (count := finite_number(row, "grader/failures")) is not None]
-    if not counts or counts[-1][0] is not history[-1]:
-        return None
-    last, count = counts[-1]
-    before = counts[-2][1] if len(counts) > 1 else 0
-    # the counter runs on through a run and starts anew when it is resumed
-    failed = count - before if count >= before else count
-    responses = finite_number(last, "responses/generated")
-    if not responses or not failed > GRADER_SHARE * responses:
+    last = history[-1] if history else {}
+    failed, responses = (finite_number(last, name) for name in ("grader/failures", "responses/generated"))
+    if not failed or not responses or not failed > GRADER_SHARE * responses:
         return None
     return (
         f"grader failures: {failed:.0f} of {responses:.0f} responses got no verdict and count as wrong; "

@@ -122,7 +122,7 @@ def learner_metrics(result: PolicyStep | None) -> dict[str, float]:
         "mismatch/weight_mean": result.engine_weight,
         "mismatch/weight_bounded": result.engine_weight_bounded,
         **_divergence_metrics(result),
-        **_critic_metrics(result),
+        **critic_metrics(result),
         **_selection_metrics(result),
         **_pair_metrics(result),
         **_bonus_metrics(result),
@@ -191,17 +191,21 @@ def _divergence_metrics(result: PolicyStep) -> dict[str, float]:
     return {"kl/mean": apart.mean, "kl/loss": apart.loss, "kl/reward": apart.penalty, **chosen}
 
 
-def _critic_metrics(result: PolicyStep) -> dict[str, float]:
-    """Nothing without a critic; explained variance is left out where all returns are equal."""
+def critic_metrics(result: PolicyStep) -> dict[str, float]:
+    """Nothing without a critic; explained variance is left out where all returns are equal, means over updates where
+    none was made."""
     critic = result.critic
     if critic is None:
         return {}
     variance = critic.explained_variance
     known = {} if math.isnan(variance) else {"critic/explained_variance": variance}
+    if critic.updates:
+        known |= {
+            "critic/loss": critic.loss,
+            "critic/grad_norm": critic.grad_norm,
+            "critic/clip_fraction": critic.clipped,
+        }
     return known | {
-        "critic/loss": critic.loss,
-        "critic/grad_norm": critic.grad_norm,
-        "critic/clip_fraction": critic.clipped,
         "critic/value_mean": critic.value,
         "critic/return_mean": critic.target,
         "critic/updates": float(critic.updates),

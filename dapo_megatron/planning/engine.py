@@ -3,8 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from dapo_megatron.config import Architecture, Recipe
-from dapo_megatron.planning.hardware import ENGINE_BYTES, Card
+from dapo_megatron.config import Architecture, Layout, Recipe
+from dapo_megatron.config.derive import derive_engines
+from dapo_megatron.planning.hardware import CONTEXT_BYTES, ENGINE_BYTES, Card
 from dapo_megatron.planning.weights import ITEMSIZE
 from dapo_megatron.resharding.hf_layout import canonical_tensors
 from dapo_megatron.resharding.vllm_layout import vllm_local_shapes
@@ -45,6 +46,35 @@ def engine_bytes(recipe: Recipe, a: Architecture, card: Card) -> EngineBytes:
     else:
         cache = round(rollout.gpu_memory_share * card.memory) - weights - ENGINE_BYTES
     return EngineBytes(weights, kv_token, cache)
+
+
+@dataclass(frozen=True)
+class BridgeBytes:
+    """What the way of weights into engines holds on a learner's card, from the first transfer on. contexts: CUDA
+    contexts of workers that stand on other cards of the node; staging: the bucket."""
+
+    contexts: int
+    staging: int
+
+
+def bridge_bytes(recipe: Recipe, layout: Layout, card: Card) -> BridgeBytes:
+    """At most, on each card of the learner:
+
+        contexts = 500 MiB x other cards' workers of the node     vllm engines beside the learner: each copies from all
+        staging  = resharding.bucket_mib                          but on one node, where workers copy from weights alone
+
+    Of a CPU nothing is counted, as its memory is not checked; an only rank has its weights copied.
+    """
+    rollout, world = recipe.rollout, layout.world
+    if card.memory is None:
+        return BridgeBytes(0, 0)
+    cards, contexts = min(recipe.hardware.gpus_per_node, world), 0
+    beside = rollout.engine == "vllm" and rollout.placement == "colocated"
+    if beside:
+        workers = derive_engines(recipe, layout, cpu=False) * rollout.tensor
+        contexts = CONTEXT_BYTES * min(cards - 1, workers)
+    through_bucket = cards < world if beside else world > 1 or rollout.engine == "vllm"
+    return BridgeBytes(contexts, recipe.resharding.bucket_mib << 20 if through_bucket else 0)
 
 
 def longest_sequence(recipe: Recipe) -> int:

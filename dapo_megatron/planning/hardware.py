@@ -36,6 +36,9 @@ MEMORY = 0.7  # of the peak, for reading weights and KV cache
 LINKS = 0.75  # of the peak, for large messages
 
 FIXED_BYTES = 3 * GIB  # CUDA contexts of learner and engine, NCCL's buffers, workspaces of matrix products
+# of a process on a card on which it only opens another's memory: what SGLang measured of a rank that did the same
+# (github.com/sgl-project/sglang, pull request 22662); torch makes a whole context there
+CONTEXT_BYTES = 500 << 20
 FRAGMENTED = 0.05  # of activations and logits, lost between the allocator's blocks
 ENGINE_BYTES = 3 * GIB  # inside vLLM's share: activations, CUDA graphs, its sampler's logits
 DECODE_S = 1.5e-3  # of one decoding iteration on a GPU: scheduler, launches, sampling

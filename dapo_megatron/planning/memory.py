@@ -5,13 +5,25 @@ from dataclasses import dataclass
 from dapo_megatron.config import Architecture, Layout, Recipe, derive_critic_layout
 from dapo_megatron.config.architecture import critic_of
 from dapo_megatron.planning.activations import Attention, attention_of, spec_of
-from dapo_megatron.planning.engine import EngineBytes, engine_bytes, longest_sequence
+from dapo_megatron.planning.engine import BridgeBytes, EngineBytes, bridge_bytes, engine_bytes, longest_sequence
 from dapo_megatron.planning.hardware import FIXED_BYTES, FRAGMENTED, Card, card_of, gigabytes
 from dapo_megatron.planning.moments import ComputeBytes, compute_bytes
 from dapo_megatron.planning.weights import StateBytes, state_bytes
 from dapo_megatron.planning.workload import micro_batches
 
-OF_LEARNING = ("parameters", "gradients", "optimizer", "critic", "activations", "logits", "reserve")
+OF_LEARNING = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "critic",
+    "activations",
+    "logits",
+    "contexts",
+    "staging",
+    "reserve",
+)
+
+FEW_HAVE = ("critic", "contexts", "staging")  # not told where there is none
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,7 @@ class StageMemory:
     update: int
     reserve: int
     engine: EngineBytes
+    bridge: BridgeBytes
     learn: int
     rollout: int
 
@@ -42,6 +55,8 @@ class StageMemory:
             "update": self.update,
             "engine_weights": self.engine.weights,
             "kv_cache": max(0, self.engine.kv_cache),
+            "contexts": self.bridge.contexts,
+            "staging": self.bridge.staging,
             "reserve": self.reserve,
         }
 
@@ -64,17 +79,17 @@ class Memory:
 def plan_memory(recipe: Recipe, a: Architecture, layout: Layout, *, attention: Attention | None = None) -> Memory:
     """Count every pipeline stage. `attention`: what computes it; None takes the recipe's.
 
-        learn    = parameters + gradients + optimizer + critic + (activations + logits + update) + reserve
-        rollout  = parameters + gradients + optimizer + critic + engine's share of the card + fixed reserve
+        learn    = parameters + gradients + optimizer + critic + bridge + (activations + logits + update) + reserve
+        rollout  = parameters + gradients + optimizer + critic + bridge + engine's share of the card + fixed reserve
 
     Engines that share the learner's cards give their memory back while it learns (vLLM's sleep); the learner keeps its
     state while they sample, with learner.offload_optimizer the parameters alone. Of a critic cut otherwise every rank
     is taken to hold the largest stage, and to compute as much as its fullest. The embedded engine keeps its weights
-    throughout. A reference policy lies in host memory.
+    throughout, as do the contexts and the bucket of the way there. A reference policy lies in host memory.
     """
     card = card_of(recipe)
     dtype, distributed = recipe.model.dtype, recipe.optimizer.distributed
-    engine = engine_bytes(recipe, a, card)
+    engine, bridge = engine_bytes(recipe, a, card), bridge_bytes(recipe, layout, card)
     per_update = layout.mini_batch_prompts * recipe.rollout.samples_per_prompt
     count = micro_batches(recipe, layout, per_update, float(longest_sequence(recipe))).count
     embedded, beside = recipe.rollout.engine == "hf", recipe.rollout.placement == "colocated"
@@ -90,7 +105,7 @@ def plan_memory(recipe: Recipe, a: Architecture, layout: Layout, *, attention: A
         compute = max(own, judging, key=lambda found: found.total)
         judged = 0 if critic is None else critic.total
         lost = 0 if card.memory is None else round(FRAGMENTED * compute.total)
-        held = state.total + judged + fixed + (engine.weights if embedded else 0)
+        held = state.total + judged + bridge.contexts + bridge.staging + fixed + (engine.weights if embedded else 0)
         sampling = held + (max(0, engine.kv_cache) if embedded else 0)
         if recipe.learner.offload_optimizer:
             sampling -= sum(s.gradients + s.optimizer for s in (state, critic) if s is not None)
@@ -99,7 +114,7 @@ def plan_memory(recipe: Recipe, a: Architecture, layout: Layout, *, attention: A
             sampling += whole if card.memory is None else round(recipe.rollout.gpu_memory_share * card.memory)
         parts = (compute.activations, compute.logits, compute.update)
         learn = held + compute.total + lost
-        stages.append(StageMemory(state, judged, *parts, fixed + lost, engine, learn, sampling))
+        stages.append(StageMemory(state, judged, *parts, fixed + lost, engine, bridge, learn, sampling))
     fullest = max(range(layout.pipeline), key=lambda i: stages[i].learn)  # sampling takes about the same everywhere
     problems = _problems(recipe, stages, engine, card) if card.memory is not None else []
     return Memory(tuple(stages), fullest, card, tuple(problems))
@@ -131,7 +146,7 @@ def _problems(recipe: Recipe, stages: list[StageMemory], engine: EngineBytes, ca
     if stages[i].learn > card.memory:
         stage = stages[i]
         parts = {name: count for name, count in stage.parts.items() if name in OF_LEARNING}
-        told = ", ".join(f"{n} {gigabytes(count)} GB" for n, count in parts.items() if count or n != "critic")
+        told = ", ".join(f"{n} {gigabytes(count)} GB" for n, count in parts.items() if count or n not in FEW_HAVE)
         problems.append(
             f"learning needs {gigabytes(stage.learn)} GB on pipeline stage {i} and a {card.name} has "
             f"{gigabytes(card.memory)} GB: {told}"

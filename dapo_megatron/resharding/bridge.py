@@ -3,9 +3,10 @@
 Places number all processes: learner ranks first, then worker t of engine e at `layout.world + e · tensor + t`.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from dapo_megatron.config import Architecture, Layout
 from dapo_megatron.resharding.links import open_link
 from dapo_megatron.resharding.megatron_layout import megatron_layout
-from dapo_megatron.resharding.plan import Plan, cached_plan
+from dapo_megatron.resharding.plan import Plan, make_plan
 from dapo_megatron.resharding.relay import Relay
 from dapo_megatron.resharding.relay_schedule import Round, relay_rounds
 from dapo_megatron.resharding.topology import Topology
@@ -58,21 +59,18 @@ class Bridge:
 
     @cached_property
     def plan(self) -> Plan:
-        """The moves from all learner ranks to all workers."""
-        source = megatron_layout(self.architecture, self.layout, layer_spec=self.layer_spec)
-        target = vllm_layout(self.architecture, engines=self.engines, tensor=self.tensor, first_rank=self.layout.world)
-        return cached_plan(source, target, self.topology)
+        """The moves from all learner ranks to all workers; made once in a process, however often it meets others."""
+        return _plan_of(self._words)
 
     @cached_property
     def rounds(self) -> tuple[Round, ...]:
-        """What crosses machines under "relay"."""
-        return relay_rounds(
-            self.plan,
-            self.topology,
-            itemsize=self.torch_dtype.itemsize,
-            bucket_bytes=self.bucket_bytes,
-            most_operations=self.window,
-        )
+        """What crosses machines under "relay"; likewise."""
+        return _rounds_of(self._words)
+
+    @property
+    def _words(self) -> str:
+        """All that plan and rounds depend on."""
+        return json.dumps(self.to_json(), sort_keys=True)
 
     def sources_of(self, place: int) -> list[int]:
         """The learner ranks out of whose own memory the worker at `place` copies."""
@@ -134,3 +132,24 @@ class Bridge:
         if values.get("topology") is not None:
             known["topology"] = Topology(**{name: tuple(ranks) for name, ranks in values["topology"].items()})
         return cls(**{**values, **known})
+
+
+@lru_cache(maxsize=2)
+def _plan_of(words: str) -> Plan:
+    bridge = Bridge.from_json(json.loads(words))
+    a, layout = bridge.architecture, bridge.layout
+    source = megatron_layout(a, layout, layer_spec=bridge.layer_spec)
+    target = vllm_layout(a, engines=bridge.engines, tensor=bridge.tensor, first_rank=layout.world)
+    return make_plan(source, target, bridge.topology)
+
+
+@lru_cache(maxsize=2)
+def _rounds_of(words: str) -> tuple[Round, ...]:
+    bridge = Bridge.from_json(json.loads(words))
+    return relay_rounds(
+        _plan_of(words),
+        bridge.topology,
+        itemsize=bridge.torch_dtype.itemsize,
+        bucket_bytes=bridge.bucket_bytes,
+        most_operations=bridge.window,
+    )

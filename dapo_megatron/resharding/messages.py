@@ -5,6 +5,7 @@ A run that is one piece of memory at both ends goes from storage to storage. Eve
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 from dapo_megatron.resharding.plan import Move, Plan
@@ -99,7 +100,7 @@ def cut(move: Move, most_elements: int) -> Iterator[Move]:
     if move.elements <= most_elements:
         yield move
         return
-    for start, shape in _boxes(move.shape, most_elements):
+    for start, shape in _parts(move.shape, most_elements):
         yield Move(
             move.name,
             shape,
@@ -111,6 +112,12 @@ def cut(move: Move, most_elements: int) -> Iterator[Move]:
             tuple(a + b for a, b in zip(move.target_offset, start, strict=True)),
             move.contiguous,
         )
+
+
+@lru_cache(maxsize=256)
+def _parts(shape: tuple[int, ...], most_elements: int) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+    """`_boxes`, once for all layers and ranks."""
+    return tuple(_boxes(shape, most_elements))
 
 
 def _boxes(shape: tuple[int, ...], most_elements: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

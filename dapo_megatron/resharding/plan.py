@@ -4,11 +4,13 @@ Ranks with equal placements form a group (data-parallel replicas, engines). Boxe
 targets; neighbouring boxes that are neighbours at both ends become one run; after that only senders are chosen.
 """
 
+import gc
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import combinations
 
 from dapo_megatron.errors import RunError
@@ -55,7 +57,6 @@ class Plan:
 
 # (placements, the ranks that hold exactly these), by first rank
 Groups = tuple[tuple[tuple[Placement, ...], tuple[int, ...]], ...]
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 @dataclass(slots=True)
@@ -86,29 +87,6 @@ def make_plan(source: WeightLayout, target: WeightLayout, topology: Topology | N
     return _plan(_groups(source), _groups(target), topology)
 
 
-def cached_plan(source: WeightLayout, target: WeightLayout, topology: Topology | None = None) -> Plan:
-    """`make_plan`, remembered for the last few pairs of layouts.
-
-    The key is the whole content of both layouts: shapes, boxes, local keys, offsets and rank numbers; and the topology.
-
-    Raises:
-        RunError: as `make_plan`; a plan that fails is not remembered.
-    """
-    return _remembered(_shapes(source), _groups(source), _shapes(target), _groups(target), topology)
-
-
-@lru_cache(maxsize=8)
-def _remembered(
-    source_shapes: Shapes, source: Groups, target_shapes: Shapes, target: Groups, topology: Topology | None
-) -> Plan:
-    _check_same_tensors(WeightLayout(dict(source_shapes), {}), WeightLayout(dict(target_shapes), {}))
-    return _plan(source, target, topology)
-
-
-def _shapes(layout: WeightLayout) -> Shapes:
-    return tuple((name, tuple(shape)) for name, shape in layout.shapes.items())
-
-
 def _groups(layout: WeightLayout) -> Groups:
     """Ranks with equal placements, together."""
     by_identity: dict[int, tuple[tuple[Placement, ...], list[int]]] = {}  # hashing a tuple for each rank would be slow
@@ -121,6 +99,20 @@ def _groups(layout: WeightLayout) -> Groups:
     return tuple((placements, tuple(sorted(ranks))) for placements, ranks in found.items())
 
 
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Inside, no garbage is looked for: plans are a million small values without a cycle among them, and looking at all
+    of them again and again would take half of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@without_collector()
 def _plan(source: Groups, target: Groups, topology: Topology | None) -> Plan:
     boxes = _boxes_by_name(source)
     extents = [local_extents(placements) for placements, _ in source]

@@ -27,6 +27,7 @@ GRADERS = {
 }
 """What `reward.grader` may be; `reward.custom` is one's own."""
 
+CAUSES = ("timed_out", "crashed", "out_of_memory", "failures")  # of items without a verdict; the last is their sum
 SPARE_S = 10.0  # of a program's tests, beyond the limits of each
 
 
@@ -44,6 +45,7 @@ class Grader:
     def __init__(self, reward: Reward, device: "torch.device | None" = None, *, judge: Judging | None = None) -> None:
         self._reward = reward
         self._pool = self._model = self._judge = None
+        self._before = dict.fromkeys(CAUSES, 0)
         if reward.method == "model":
             import torch
 
@@ -59,17 +61,20 @@ class Grader:
 
     @property
     def failures(self) -> int:
-        """Items without a verdict since the start, counted as wrong."""
+        """Items without a verdict since the start of this process, counted as wrong."""
         return 0 if self._pool is None else self._pool.failures
 
     def metrics(self) -> dict[str, float]:
-        """`grader/…`: items without a verdict since the start, by cause, and all of them; `judge/…` of this step."""
-        causes = ("timed_out", "crashed", "out_of_memory", "failures")
-        counts = {f"grader/{cause}": float(getattr(self._pool, cause, 0)) for cause in causes}
+        """Since `begin_step`: `grader/…`, items without a verdict, by cause, and all of them; `judge/…`."""
+        counts = {f"grader/{cause}": float(count - self._before[cause]) for cause, count in self._counts().items()}
         return counts if self._judge is None else counts | self._judge.metrics()
 
+    def _counts(self) -> dict[str, int]:
+        return {cause: getattr(self._pool, cause, 0) for cause in CAUSES}
+
     def begin_step(self) -> None:
-        """What is counted by the step, and not since the start, is counted anew."""
+        """Count anew."""
+        self._before = self._counts()
         if self._judge is not None:
             self._judge.begin_step()
 

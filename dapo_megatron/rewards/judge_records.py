@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dapo_megatron.errors import RequestError, RunError
-from dapo_megatron.files import atomic_path
+from dapo_megatron.files import atomic_path, locked
 from dapo_megatron.rewards.judge_prompt import Case
 
 TEXTS = ("question", "answer", "reference", "verdict")
 COLUMNS = (*TEXTS, "p_yes")
+
+LOCK_LIMIT_S = 60.0  # for another run that writes the same file
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,16 @@ class JudgeRecords:
         """Write the file, whole or not at all, if there is something new; the rows that stand in it go first.
 
         Raises:
-            RunError: the disk is full, the file cannot be written, or holds something else by now.
+            RunError: the disk is full, the file cannot be written, holds something else by now, or another run has not
+                done with it in a minute.
         """
         if len(self._rows) == self._written:
             return
         try:
-            on_disk = read_judged(self._path) if self._path.exists() else []
-            self._rows = first_of_each([*on_disk, *self._rows.values()])
-            write_judged(self._path, self._rows.values())
+            with locked(self._path, LOCK_LIMIT_S):
+                on_disk = read_judged(self._path) if self._path.exists() else []
+                self._rows = first_of_each([*on_disk, *self._rows.values()])
+                write_judged(self._path, self._rows.values())
         except (OSError, RequestError) as error:
             raise RunError(f"reward.judge.collect={self._path} cannot be written: {error}") from error
         self._written = len(self._rows)

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from dapo_megatron.data.completions import Completion
-from dapo_megatron.errors import RunError
+from dapo_megatron.errors import Interrupted, RunError
 from dapo_megatron.rollout.engine import PartialCompletion, RolloutRequest
 from dapo_megatron.rollout.vllm_client import EngineFailed
 
 STEER_S = 60.0  # longest wait for a steering route
+LOOK_EVERY_S = 1.0  # for a request to stop, while rollouts are drawn
 HEALTH_EVERY_S, HEALTH_LIMIT_S, HEALTH_MISSES = 10.0, 30.0, 3  # an engine that misses so many checks in a row is lost
 
 
@@ -97,10 +98,13 @@ class Fleet:
         self._loop.call_soon_threadsafe(enqueue)
         return [request.ticket for request in requests]
 
-    def collect(self, until: int | None = None, *, time_limit_s: float) -> list[Completion]:
+    def collect(
+        self, until: int | None = None, *, time_limit_s: float, stopping: Callable[[], bool] = lambda: False
+    ) -> list[Completion]:
         """Completions as they finish, at least `until` of them (None: all that were submitted).
 
         Raises:
+            Interrupted: `stopping`, which is asked about once a second, said so; what has come is kept.
             EnginesLost: engines died; nothing is lost by it: `replace` them, and collect again.
             RunError: not done within the time limit.
         """
@@ -108,9 +112,15 @@ class Fleet:
         wanted = self._out if until is None else min(until, self._out)
         done: list[Completion] = []
         while len(done) < wanted:
+            if stopping():
+                self._put_back(done)
+                raise Interrupted
+            left_s = deadline - time.monotonic()
             try:
-                item = self._done.get(timeout=max(0.0, deadline - time.monotonic()))
+                item = self._done.get(timeout=min(max(0.0, left_s), LOOK_EVERY_S))
             except queue.Empty:
+                if left_s > LOOK_EVERY_S:
+                    continue
                 self._put_back(done)
                 raise RunError(
                     f"rollout: {self._out} requests unfinished after rollout.time_limit_s={time_limit_s:.0f}"

@@ -231,25 +231,36 @@ class EngineProcess(ServerProcess):
         super().__init__(partial(engine_command, settings), environment, secret=secret, log=log, host=host)
 
 
-def wait_until_ready(engines: Sequence[RunningEngine], time_limit_s: float, section: str = "rollout") -> None:
-    """Wait until all engines answer. `section`: of the recipe, whose start_limit_s this is.
+def still_starting(
+    engines: Sequence[RunningEngine], time_limit_s: float, deadline: float, section: str = "rollout"
+) -> list[RunningEngine]:
+    """Those that do not answer yet. `deadline` (of time.monotonic) is when `time_limit_s` is over. `section`: of the
+    recipe, whose start_limit_s this is.
 
     Raises:
         RunError: one ended, refuses the secret, or is not ready in time; shows the end of its log.
     """
+    for engine in engines:
+        if (code := engine.exit_code()) is not None:
+            raise RunError(
+                f"{section}: the engine at {engine.address} ended with code {code} while starting; {engine.tail()}"
+            )
+    waiting = [engine for engine in engines if not engine.answers()]
+    if waiting and time.monotonic() > deadline:
+        raise RunError(
+            f"{section}: the engine at {waiting[0].address} was not ready within {section}.start_limit_s="
+            f"{time_limit_s:.0f}; {waiting[0].tail()}"
+        )
+    return waiting
+
+
+def wait_until_ready(engines: Sequence[RunningEngine], time_limit_s: float, section: str = "rollout") -> None:
+    """Wait until all engines answer. `section`: as in `still_starting`.
+
+    Raises:
+        RunError: as `still_starting`.
+    """
     deadline = time.monotonic() + time_limit_s
     waiting = list(engines)
-    while waiting:
-        for engine in waiting:
-            if (code := engine.exit_code()) is not None:
-                raise RunError(
-                    f"{section}: the engine at {engine.address} ended with code {code} while starting; {engine.tail()}"
-                )
-        waiting = [engine for engine in waiting if not engine.answers()]
-        if waiting and time.monotonic() > deadline:
-            raise RunError(
-                f"{section}: the engine at {waiting[0].address} was not ready within {section}.start_limit_s="
-                f"{time_limit_s:.0f}; {waiting[0].tail()}"
-            )
-        if waiting:
-            time.sleep(0.25)
+    while waiting := still_starting(waiting, time_limit_s, deadline, section):
+        time.sleep(0.25)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from dapo_megatron.agreement import from_rank_zero
 from dapo_megatron.data.completions import Completion
-from dapo_megatron.errors import RunError
+from dapo_megatron.errors import Interrupted, RunError
 from dapo_megatron.rollout.dispatcher import flatten, unflatten
 from dapo_megatron.rollout.engine import RolloutRequest
 from dapo_megatron.rollout.fleet import EnginesLost
@@ -31,6 +31,7 @@ class ServerDispatcher:
         Raises:
             EnginesLost: engines died and may not be restarted.
             RunError: not done within rollout.time_limit_s.
+            Interrupted: see `VLLMEngines.heeding`.
         """
         if self.rank == 0:
             self.engines.fleet.submit(requests)
@@ -39,6 +40,8 @@ class ServerDispatcher:
             if kind == "done":
                 by_ticket = {completion.ticket: completion for completion in unflatten(*content)}
                 return [by_ticket[request.ticket] for request in requests]
+            if kind == "stopped":
+                raise Interrupted
             if kind == "failed":
                 raise RunError(content, on_every_rank=True)
             self.engines.restart(*content)
@@ -46,7 +49,10 @@ class ServerDispatcher:
 
     def _collect(self) -> tuple[str, object]:
         try:
-            return "done", flatten(self.engines.fleet.collect(time_limit_s=self.time_limit_s))
+            limit, stopping = self.time_limit_s, self.engines.stopping
+            return "done", flatten(self.engines.fleet.collect(time_limit_s=limit, stopping=stopping))
+        except Interrupted:
+            return "stopped", None
         except EnginesLost as lost:
             return "lost", (lost.engines, [str(lost)])
         except Exception as error:  # the other ranks wait for a word, whatever it is

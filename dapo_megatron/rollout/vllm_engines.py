@@ -4,17 +4,21 @@ Every rank holds this object. Engine processes belong to their owners; rank 0 al
 """
 
 import os
-from collections.abc import Callable, Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from dapo_megatron.agreement import everyone, from_rank_zero
 from dapo_megatron.config.derive import engine_owner
-from dapo_megatron.errors import RequestError, RunError
+from dapo_megatron.errors import Interrupted, RequestError, RunError
 from dapo_megatron.rollout.fleet import EnginesLost, Fleet
-from dapo_megatron.rollout.launcher import EngineProcess, EngineSettings, RunningEngine, wait_until_ready
+from dapo_megatron.rollout.launcher import EngineProcess, EngineSettings, RunningEngine, still_starting
 from dapo_megatron.rollout.vllm_client import EngineClient
 from dapo_megatron.rollout.vllm_secret import make_secret
+
+POLL_S = 0.5  # between two looks, at which ranks tell each other, while engines start
 
 
 class VLLMEngines:
@@ -59,7 +63,18 @@ class VLLMEngines:
         self.fleet: Fleet | None = None
         self._ready = False
         self._problem: str | None = None  # of starting this rank's engines; told together with the others'
+        self.stopping: Callable[[], bool] = lambda: False  # whether a signal that counts has come to this rank
         self._launch(range(count))
+
+    @contextmanager
+    def heeding(self, stopping: Callable[[], bool]) -> Iterator[None]:
+        """Inside, waits for engines end on all ranks by `Interrupted` once `stopping` says so on one of them; waits for
+        rollouts once it does on rank 0, which asks for them."""
+        before, self.stopping = self.stopping, stopping
+        try:
+            yield
+        finally:
+            self.stopping = before
 
     def ready(self) -> None:
         """Wait until all engines answer, once; collective. `fleet` is there afterwards, on rank 0.
@@ -67,6 +82,7 @@ class VLLMEngines:
         Raises:
             RunError: an engine could not be started, ended, refuses the secret, or was not ready within
                 rollout.start_limit_s; on every rank.
+            Interrupted: see `heeding`.
         """
         if self._ready:
             return
@@ -100,6 +116,7 @@ class VLLMEngines:
 
         Raises:
             EnginesLost: no restarts are left, or the engines are somebody else's.
+            Interrupted: see `heeding`.
         """
         told = "\n".join(reasons)
         if self.servers:
@@ -148,17 +165,25 @@ class VLLMEngines:
         mine: dict[int, EngineProcess | RunningEngine] = dict(self.own)
         if self.servers and self.rank == 0:
             mine = {engine: RunningEngine(self.servers[engine], self.secret) for engine in engines}
+        waiting = [mine[e] for e in engines if e in mine]
         problem, self._problem = self._problem, None
-        if problem is None:
-            try:
-                wait_until_ready([mine[e] for e in engines if e in mine], self.start_limit_s)
-            except RunError as error:
-                problem = str(error)
-        told = everyone((problem, {engine: e.address for engine, e in mine.items()}), self.world)
-        problems = [text for text, _ in told if text is not None]
-        if problems:
-            raise RunError("\n".join(problems), on_every_rank=True)
-        found = {engine: address for _, addresses in told for engine, address in addresses.items()}
+        deadline = time.monotonic() + self.start_limit_s
+        while True:
+            if problem is None:
+                try:
+                    waiting = still_starting(waiting, self.start_limit_s, deadline)
+                except RunError as error:
+                    problem = str(error)
+            told = everyone((problem, bool(waiting), self.stopping()), self.world)
+            if problems := [text for text, _, _ in told if text is not None]:
+                raise RunError("\n".join(problems), on_every_rank=True)
+            if any(stopping for _, _, stopping in told):
+                raise Interrupted
+            if not any(missing for _, missing, _ in told):
+                break
+            time.sleep(POLL_S)
+        told = everyone({engine: e.address for engine, e in mine.items()}, self.world)
+        found = {engine: address for addresses in told for engine, address in addresses.items()}
         return {engine: found[engine] for engine in engines}
 
 

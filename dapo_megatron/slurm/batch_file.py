@@ -83,8 +83,17 @@ newest() {{
     find "$run_in/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort -V | tail -n 1 || true
 }}
 
+# slurm's grace time before it takes the nodes away; whoever stops a run by hand leaves no such time behind
+preempted() {{
+    local job="${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}"
+    [[ "$(scontrol show job "${{job:-$SLURM_JOB_ID}}" -o || true)" == *" PreemptTime="[0-9]* ]]
+}}
+
 again=0
 if [ "$finished" -eq 0 ] && [ "$stopping" -eq 1 ]; then
+    again=1
+elif [ "$finished" -eq 0 ] && preempted; then
+    say "preempted"
     again=1
 elif [ "$failed" -eq 1 ] && [ -e "$log-final" ]; then
     say "not queued again: $(head -n 1 "$log-final")"

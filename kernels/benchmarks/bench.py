@@ -1,10 +1,12 @@
 """Measure every op beside its floor and its peers; print a table, write a CSV and a picture.
 
-    python kernels/benchmarks/bench.py [--rows N …] [--columns V …] [--hidden H …] [--append] [--output F] [--quick]
+    python kernels/benchmarks/bench.py [--rows N …] [--columns V …] [--hidden H …] [--chunk-rows C …] [--append]
+                                       [--output F] [--quick]
 
 On a GPU: N of 1k to 64k, V of 32000, 152064 and their tensor-parallel shards, H of 3584 and 5120, bf16; parts of it
 with --rows, --columns, --hidden and --append. Without one: small shapes and the torch paths, in fp32, which say nothing
-about the kernels' speed.
+about the kernels' speed. --chunk-rows measures our fused linear loss at these rows a chunk too, listed as "triton,
+chunk C"; what is asked for is asked of the op's own size alone.
 """
 
 import argparse
@@ -36,6 +38,7 @@ def shapes(device: torch.device, limits: Ceilings, options: argparse.Namespace) 
     rows = options.rows or (GPU_ROWS if on_gpu else CPU_ROWS)
     columns = options.columns or (GPU_COLUMNS if on_gpu else CPU_COLUMNS)
     widths = options.hidden or (GPU_WIDTHS if on_gpu else CPU_WIDTHS)
+    chunk_sizes = tuple(options.chunk_rows or ())
     if options.quick:
         rows, columns, widths = rows[:1], columns[:1], widths[:1]
     for v in columns:
@@ -43,7 +46,8 @@ def shapes(device: torch.device, limits: Ceilings, options: argparse.Namespace) 
             for mix in ("plain", "real"):
                 yield f"N {n}, V {v}", partial(materialised, n, v, mix, dtype, device, limits)
                 for h in widths if mix == "plain" or n <= MOST_ROWS_OF_A_REAL_LINEAR_MIX else ():
-                    yield f"N {n}, V {v}, H {h}", partial(fused_linear, n, v, h, mix, dtype, device, limits)
+                    build = partial(fused_linear, n, v, h, mix, dtype, device, limits, chunk_sizes)
+                    yield f"N {n}, V {v}, H {h}", build
 
 
 def measure_shape(shape: Shape, quick: bool, limits: Ceilings, facts: dict[str, str]) -> list[dict[str, object]]:
@@ -116,8 +120,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", help="only these N")
     parser.add_argument("--columns", type=int, nargs="+", help="only these V")
     parser.add_argument("--hidden", type=int, nargs="+", help="only these H")
+    parser.add_argument("--chunk-rows", type=int, nargs="+", help="our fused linear loss at these rows a chunk too")
     parser.add_argument("--append", action="store_true", help="keep the rows that the CSV already has")
     options = parser.parse_args()
+    for name in ("rows", "columns", "hidden", "chunk_rows"):
+        if min(getattr(options, name) or (1,)) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     limits, facts = ceilings(device, torch.bfloat16 if device.type == "cuda" else torch.float32), conditions(device)

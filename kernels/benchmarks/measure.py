@@ -15,7 +15,7 @@ from torch import Tensor
 
 GPU_SECONDS_A_CASE = 1.5  # a GPU's repeats are cut to take about this long, but not below FEWEST
 FEWEST, MOST = 3, 30
-QUEUE_CYCLES = 2_000_000  # about 1 ms of GPU time
+QUEUE_CYCLES = 4_000_000  # about 2 ms of GPU time
 
 
 class Timing(NamedTuple):
@@ -102,7 +102,8 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def conditions(device: torch.device) -> dict[str, str]:
-    """Card, driver, versions and commit: what a number means nothing without."""
+    """Card, driver, versions and commit: what a number means nothing without. $BENCH_COMMIT names the commit where the
+    code lies without its repository."""
     try:
         import triton
 
@@ -121,7 +122,8 @@ def conditions(device: torch.device) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "triton": triton_version,
-        "commit": _output(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]) or "unknown",
+        "commit": _output(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"])
+        or os.environ.get("BENCH_COMMIT", "unknown"),
     }
 
 
@@ -131,10 +133,10 @@ def file_name(facts: dict[str, str]) -> str:
 
 
 def write_table(rows: list[dict[str, object]], path: Path) -> None:
-    """A CSV, written beside its final name and renamed."""
+    """A CSV with every column that a row has, written beside its final name and renamed."""
     beside = path.with_suffix(".csv.part")
     with open(beside, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
     os.replace(beside, path)

@@ -1,6 +1,8 @@
 """The operations to measure: each op of dapo_kernels and its peers on the same inputs, with its floor."""
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,9 +14,11 @@ from dapo_kernels import (
 )
 from measure import Ceilings
 from peers import CLIP, has_liger, liger_linear_loss, liger_loss, torch_losses
+from rank import as_a_rank
 from torch import Tensor
 
 SEQUENCE_ROWS = 1024  # rows of a sequence, where there are as many
+CHUNK_ROWS = inspect.signature(linear_clipped_policy_loss).parameters["chunk_rows"].default
 LOSS_GAP = 2e-2  # a peer in bf16 whose loss differs by more computes something else; losses here are means of ±1
 
 
@@ -112,12 +116,15 @@ def materialised(
             lambda: float(loss(*ready(0)).detach()),
         )  # fmt: skip
 
+    asked = batch.weights > 0
+
     def forward(z: Tensor) -> None:
-        with torch.no_grad():
-            logprobs_and_entropy(z, batch.targets, row_mask=batch.weights > 0, implementation=own)
+        with torch.no_grad(), as_a_rank(columns):
+            logprobs_and_entropy(z, batch.targets, row_mask=asked, implementation=own)
 
     def ours(z: Tensor) -> Tensor:
-        return clipped_policy_loss(z, *batch.vectors, implementation=own, denominator=denominator, **CLIP).loss
+        with as_a_rank(columns):
+            return clipped_policy_loss(z, *batch.vectors, implementation=own, denominator=denominator, **CLIP).loss
 
     yield loss_case(own, ours)
     yield Case("log-probs", own, rows, columns, 0, mix, prepare, forward, read_floor, "1 read")
@@ -127,10 +134,24 @@ def materialised(
         yield loss_case("liger", lambda z: liger_loss(z, *batch.vectors), prepare_liger)
 
 
+def other_chunks(rows: int, sizes: Iterable[int]) -> list[int]:
+    """The chunk sizes that cut `rows` rows in another way than the op's own, and than each other."""
+    cuts = {min(CHUNK_ROWS, rows)}
+    return [size for size in sizes if (cut := min(size, rows)) not in cuts and not cuts.add(cut)]
+
+
 def fused_linear(
-    rows: int, columns: int, width: int, mix: str, dtype: torch.dtype, device: torch.device, limits: Ceilings
+    rows: int,
+    columns: int,
+    width: int,
+    mix: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    limits: Ceilings,
+    chunk_sizes: Iterable[int] = (),
 ) -> Iterator[Case]:
-    """Cases on hidden states [rows, width] and a weight [columns, width]."""
+    """Cases on hidden states [rows, width] and a weight [columns, width]; our loss at the op's own rows a chunk, and
+    named for it at each of `chunk_sizes` that differs."""
     own = own_implementation(device)
     hidden = torch.randn(rows, width, device=device, dtype=dtype)
     weight = torch.nn.Parameter(torch.randn(columns, width, device=device, dtype=dtype) / width**0.5)
@@ -152,16 +173,19 @@ def fused_linear(
         )  # fmt: skip
 
     def forward(x: Tensor) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), as_a_rank(columns):
             linear_logprobs_and_entropy(x, weight, batch.targets, row_mask=batch.weights > 0, implementation=own)
 
-    def ours(x: Tensor) -> Tensor:
-        return linear_clipped_policy_loss(
-            x, weight, *batch.vectors, implementation=own, denominator=denominator, **CLIP
-        ).loss
+    def ours(x: Tensor, chunk_rows: int = CHUNK_ROWS) -> Tensor:
+        with as_a_rank(columns):
+            return linear_clipped_policy_loss(
+                x, weight, *batch.vectors, implementation=own, denominator=denominator, chunk_rows=chunk_rows, **CLIP
+            ).loss
 
     weight.main_grad = torch.zeros(columns, width, device=device)  # where Megatron's learner collects dW
     yield loss_case(own, ours, lambda x: [x])
+    for size in other_chunks(batch.trained, chunk_sizes):
+        yield loss_case(f"{own}, chunk {size}", partial(ours, chunk_rows=size), lambda x: [x])
     yield Case("linear log-probs", own, rows, columns, width, mix, prepare, forward, 2 * work, "2NHV")
     del weight.main_grad
     both = lambda x: [x, weight]  # noqa: E731

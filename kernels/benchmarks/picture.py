@@ -27,7 +27,8 @@ def draw(rows: list[dict[str, object]], facts: dict[str, str], path: Path) -> bo
             f"{row['implementation']}  N {row['N']}, V {row['V']}" + (f", H {row['H']}" if row["H"] else "")
             for row in own
         ]
-        ours = ["#1f6f8b" if row["implementation"] in ("torch", "triton") else "#c9c9c9" for row in own]
+        by = [str(row["implementation"]).split(",")[0] for row in own]  # without the rows a chunk
+        ours = ["#1f6f8b" if name in ("torch", "triton") else "#c9c9c9" for name in by]
         axis.barh(labels, [float(row["times_floor"]) for row in own], color=ours)
         axis.axvline(1.0, color="black", linewidth=0.8)
         axis.invert_yaxis()

@@ -124,6 +124,14 @@ def inverse_temperature(temperature: float | Tensor, count: int, like: Tensor) -
     return temperature.to(device=like.device, dtype=dtype).reciprocal().contiguous()
 
 
+def kernel_temperature(temperature: float | Tensor, count: int, like: Tensor) -> float | Tensor:
+    """As `inverse_temperature`, for the kernels, who take a number as it is: a tensor would be one more to fill."""
+    inverse = inverse_temperature(temperature, count, like) if isinstance(temperature, Tensor) else None
+    if inverse is None and not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be > 0")
+    return 1.0 / temperature if inverse is None else inverse
+
+
 def shard_of(columns: int, vocab_size: int | None, group: dist.ProcessGroup | None) -> Shard:
     """This rank's share of the columns.
 

@@ -18,20 +18,24 @@ from dapo_kernels.arguments import (
     check_vectors,
     compute_dtype,
     inverse_temperature,
+    kernel_temperature,
 )
 from dapo_kernels.device_errors import note_on_device
 from dapo_kernels.kl import check_kl
 from dapo_kernels.linear_chunks import (
     LinearGradients,
     LinearHead,
+    among_all_rows,
     chunks,
     gathered,
     global_rows,
     linear_head,
+    of_rows,
+    part_of,
     weight_gradient_for_autograd,
 )
 from dapo_kernels.logprobs import LogprobsAndEntropy, RowStatistics, row_statistics, write_row_gradient
-from dapo_kernels.policy_loss import PolicyLoss, check_clip, clip_settings, device_number, loss_of_rows
+from dapo_kernels.policy_loss import ClippedRows, PolicyLoss, check_clip, clip_settings, loss_of_rows
 
 
 def linear_clipped_policy_loss(
@@ -96,7 +100,7 @@ def linear_clipped_policy_loss(
     check_on_cpu(targets, temperature, head.shard.vocabulary, loss_mask > 0)
     loss, values, clips = _LinearClippedLoss.apply(
         hidden, weight, head, (targets, old_logprobs, advantages, loss_mask, *reference.values()),
-        inverse_temperature(temperature, count, hidden), denominator,
+        _inverse_temperature(temperature, count, hidden, head), denominator,
         {
             "eps_low": eps_low, "eps_high": eps_high, "eps_dual": eps_dual, "entropy_coefficient": entropy_coefficient,
             "kl_coefficient": kl_coefficient, "kl_estimator": kl_estimator,
@@ -137,7 +141,7 @@ def linear_logprobs_and_entropy(
     )  # fmt: skip
     count = global_rows(hidden, head.group, sequence_parallel)
     check_rows(count, hidden.device, targets, row_mask)
-    scale = inverse_temperature(temperature, count, hidden)
+    scale = _inverse_temperature(temperature, count, hidden, head)
     if hidden.device.type == "cpu":
         check_on_cpu(targets[head.rows], _of_rows(temperature, head), head.shard.vocabulary, None)
     return LogprobsAndEntropy(*_LinearLogprobs.apply(hidden, weight, head, targets, scale, _main_grad(weight, head)))
@@ -148,31 +152,32 @@ class _LinearClippedLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, head: LinearHead, vectors, scale, denominator, clip, main_grad, gradient_scale):
         whole = gathered(head, hidden)
         gradients = LinearGradients(head, whole, weight, main_grad, gradient_scale)
-        count = vectors[0].shape[0]
         dtype = compute_dtype(hidden.dtype)
-        loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        values = torch.zeros(3, count, dtype=dtype, device=hidden.device)
-        clips = torch.zeros(3, count, dtype=torch.bool, device=hidden.device)
         chunk_loss = _triton_chunk_loss if head.implementation == "triton" else _torch_chunk_loss
         want = head.need_hidden or head.need_weight
+        # once a call, not once a chunk: on a GPU each small kernel takes 2 to 4 µs between products
+        own, scale = [of_rows(head, vector) for vector in vectors], of_rows(head, scale)
+        found = ClippedRows.empty(head.rows.numel(), dtype, hidden.device)
         for chunk in chunks(head, whole, weight):
-            own = [vector[chunk.rows] for vector in vectors]
-            chunk_scale = scale[chunk.rows] if scale.dim() else scale
-            part, chunk_values, chunk_clips = chunk_loss(head, chunk.logits, own, chunk_scale, denominator, clip, want)
-            loss += part
-            values.index_copy_(1, chunk.rows, chunk_values)
-            clips.index_copy_(1, chunk.rows, chunk_clips)
+            part = chunk.positions
+            chunk_loss(
+                head, chunk.logits, [vector[part] for vector in own], part_of(scale, part),
+                denominator, clip, want, found.part(part),
+            )  # fmt: skip
             if want:
                 gradients.add(chunk)
         gradients.finish()
+        loss = found.terms.sum(dtype=torch.float64)
+        values, clips = (among_all_rows(head, tensor, vectors[0].shape[0]) for tensor in found[1:])
         ctx.gradients = (gradients.hidden, None if main_grad is not None else gradients.weight)
         ctx.main_grad, ctx.gradient_scale, ctx.weight = main_grad, gradient_scale, weight
         ctx.implementation = head.implementation
         ctx.mark_non_differentiable(values, clips)
         if loss.device.type != "cpu":
             weights = vectors[3]
-            sound = (weights >= 0).all() & (torch.as_tensor(denominator, device=loss.device) > 0)
-            sound &= (weights[head.rows] > 0).all() & ((weights > 0).sum() == head.rows.numel())
+            sound = (weights >= 0).all() & (own[3] > 0).all() & ((weights > 0).sum() == head.rows.numel())
+            if isinstance(denominator, Tensor):  # a number has been looked at
+                sound &= denominator.to(loss.device).reshape(()) > 0
             note_on_device(loss.device, "setting", ~sound)
             loss = torch.where(sound, loss, float("nan"))
         return loss.to(dtype), values, clips
@@ -198,38 +203,48 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, head: LinearHead, targets, scale, main_grad):
         whole = gathered(head, hidden)
-        kept = torch.empty(4, head.rows.numel(), dtype=compute_dtype(hidden.dtype), device=hidden.device)
+        # l, H and what the backward pass needs of a row: maximum and sum, as the implementation has them
+        shape, dtype = (head.rows.numel(),), compute_dtype(hidden.dtype)
+        kept = [torch.empty(shape, dtype=dtype, device=hidden.device) for _ in range(4)]
+        own_targets, own_scale = of_rows(head, targets), of_rows(head, scale)
         for chunk in chunks(head, whole, weight):
-            own, chunk_scale = targets[chunk.rows], scale[chunk.rows] if scale.dim() else scale
+            into = [vector[chunk.positions] for vector in kept]
+            own, chunk_scale = own_targets[chunk.positions], part_of(own_scale, chunk.positions)
             if head.implementation == "triton":
                 from dapo_kernels import triton_rows
 
-                parts = triton_rows.statistics(chunk.logits, own, None, chunk_scale, head.shard, head.group)
-                kept[:, chunk.positions] = triton_rows.finish(parts, own, None, chunk_scale, head.shard)
+                triton_rows.logprobs(
+                    chunk.logits, own, None, chunk_scale, head.shard, head.group, triton_rows.RowValues(*into)
+                )
             else:
                 every = torch.arange(own.numel(), device=own.device)
                 found = row_statistics(chunk.logits, own, every, chunk_scale, head.shard, head.group)
-                kept[:, chunk.positions] = torch.stack([found.logprobs, found.entropy, found.maximum, found.log_sum])
-        ctx.save_for_backward(hidden, weight, targets, scale, kept)
-        ctx.head, ctx.main_grad, ctx.weight = head, main_grad, weight
-        result = kept.new_zeros(2, targets.shape[0]).index_copy_(1, head.rows, kept[:2])
-        return result[0].clone(), result[1].clone()
+                for vector, value in zip(
+                    into, (found.logprobs, found.entropy, found.maximum, found.log_sum), strict=True
+                ):
+                    vector.copy_(value)
+        ctx.save_for_backward(hidden, weight, own_targets, *kept)
+        ctx.head, ctx.main_grad, ctx.weight, ctx.scale = head, main_grad, weight, own_scale
+        return tuple(among_all_rows(head, vector, targets.shape[0]) for vector in kept[:2])
 
     @staticmethod
     def backward(ctx, g_l, g_h):
-        hidden, weight, targets, scale, kept = ctx.saved_tensors
+        hidden, weight, targets, *kept = ctx.saved_tensors
         head = ctx.head
         whole = gathered(head, hidden)
         gradients = LinearGradients(head, whole, weight, ctx.main_grad)
+        g_l, g_h = of_rows(head, g_l), of_rows(head, g_h)
         for chunk in chunks(head, whole, weight):
-            own, chunk_scale = targets[chunk.rows], scale[chunk.rows] if scale.dim() else scale
-            own_l, own_h, values = g_l[chunk.rows], g_h[chunk.rows], kept[:, chunk.positions].contiguous()
+            part = chunk.positions
+            own, chunk_scale = targets[part], part_of(ctx.scale, part)
+            own_l, own_h, values = g_l[part], g_h[part], [vector[part] for vector in kept]
             if head.implementation == "triton":
                 from dapo_kernels import triton_rows
 
                 triton_rows.gradient(
-                    chunk.logits, chunk.logits, values, own, None, own_l, own_h, chunk_scale, head.shard
-                )
+                    chunk.logits, chunk.logits, triton_rows.RowValues(*values), own, None, own_l, own_h, chunk_scale,
+                    head.shard,
+                )  # fmt: skip
             else:
                 every = torch.arange(own.numel(), device=own.device)
                 statistics = RowStatistics(values[2], values[3], values[0], values[1])
@@ -245,8 +260,9 @@ class _LinearLogprobs(torch.autograd.Function):
         return gradients.hidden, d_weight, *[None] * 4
 
 
-def _torch_chunk_loss(head, logits, vectors, scale, denominator, clip, want):
-    """(Σ terms, (l, ratio, H), clips) of a chunk; `logits` become their gradient where that is wanted."""
+def _torch_chunk_loss(head, logits, vectors, scale, denominator, clip, want, into: ClippedRows):
+    """A chunk's rows `into` their place, the sum of the terms at the first one's; `logits` become their gradient where
+    that is wanted."""
     targets, old, advantages, weights, *reference = vectors
     rows = torch.arange(targets.numel(), device=targets.device)
     found = row_statistics(logits, targets, rows, scale, head.shard, head.group)
@@ -259,19 +275,24 @@ def _torch_chunk_loss(head, logits, vectors, scale, denominator, clip, want):
         if want:
             g_l, g_h = torch.autograd.grad(result.loss, leaves, allow_unused=True, materialize_grads=True)
             write_row_gradient(logits, logits, targets, rows, scale, found, g_l, g_h, head.shard)
-    values = torch.stack([result.logprobs, result.ratio, result.entropy])
-    return result.loss.detach(), values, torch.stack([result.clipped_low, result.clipped_high, result.clipped_dual])
+    into.terms.zero_()[0] = result.loss.detach()
+    torch.stack([result.logprobs, result.ratio, result.entropy], out=into.values)
+    torch.stack([result.clipped_low, result.clipped_high, result.clipped_dual], out=into.clips)
 
 
-def _triton_chunk_loss(head, logits, vectors, scale, denominator, clip, want):
+def _triton_chunk_loss(head, logits, vectors, scale, denominator, clip, want, into: ClippedRows):
     from dapo_kernels import triton_rows
 
     targets, old, advantages, weights, *reference = vectors
-    found = triton_rows.clipped_loss(
+    triton_rows.clipped_loss(
         logits, logits if want else None, targets, old, advantages, weights,
-        device_number(denominator, logits.device), scale, head.shard, head.group, clip_settings(**clip), *reference,
+        denominator, scale, head.shard, head.group, clip_settings(**clip), *(reference or [None]), into,
     )  # fmt: skip
-    return found.terms.sum(dtype=torch.float64), found.values, found.clips
+
+
+def _inverse_temperature(temperature: float | Tensor, count: int, hidden: Tensor, head: LinearHead) -> float | Tensor:
+    of_implementation = kernel_temperature if head.implementation == "triton" else inverse_temperature
+    return of_implementation(temperature, count, hidden)
 
 
 def _of_rows(temperature: float | Tensor, head: LinearHead) -> float | Tensor:

@@ -114,6 +114,25 @@ def gathered(head: LinearHead, hidden: Tensor) -> Tensor:
     return whole
 
 
+def of_rows(head: LinearHead, per_row: float | Tensor) -> float | Tensor:
+    """The entries, [N] → [n], of the rows that count; a number stays one."""
+    if not isinstance(per_row, Tensor) or per_row.dim() == 0:
+        return per_row
+    return per_row.contiguous() if head.everything else per_row.index_select(0, head.rows)
+
+
+def part_of(per_row: float | Tensor, positions: slice) -> float | Tensor:
+    """The entries of a chunk; a number stays one."""
+    return per_row[positions] if isinstance(per_row, Tensor) and per_row.dim() else per_row
+
+
+def among_all_rows(head: LinearHead, per_row: Tensor, count: int) -> Tensor:
+    """[…, n] of the rows that count → […, count], zeros elsewhere; `per_row` itself where these are all."""
+    if head.everything:
+        return per_row
+    return per_row.new_zeros(*per_row.shape[:-1], count).index_copy_(-1, head.rows, per_row)
+
+
 @dataclass(frozen=True)
 class Chunk:
     """`logits` [m, V/TP] and `hidden` [m, H] of the rows `rows` [m] of the batch; `positions` among the rows that
@@ -203,7 +222,7 @@ def accumulate_product(total: Tensor, dz: Tensor, hidden: Tensor, factor: float 
     """total [V/TP, H] += factor · dzᵀ hidden; a lower precision is widened within the product where the device can."""
     if total.dtype == dz.dtype:
         total.addmm_(dz.t(), hidden, alpha=factor)
-    elif dz.device.type == "cuda" and total.dtype == torch.float32:
+    elif dz.device.type != "cpu" and total.dtype == torch.float32:
         torch.addmm(total, dz.t(), hidden, alpha=factor, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(dz.t().to(total.dtype), hidden.to(total.dtype), alpha=factor)

@@ -25,6 +25,7 @@ from dapo_kernels.arguments import (
     choose_implementation,
     group_of_many,
     inverse_temperature,
+    kernel_temperature,
     shard_of,
 )
 from dapo_kernels.device_errors import NonFiniteLogits, note_on_device
@@ -73,7 +74,7 @@ def logprobs_and_entropy(
     check_rows(count, logits.device, targets, row_mask)
     chosen = choose_implementation(implementation, logits.device, logits.dtype)
     shard = shard_of(logits.shape[1], vocab_size, tensor_parallel_group)
-    scale = inverse_temperature(temperature, count, logits)
+    scale = (kernel_temperature if chosen == "triton" else inverse_temperature)(temperature, count, logits)
     check_on_cpu(targets, temperature, shard.vocabulary, row_mask)
     group = group_of_many(tensor_parallel_group)
     if chosen == "triton":

@@ -10,7 +10,7 @@ loss (GRPO, 2402.03300, eq. 3).
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from dapo_kernels.arguments import (
     check_vectors,
     choose_implementation,
     group_of_many,
-    inverse_temperature,
+    kernel_temperature,
     shard_of,
 )
 from dapo_kernels.device_errors import note_on_device
@@ -46,6 +46,24 @@ class PolicyLoss:
     clipped_low: Tensor
     clipped_high: Tensor
     clipped_dual: Tensor
+
+
+class ClippedRows(NamedTuple):
+    """Per row: w·(L − β_H·H + β·k)/denominator [N]; (l, ratio, H) [3, N]; (low, high, dual) bool [3, N]."""
+
+    terms: Tensor
+    values: Tensor
+    clips: Tensor
+
+    @classmethod
+    def empty(cls, count: int, dtype: torch.dtype, device: torch.device) -> "ClippedRows":
+        """Room for `count` rows."""
+        terms, values = (torch.empty(*shape, count, dtype=dtype, device=device) for shape in ((), (3,)))
+        return cls(terms, values, torch.empty(3, count, dtype=torch.bool, device=device))
+
+    def part(self, rows: slice) -> "ClippedRows":
+        """These rows' share of the same memory."""
+        return ClippedRows(self.terms[rows], self.values[:, rows], self.clips[:, rows])
 
 
 def clipped_policy_loss(
@@ -121,11 +139,11 @@ def clipped_policy_loss(
     from dapo_kernels.triton_ops import TritonClippedLoss
 
     shard = shard_of(logits.shape[1], vocab_size, tensor_parallel_group)
-    scale = inverse_temperature(temperature, logits.shape[0], logits)
+    scale = kernel_temperature(temperature, logits.shape[0], logits)
     check_on_cpu(targets, temperature, shard.vocabulary, loss_mask > 0)
     loss, values, clips = TritonClippedLoss.apply(
         logits, targets.contiguous(), old_logprobs, advantages, loss_mask.contiguous(), reference_logprobs,
-        device_number(denominator, logits.device), scale, shard, group_of_many(tensor_parallel_group),
+        denominator, scale, shard, group_of_many(tensor_parallel_group),
         clip_settings(eps_low, eps_high, eps_dual, entropy_coefficient, kl_coefficient, kl_estimator),
         logits.requires_grad and torch.is_grad_enabled(), in_place,
     )  # fmt: skip
@@ -156,13 +174,6 @@ def clip_settings(
 
     dual = float("inf") if eps_dual is None else eps_dual
     return ClipSettings(1 - eps_low, 1 + eps_high, dual, entropy_coefficient, kl_coefficient, kl_estimator)
-
-
-def device_number(value: float | Tensor, device: torch.device) -> Tensor:
-    """float32 [1] on `device`; a Python number by a fill, which waits for nothing."""
-    if isinstance(value, Tensor):
-        return value.to(device=device, dtype=torch.float32).reshape(1)
-    return torch.full((1,), float(value), dtype=torch.float32, device=device)
 
 
 def loss_of_rows(
@@ -203,7 +214,9 @@ def loss_of_rows(
         token_loss = token_loss + kl_coefficient * kl_estimate(logprobs - reference, kl_estimator)
     loss = (weight * token_loss).sum() / denominator
     if loss.device.type != "cpu":
-        sound = (loss_mask >= 0).all() & (torch.as_tensor(denominator, device=loss.device) > 0)
+        sound = (loss_mask >= 0).all()
+        if isinstance(denominator, Tensor):  # a number has been looked at
+            sound &= denominator.to(loss.device).reshape(()) > 0
         note_on_device(loss.device, "setting", ~sound)
         loss = torch.where(sound, loss, float("nan"))
     return PolicyLoss(

@@ -1,17 +1,19 @@
 """Triton kernels on rows of vocab-parallel logits x, [N, V_local].
 
-With k = log2(e)/T and M the row's maximum, statistics of a shard are, in units of x and fp32:
+Everything is in bits: with k = log2(e)/T and B = max_j k·x_j as rounded, d_j = k·x_j − B in one fused multiply-add, so
+that nothing is rounded at the size of x and |x| of 1e4 costs no digits. The statistics of a shard, fp32:
 
-    (M, S = Σ 2^(k(x_j − M)), x_y or −inf where another rank owns y, W = Σ 2^(k(x_j − M))·(x_j − M))
+    (B, S = Σ 2^d_j, d_y or −inf where another rank owns y, W = Σ 2^d_j·d_j)
 
-from which the row's whole is l = (x_y − M)/T − log S, H = log S − W/(S·T), and its gradient under ∂/∂l = g_l and
-∂/∂H = g_h is
+Ranks are brought to one B by adding the difference of theirs to d. Then the row's whole is l = ln 2·d_y − ln S,
+H = ln S − ln 2·W/S, and with u_j = d_j − log2 S = log2 p_j its gradient under ∂/∂l = g_l and ∂/∂H = g_h is
 
-    dx_j = (1/T)·[ g_l·(1[j=y] − p_j) − g_h·p_j·(log p_j + H) ],      p_j = 2^(k(x_j − M))/S
+    dx_j = (1/T)·[ g_l·(1[j=y] − p_j) − g_h·p_j·(log p_j + H) ] = g_l/T·1[j=y] − 2^u_j·(c_1 + c_2·u_j)
 
-The maximum is subtracted before anything is multiplied, so that |x| of 1e4 costs no digits. A tile is [ROWS, LANES,
-VEC]: VEC neighbours are one 16-byte load and are reduced within a thread, so the loop over columns needs one
-exponential an element and no barrier; lanes meet after the loop. No atomics. Row offsets are 64-bit.
+with c_1 = (g_l + g_h·H)/T and c_2 = g_h·ln 2/T. A tile is [ROWS, VECS, LANES, VEC]: VEC neighbours are one 16-byte
+load, a thread holds VECS of these, and all of them are reduced within the thread to one maximum and one rescaling, so
+the loop over columns needs one exponential an element and no barrier; lanes meet after the loop. The target's column
+is looked for in its own tile alone. No atomics. Row offsets are 64-bit.
 
 A number of columns arrives as `column_units` × UNIT: a multiple the compiler can see keeps loads 16 bytes wide without
 a compilation for each size. Nothing is specialised on N, V or the alignment of a per-row vector.
@@ -21,30 +23,42 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.0e38)  # stands in for −inf where a product with 0 must be 0
+LN2 = tl.constexpr(0.6931471805599453)
+NOTHING = tl.constexpr(-1000.0)  # bits: 2^−1000 is 0 as 2^−inf is, but a product of the two with 0 is 0 as well
 INFINITY = tl.constexpr(float("inf"))
 LOG_RATIO_LIMIT = tl.constexpr(20.0)
 
 
 @triton.jit
-def _row_numbers(rows, ROWS: tl.constexpr):
-    """This program's rows, int64 [ROWS], and which of them exist."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+def _row_numbers(rows, ROWS: tl.constexpr, BACKWARDS: tl.constexpr):
+    """This program's rows, int64 [ROWS], and which of them exist. BACKWARDS, the first programs take the last rows:
+    those that the kernel before has left in the cache."""
+    program = tl.program_id(0)
+    if BACKWARDS:
+        program = tl.num_programs(0) - 1 - program
+    row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     return row, row < rows
 
 
 @triton.jit
-def _tile_columns(start, LANES: tl.constexpr, VEC: tl.constexpr):
-    """Columns of a tile, int32 [1, LANES, VEC]."""
-    lane = tl.arange(0, LANES)[None, :, None] * VEC
-    return start + lane + tl.arange(0, VEC)[None, None, :]
+def _tile_columns(start, VECS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
+    """Columns of a tile, int32 [1, VECS, LANES, VEC]."""
+    vector = tl.arange(0, VECS)[None, :, None, None] * (LANES * VEC)
+    lane = tl.arange(0, LANES)[None, None, :, None] * VEC
+    return start + vector + lane + tl.arange(0, VEC)[None, None, None, :]
+
+
+@triton.jit
+def _of_rows(value):
+    """[ROWS] → [ROWS, 1, 1, 1]"""
+    return value[:, None, None, None]
 
 
 @triton.jit
 def _load_tile(logits_ptr, row_offset, live, column, columns, valid, PADDED: tl.constexpr):
-    """x as fp32 [ROWS, LANES, VEC]; −inf in dead rows, beyond the row and in padded columns."""
-    mask = live[:, None, None] & (column < columns)
-    x = tl.load(logits_ptr + row_offset[:, None, None] + column, mask=mask, other=float("-inf")).to(tl.float32)
+    """x as fp32 [ROWS, VECS, LANES, VEC]; −inf in dead rows, beyond the row and in padded columns."""
+    mask = _of_rows(live) & (column < columns)
+    x = tl.load(logits_ptr + _of_rows(row_offset) + column, mask=mask, other=float("-inf")).to(tl.float32)
     if PADDED:  # a select, not a load mask: the loads stay wide whatever the true vocabulary
         x = tl.where(column < valid, x, float("-inf"))
     return x
@@ -53,128 +67,166 @@ def _load_tile(logits_ptr, row_offset, live, column, columns, valid, PADDED: tl.
 @triton.jit
 def _asked(mask_ptr, row, exists):
     """Rows that count: those whose weight or mask is above 0 (a NaN is not)."""
-    if mask_ptr is None:
-        return exists
-    return exists & (tl.load(mask_ptr + row, mask=exists, other=0).to(tl.float32) > 0)
+    if mask_ptr is not None:
+        exists = exists & (tl.load(mask_ptr + row, mask=exists, other=0).to(tl.float32) > 0)
+    return exists
+
+
+@triton.jit
+def _number(pointer, number, row, exists, stride):
+    """[ROWS] fp32: the rows' own, `stride` apart, or the one `number` where no pointer is given."""
+    if pointer is None:  # no early return: the compiler would go on and add to nothing
+        numbers = tl.where(exists, number, 1.0).to(tl.float32)
+    else:
+        numbers = tl.load(pointer + row * stride, mask=exists, other=1.0)
+    return numbers
 
 
 # everything but the logits and their gradient: N, V and where a per-row vector starts must not cause a compilation
 _UNSPECIALISED = [
     "targets_ptr", "mask_ptr", "inverse_temperature_ptr", "statistics_ptr", "parts_ptr", "old_ptr", "advantages_ptr",
     "reference_ptr", "denominator_ptr", "terms_ptr", "values_ptr", "clips_ptr", "flags_ptr", "g_l_ptr", "g_h_ptr",
-    "scale_ptr", "rows", "column_units", "valid", "first", "vocabulary", "temperature_stride",
+    "logprobs_ptr", "entropy_ptr", "largest_ptr", "total_ptr",
+    "scale_ptr", "rows", "values_stride", "column_units", "valid", "first", "vocabulary", "temperature_stride",
 ]  # fmt: skip
+
+
+@triton.jit
+def _or_zero(bits):
+    """0 for −inf: −inf − −inf is a NaN."""
+    return tl.where(bits == float("-inf"), 0.0, bits)
+
+
+@triton.jit
+def _row_statistics(
+    logits_ptr, row, asked, local_target, inverse_temperature, columns, valid,
+    ROWS: tl.constexpr, VECS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """(B, S, d_y, W) of the header, [ROWS] each; local_target is −1 where another rank owns it. Rows not asked for are
+    not read and get (−inf, 0, −inf, 0)."""
+    offset = row * columns
+    k = tl.where(asked, inverse_temperature, 1.0) * LOG2E
+    at = logits_ptr + offset + local_target
+    target = tl.load(at, mask=asked & (local_target >= 0), other=float("-inf")).to(tl.float32)
+    largest = tl.full([ROWS, LANES], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS, LANES], tl.float32)
+    weighted = tl.zeros([ROWS, LANES], tl.float32)
+    end = columns * tl.max(asked.to(tl.int32), axis=0)  # no trip at all where no row counts
+    for start in range(0, end, VECS * LANES * VEC):
+        x = _load_tile(logits_ptr, offset, asked, _tile_columns(start, VECS, LANES, VEC), columns, valid, PADDED)
+        new = tl.maximum(largest, tl.max(tl.max(x, axis=3), axis=1) * k[:, None])
+        base = _or_zero(new)
+        step = tl.maximum(largest - base, NOTHING)
+        shrink = tl.exp2(step)
+        d = tl.fma(x, _of_rows(k), -base[:, None, :, None])
+        e = tl.exp2(d)
+        moved = tl.sum(tl.sum(e * tl.maximum(d, NOTHING), axis=3), axis=1)
+        weighted = (weighted + total * step) * shrink + moved
+        total = total * shrink + tl.sum(tl.sum(e, axis=3), axis=1)
+        largest = new
+
+    row_largest = tl.max(largest, axis=1)
+    base = _or_zero(row_largest)
+    step = tl.maximum(largest - base[:, None], NOTHING)
+    shrink = tl.exp2(step)
+    row_weighted = tl.sum((weighted + total * step) * shrink, axis=1)
+    row_total = tl.sum(total * shrink, axis=1)
+    return row_largest, row_total, tl.fma(target, k, -base), row_weighted
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def row_statistics_kernel(
     logits_ptr, targets_ptr, mask_ptr, inverse_temperature_ptr, statistics_ptr,
-    rows, column_units, valid, first, temperature_stride,
-    ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr,
+    rows, column_units, valid, first, temperature_stride, inverse_temperature,
+    ROWS: tl.constexpr, VECS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr,
+    PADDED: tl.constexpr,
 ):  # fmt: skip
-    """statistics [N, 4] of the header, one read of the logits; rows not asked for are not read and get
-    (−inf, 0, −inf, 0)."""
-    columns = column_units * UNIT
-    row, exists = _row_numbers(rows, ROWS)
+    """statistics [N, 4] of the header, one read of the logits."""
+    row, exists = _row_numbers(rows, ROWS, False)
     asked = _asked(mask_ptr, row, exists)
-    offset = row * columns
-    k = tl.load(inverse_temperature_ptr + row * temperature_stride, mask=exists, other=1.0) * LOG2E
-    k_lane = k[:, None]
-
-    maximum = tl.full([ROWS, LANES], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS, LANES], tl.float32)
-    weighted = tl.zeros([ROWS, LANES], tl.float32)
-    end = columns * tl.max(asked.to(tl.int32), axis=0)  # no trip at all where no row counts
-    for start in range(0, end, LANES * VEC):
-        x = _load_tile(logits_ptr, offset, asked, _tile_columns(start, LANES, VEC), columns, valid, PADDED)
-        new = tl.maximum(maximum, tl.max(x, axis=2))
-        base = tl.where(new == float("-inf"), 0.0, new)  # −inf − −inf is a NaN
-        step = tl.where(maximum == float("-inf"), 0.0, maximum - base)
-        shrink = tl.exp2(step * k_lane)
-        d = x - base[:, :, None]
-        e = tl.exp2(d * k_lane[:, :, None])
-        weighted = (weighted + total * step) * shrink + tl.sum(e * tl.maximum(d, LOWEST), axis=2)
-        total = total * shrink + tl.sum(e, axis=2)
-        maximum = new
-
-    row_maximum = tl.max(maximum, axis=1)
-    base = tl.where(row_maximum == float("-inf"), 0.0, row_maximum)
-    step = tl.where(maximum == float("-inf"), 0.0, maximum - base[:, None])
-    shrink = tl.exp2(step * k_lane)
-    row_weighted = tl.sum((weighted + total * step) * shrink, axis=1)
-    row_total = tl.sum(total * shrink, axis=1)
-
+    inverse_temperature = _number(inverse_temperature_ptr, inverse_temperature, row, exists, temperature_stride)
     local = tl.load(targets_ptr + row, mask=asked, other=-1).to(tl.int64) - first
-    owned = asked & (local >= 0) & (local < valid)
-    target = tl.load(logits_ptr + offset + local, mask=owned, other=float("-inf")).to(tl.float32)
+    local = tl.where((local >= 0) & (local < valid), local, -1).to(tl.int32)
+    largest, total, target, weighted = _row_statistics(
+        logits_ptr, row, asked, local, inverse_temperature, column_units * UNIT, valid, ROWS, VECS, LANES, VEC, PADDED
+    )
     out = statistics_ptr + row * 4
-    tl.store(out, row_maximum, mask=exists)
-    tl.store(out + 1, row_total, mask=exists)
+    tl.store(out, largest, mask=exists)
+    tl.store(out + 1, total, mask=exists)
     tl.store(out + 2, target, mask=exists)
-    tl.store(out + 3, row_weighted, mask=exists)
+    tl.store(out + 3, weighted, mask=exists)
 
 
 @triton.jit
-def _combine(
-    parts_ptr, row, exists, asked, target_known, rows, inverse_temperature, flags_ptr,
-    RANKS: tl.constexpr, RANKS_POWER: tl.constexpr,
-):  # fmt: skip
-    """(M, S, l, H) of whole rows from the parts [RANKS, N, 4] of every rank.
+def _merge_ranks(parts_ptr, row, asked, rows, RANKS: tl.constexpr, RANKS_POWER: tl.constexpr):
+    """(B, S, d_y, W) of whole rows from the parts [RANKS, N, 4] of every rank."""
+    rank = tl.arange(0, RANKS_POWER)[:, None]
+    inside = (rank < RANKS) & asked[None, :]
+    part = parts_ptr + (rank.to(tl.int64) * rows + row[None, :]) * 4
+    largest = tl.load(part, mask=inside, other=float("-inf"))
+    sums = tl.load(part + 1, mask=inside, other=0.0)
+    target = tl.load(part + 2, mask=inside, other=float("-inf"))
+    weighted = tl.load(part + 3, mask=inside, other=0.0)
+    whole = tl.max(largest, axis=0)
+    # a rank with nothing but −inf has sum 0 and must not turn 0 × −inf into a NaN
+    step = tl.where(sums == 0, 0.0, largest - whole[None, :])
+    shrink = tl.exp2(step)
+    total = tl.sum(sums * shrink, axis=0)
+    return whole, total, tl.max(target + step, axis=0), tl.sum((weighted + sums * step) * shrink, axis=0)
+
+
+@triton.jit
+def _finish(largest, total, target, weighted, asked, target_known, flags_ptr, row):
+    """(S, l, H) of whole rows.
 
     Rows with a NaN, a +inf or nothing but −inf are NaN throughout and set flag 1; a target outside the vocabulary makes
     l NaN and sets flag 0. Stores race on purpose: every writer writes 1.
     """
-    rank = tl.arange(0, RANKS_POWER)[:, None]
-    inside = (rank < RANKS) & asked[None, :]
-    part = parts_ptr + (rank.to(tl.int64) * rows + row[None, :]) * 4
-    maxima = tl.load(part, mask=inside, other=float("-inf"))
-    sums = tl.load(part + 1, mask=inside, other=0.0)
-    target = tl.max(tl.load(part + 2, mask=inside, other=float("-inf")), axis=0)
-    weighted = tl.load(part + 3, mask=inside, other=0.0)
-    maximum = tl.max(maxima, axis=0)
-    # a rank with nothing but −inf has sum 0 and must not turn 0 × −inf into a NaN
-    shift = tl.where(sums == 0, 0.0, maxima - maximum[None, :])
-    scale = tl.exp2(shift * (inverse_temperature * LOG2E)[None, :])
-    total = tl.sum(sums * scale, axis=0)
-    mean = tl.sum((weighted + sums * shift) * scale, axis=0) / total
-    sound = (total > 0) & (maximum > float("-inf")) & (maximum < INFINITY)  # a NaN total is not > 0
+    sound = (total > 0) & (largest > float("-inf")) & (largest < INFINITY)  # a NaN total is not > 0
     total = tl.where(sound, total, float("nan"))
     tl.store(flags_ptr + 1 + row * 0, 1, mask=asked & (sound == 0))
     tl.store(flags_ptr + row * 0, 1, mask=asked & (target_known == 0))
     log_sum = tl.log(total)
-    entropy = log_sum - tl.where(sound, mean, 0.0) * inverse_temperature
-    logprob = (target - tl.where(sound, maximum, 0.0)) * inverse_temperature - log_sum
-    logprob = tl.where(target_known, logprob, float("nan"))
-    return maximum, total, logprob, entropy
+    entropy = log_sum - tl.where(sound, weighted, 0.0) / total * LN2
+    logprob = tl.where(sound, target, 0.0) * LN2 - log_sum
+    return total, tl.where(target_known, logprob, float("nan")), entropy
 
 
 @triton.jit
 def _write_gradient(
-    logits_ptr, gradient_ptr, row, exists, local_target, maximum, total, entropy, inverse_temperature, g_l, g_h,
+    logits_ptr, gradient_ptr, row, exists, local_target, largest, total, entropy, inverse_temperature, g_l, g_h,
     columns, valid,
-    ENTROPY: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, PADDED: tl.constexpr,
+    ENTROPY: tl.constexpr, ROWS: tl.constexpr, VECS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    PADDED: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """dx of the header. Rows whose g_l and g_h are 0 are written as zeros and not read."""
+    """dx of the header, from the last column to the first: the last tiles may still be in the cache. Rows whose g_l and
+    g_h are 0 are written as zeros and not read."""
     live = exists & ((g_l != 0) | (g_h != 0))  # a NaN is alive
     offset = row * columns
-    a = (tl.where(live, g_l, 0.0) * inverse_temperature)[:, None, None]
-    b = (tl.where(live, g_h, 0.0) * inverse_temperature)[:, None, None]
-    shift = tl.where(live, maximum, 0.0)[:, None, None]
-    total = tl.where(live, total, 1.0)[:, None, None]
-    log_sum = tl.log(total)
-    inverse_sum = 1.0 / total
-    surprise = tl.where(live, entropy, 0.0)[:, None, None]
-    per_unit = inverse_temperature[:, None, None]
-    hit_column = local_target[:, None, None]
-    for start in range(0, columns, LANES * VEC):
-        column = _tile_columns(start, LANES, VEC)
-        d = _load_tile(logits_ptr, offset, live, column, columns, valid, PADDED) - shift
-        p = tl.exp2(d * (per_unit * LOG2E)) * inverse_sum
-        g = a * (tl.where(column == hit_column, 1.0, 0.0) - p)
+    inverse_temperature = tl.where(live, inverse_temperature, 1.0)
+    k = _of_rows(inverse_temperature * LOG2E)
+    base = _of_rows(tl.where(live, largest, 0.0))
+    log2_sum = _of_rows(tl.log(tl.where(live, total, 1.0)) * LOG2E)
+    of_target = _of_rows(tl.where(live, g_l * inverse_temperature, 0.0))
+    c_2 = tl.where(live, g_h * inverse_temperature, 0.0)
+    minus_c_1 = -of_target - _of_rows(c_2 * tl.where(live, entropy, 0.0))
+    minus_c_2 = _of_rows(c_2 * -LN2)
+    TILE: tl.constexpr = VECS * LANES * VEC
+    last = (columns - 1) // TILE * TILE
+    for passed in range(0, columns, TILE):
+        start = last - passed
+        column = _tile_columns(start, VECS, LANES, VEC)
+        u = tl.fma(_load_tile(logits_ptr, offset, live, column, columns, valid, PADDED), k, -base) - log2_sum
+        minus_c = minus_c_1
         if ENTROPY:
-            g -= b * p * (tl.maximum(d * per_unit, LOWEST) - log_sum + surprise)
-        mask = exists[:, None, None] & (column < columns)
-        tl.store(gradient_ptr + offset[:, None, None] + column, g.to(gradient_ptr.dtype.element_ty), mask=mask)
+            minus_c = tl.fma(tl.maximum(u, NOTHING), minus_c_2, minus_c_1)
+        g = tl.exp2(u) * minus_c
+        here = (local_target >= start) & (local_target < start + TILE)
+        if tl.max(here.to(tl.int32), axis=0) > 0:
+            g += tl.where(column == _of_rows(local_target), of_target, 0.0)
+        mask = _of_rows(exists) & (column < columns)
+        at = gradient_ptr + _of_rows(offset) + column
+        tl.store(at, g.to(gradient_ptr.dtype.element_ty), mask=mask, eviction_policy=EVICTION)
 
 
 @triton.jit
@@ -210,30 +262,38 @@ def _divergence(logprob, reference, KL: tl.constexpr):
 def clipped_loss_kernel(
     logits_ptr, gradient_ptr, parts_ptr, targets_ptr, mask_ptr, old_ptr, advantages_ptr, reference_ptr, denominator_ptr,
     inverse_temperature_ptr, terms_ptr, values_ptr, clips_ptr, flags_ptr,
-    rows, column_units, valid, first, vocabulary, temperature_stride,
+    rows, values_stride, column_units, valid, first, vocabulary, temperature_stride, inverse_temperature, denominator,
     lowest_ratio, highest_ratio, dual_ratio, entropy_coefficient, kl_coefficient,
     RANKS: tl.constexpr, RANKS_POWER: tl.constexpr, GRADIENT: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr,
+    ROWS: tl.constexpr, VECS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr,
+    PADDED: tl.constexpr,
 ):  # fmt: skip
     """Per row w·(L − β_H·H + β·k)/denominator → terms [N]; (l, ratio, H) → values [3, N]; (low, high, dual) → clips
-    [3, N] uint8; with GRADIENT its derivative → gradient [N, V_local], which may be the logits themselves.
+    [3, N] uint8, both with rows `values_stride` apart; with GRADIENT its derivative → gradient [N, V_local], which may
+    be the logits themselves.
 
-    `mask_ptr` holds the weights w; KL names the estimator k, 0 for none. A weight that is negative or NaN, a
-    denominator or temperature that is not above 0 sets flag 2 and makes the row's term NaN.
+    RANKS = 0: no parts are given, the whole vocabulary is here; the statistics are taken first, and the gradient meets
+    what they have left in the cache. `mask_ptr` holds the weights w; KL names the estimator k, 0 for none. A weight
+    that is negative or NaN, a denominator or temperature that is not above 0 sets flag 2 and makes the row's term NaN.
     """
     columns = column_units * UNIT
-    row, exists = _row_numbers(rows, ROWS)
+    row, exists = _row_numbers(rows, ROWS, True)
     weight = tl.load(mask_ptr + row, mask=exists, other=0).to(tl.float32)
     asked = exists & (weight > 0)
-    inverse_temperature = tl.load(inverse_temperature_ptr + row * temperature_stride, mask=exists, other=1.0)
-    denominator = tl.load(denominator_ptr + row * 0, mask=exists, other=1.0)
+    inverse_temperature = _number(inverse_temperature_ptr, inverse_temperature, row, exists, temperature_stride)
+    denominator = _number(denominator_ptr, denominator, row, exists, 0)
     warm = (inverse_temperature > 0) & (inverse_temperature < INFINITY)
     settings_sound = (denominator > 0) & (weight >= 0) & (warm | (asked == 0))
     tl.store(flags_ptr + 2 + row * 0, 1, mask=exists & (settings_sound == 0))
     known, local_target = _known_target(targets_ptr, row, asked, vocabulary, first, valid)
-    maximum, total, logprob, entropy = _combine(
-        parts_ptr, row, exists, asked, known, rows, inverse_temperature, flags_ptr, RANKS, RANKS_POWER
-    )
+    if RANKS == 0:
+        largest, total, target, weighted = _row_statistics(
+            logits_ptr, row, asked, local_target, inverse_temperature, columns, valid, ROWS, VECS, LANES, VEC, PADDED
+        )
+        tl.debug_barrier()  # every thread has read the target's logit before one writes a gradient over it
+    else:
+        largest, total, target, weighted = _merge_ranks(parts_ptr, row, asked, rows, RANKS, RANKS_POWER)
+    total, logprob, entropy = _finish(largest, total, target, weighted, asked, known, flags_ptr, row)
     w = tl.where(asked, weight / denominator, 0.0)
     w = tl.where(settings_sound | (exists == 0), w, float("nan"))
     logprob = tl.where(asked, logprob, 0.0)
@@ -256,12 +316,13 @@ def clipped_loss_kernel(
         divergence, kl_slope = _divergence(logprob, reference, KL)
         token_loss += kl_coefficient * divergence
     tl.store(terms_ptr + row, w * token_loss, mask=exists)
+    n = values_stride.to(tl.int64)
     tl.store(values_ptr + row, logprob, mask=exists)
-    tl.store(values_ptr + rows + row, tl.where(asked, ratio, 0.0), mask=exists)
-    tl.store(values_ptr + 2 * rows.to(tl.int64) + row, entropy, mask=exists)
+    tl.store(values_ptr + n + row, tl.where(asked, ratio, 0.0), mask=exists)
+    tl.store(values_ptr + 2 * n + row, entropy, mask=exists)
     tl.store(clips_ptr + row, (asked & low).to(tl.uint8), mask=exists)
-    tl.store(clips_ptr + rows + row, (asked & high).to(tl.uint8), mask=exists)
-    tl.store(clips_ptr + 2 * rows.to(tl.int64) + row, (asked & dual).to(tl.uint8), mask=exists)
+    tl.store(clips_ptr + n + row, (asked & high).to(tl.uint8), mask=exists)
+    tl.store(clips_ptr + 2 * n + row, (asked & dual).to(tl.uint8), mask=exists)
     if GRADIENT:
         flows = (moves | is_nan) & (low == 0) & (high == 0) & (dual == 0)
         g_l = tl.where(flows, -w * advantage * ratio, 0.0)
@@ -269,73 +330,85 @@ def clipped_loss_kernel(
             g_l += w * kl_coefficient * kl_slope
         g_h = -w * entropy_coefficient
         _write_gradient(
-            logits_ptr, gradient_ptr, row, exists, local_target, maximum, total, entropy, inverse_temperature,
-            g_l, g_h, columns, valid, ENTROPY, ROWS, LANES, VEC, PADDED,
+            logits_ptr, gradient_ptr, row, exists, local_target, largest, total, entropy, inverse_temperature,
+            g_l, g_h, columns, valid, ENTROPY, ROWS, VECS, LANES, VEC, PADDED, "evict_first" if RANKS == 0 else "",
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
-def finish_rows_kernel(
-    parts_ptr, targets_ptr, mask_ptr, inverse_temperature_ptr, values_ptr, flags_ptr,
-    rows, valid, first, vocabulary, temperature_stride,
-    RANKS: tl.constexpr, RANKS_POWER: tl.constexpr, ROWS: tl.constexpr,
+def logprobs_kernel(
+    logits_ptr, parts_ptr, targets_ptr, mask_ptr, inverse_temperature_ptr,
+    logprobs_ptr, entropy_ptr, largest_ptr, total_ptr, flags_ptr,
+    rows, column_units, valid, first, vocabulary, temperature_stride, inverse_temperature,
+    RANKS: tl.constexpr, RANKS_POWER: tl.constexpr,
+    ROWS: tl.constexpr, VECS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr,
+    PADDED: tl.constexpr,
 ):  # fmt: skip
-    """(l, H, M, S) → values [4, N]; 0 on rows not asked for. A temperature not above 0 sets flag 2."""
-    row, exists = _row_numbers(rows, ROWS)
+    """l, H, B and S of whole rows, [N] each, from all ranks' parts, or RANKS = 0 from the logits; l = H = 0 on rows not
+    asked for. A temperature not above 0 sets flag 2."""
+    row, exists = _row_numbers(rows, ROWS, False)
     asked = _asked(mask_ptr, row, exists)
-    inverse_temperature = tl.load(inverse_temperature_ptr + row * temperature_stride, mask=exists, other=1.0)
+    inverse_temperature = _number(inverse_temperature_ptr, inverse_temperature, row, exists, temperature_stride)
     sound = (inverse_temperature > 0) & (inverse_temperature < INFINITY)
     tl.store(flags_ptr + 2 + row * 0, 1, mask=asked & (sound == 0))
-    known, _ = _known_target(targets_ptr, row, asked, vocabulary, first, valid)
-    maximum, total, logprob, entropy = _combine(
-        parts_ptr, row, exists, asked, known, rows, inverse_temperature, flags_ptr, RANKS, RANKS_POWER
-    )
-    n = rows.to(tl.int64)
-    tl.store(values_ptr + row, tl.where(asked, tl.where(sound, logprob, float("nan")), 0.0), mask=exists)
-    tl.store(values_ptr + n + row, tl.where(asked, tl.where(sound, entropy, float("nan")), 0.0), mask=exists)
-    tl.store(values_ptr + 2 * n + row, tl.where(asked, maximum, 0.0), mask=exists)
-    tl.store(values_ptr + 3 * n + row, tl.where(asked, total, 1.0), mask=exists)
+    known, local_target = _known_target(targets_ptr, row, asked, vocabulary, first, valid)
+    if RANKS == 0:
+        largest, total, target, weighted = _row_statistics(
+            logits_ptr, row, asked, local_target, inverse_temperature, column_units * UNIT, valid,
+            ROWS, VECS, LANES, VEC, PADDED,
+        )  # fmt: skip
+    else:
+        largest, total, target, weighted = _merge_ranks(parts_ptr, row, asked, rows, RANKS, RANKS_POWER)
+    total, logprob, entropy = _finish(largest, total, target, weighted, asked, known, flags_ptr, row)
+    tl.store(logprobs_ptr + row, tl.where(asked, tl.where(sound, logprob, float("nan")), 0.0), mask=exists)
+    tl.store(entropy_ptr + row, tl.where(asked, tl.where(sound, entropy, float("nan")), 0.0), mask=exists)
+    tl.store(largest_ptr + row, tl.where(asked, largest, 0.0), mask=exists)
+    tl.store(total_ptr + row, tl.where(asked, total, 1.0), mask=exists)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def row_gradient_kernel(
-    logits_ptr, gradient_ptr, values_ptr, targets_ptr, mask_ptr, g_l_ptr, g_h_ptr, inverse_temperature_ptr,
-    rows, column_units, valid, first, vocabulary, temperature_stride,
-    ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr,
+    logits_ptr, gradient_ptr, entropy_ptr, largest_ptr, total_ptr, targets_ptr, mask_ptr, g_l_ptr, g_h_ptr,
+    inverse_temperature_ptr,
+    rows, column_units, valid, first, vocabulary, temperature_stride, inverse_temperature,
+    ROWS: tl.constexpr, VECS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr,
+    PADDED: tl.constexpr,
 ):  # fmt: skip
-    """dx of the header from the values of `finish_rows_kernel` and the cotangents g_l, g_h [N] → gradient
-    [N, V_local]."""
+    """The gradient of rows under the cotangents g_l, g_h [N] → gradient [N, V_local], which may be the logits
+    themselves; H, B and S as `logprobs_kernel` left them."""
     columns = column_units * UNIT
-    row, exists = _row_numbers(rows, ROWS)
+    row, exists = _row_numbers(rows, ROWS, True)
     asked = _asked(mask_ptr, row, exists)
-    inverse_temperature = tl.load(inverse_temperature_ptr + row * temperature_stride, mask=exists, other=1.0)
+    inverse_temperature = _number(inverse_temperature_ptr, inverse_temperature, row, exists, temperature_stride)
     _, local_target = _known_target(targets_ptr, row, asked, vocabulary, first, valid)
-    n = rows.to(tl.int64)
-    entropy = tl.load(values_ptr + n + row, mask=asked, other=0.0)
-    maximum = tl.load(values_ptr + 2 * n + row, mask=asked, other=0.0)
-    total = tl.load(values_ptr + 3 * n + row, mask=asked, other=1.0)
+    entropy = tl.load(entropy_ptr + row, mask=asked, other=0.0)
+    largest = tl.load(largest_ptr + row, mask=asked, other=0.0)
+    total = tl.load(total_ptr + row, mask=asked, other=1.0)
     g_l = tl.load(g_l_ptr + row, mask=asked, other=0.0).to(tl.float32)
     g_h = tl.load(g_h_ptr + row, mask=asked, other=0.0).to(tl.float32)
     _write_gradient(
-        logits_ptr, gradient_ptr, row, exists, local_target, maximum, total, entropy, inverse_temperature,
-        g_l, g_h, columns, valid, True, ROWS, LANES, VEC, PADDED,
+        logits_ptr, gradient_ptr, row, exists, local_target, largest, total, entropy, inverse_temperature,
+        g_l, g_h, columns, valid, True, ROWS, VECS, LANES, VEC, PADDED, "",
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def scale_rows_kernel(
     gradient_ptr, scale_ptr, rows, column_units,
-    ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr,
+    ROWS: tl.constexpr, VECS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """gradient [N, V_local] ← scale · gradient, in place; untouched, and not read, where scale is 1."""
+    """gradient [N, V_local] ← scale · gradient, in place; untouched, and not read, where scale is 1. Of any number of
+    programs: a few are sooner done with nothing to do."""
     scale = tl.load(scale_ptr).to(tl.float32)
     if scale != 1.0:
         columns = column_units * UNIT
-        row, exists = _row_numbers(rows, ROWS)
-        offset = row * columns
-        for start in range(0, columns, LANES * VEC):
-            column = _tile_columns(start, LANES, VEC)
-            mask = exists[:, None, None] & (column < columns)
-            at = gradient_ptr + offset[:, None, None] + column
-            g = tl.load(at, mask=mask, other=0.0).to(tl.float32) * scale
-            tl.store(at, g.to(gradient_ptr.dtype.element_ty), mask=mask)
+        for first_row in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+            row = tl.arange(0, ROWS).to(tl.int64) + first_row
+            exists = row < rows
+            offset = row * columns
+            for start in range(0, columns, VECS * LANES * VEC):
+                column = _tile_columns(start, VECS, LANES, VEC)
+                mask = _of_rows(exists) & (column < columns)
+                at = gradient_ptr + _of_rows(offset) + column
+                g = tl.load(at, mask=mask, other=0.0).to(tl.float32) * scale
+                tl.store(at, g.to(gradient_ptr.dtype.element_ty), mask=mask)

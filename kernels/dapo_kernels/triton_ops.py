@@ -15,17 +15,18 @@ class TritonLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets, mask, inverse_temperature, shard: Shard, group: dist.ProcessGroup, in_place):
-        parts = triton_rows.statistics(logits, targets, mask, inverse_temperature, shard, group)
-        values = triton_rows.finish(parts, targets, mask, inverse_temperature, shard)
-        ctx.save_for_backward(logits, targets, mask, inverse_temperature, values)
-        ctx.shard, ctx.in_place = shard, in_place
-        return values[0].clone(), values[1].clone()
+        rows = triton_rows.logprobs(logits, targets, mask, inverse_temperature, shard, group)
+        ctx.save_for_backward(logits, targets, mask, *rows)
+        ctx.inverse_temperature, ctx.shard, ctx.in_place = inverse_temperature, shard, in_place
+        return rows.logprobs, rows.entropy
 
     @staticmethod
     def backward(ctx, g_l: Tensor, g_h: Tensor):
-        logits, targets, mask, inverse_temperature, values = ctx.saved_tensors
+        logits, targets, mask, *rows = ctx.saved_tensors
         out = logits if ctx.in_place else torch.empty_like(logits)
-        triton_rows.gradient(logits, out, values, targets, mask, g_l, g_h, inverse_temperature, ctx.shard)
+        triton_rows.gradient(
+            logits, out, triton_rows.RowValues(*rows), targets, mask, g_l, g_h, ctx.inverse_temperature, ctx.shard
+        )
         if ctx.in_place:
             torch.autograd.graph.increment_version(logits)  # whoever still needs the logits shall hear of it
         return out, None, None, None, None, None, None

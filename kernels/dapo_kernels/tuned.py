@@ -3,7 +3,10 @@
 ANALYTIC: chosen by counting, not by a stopwatch, until a table measured on the card replaces them. What was counted:
 enough bytes in flight to cover memory latency (bandwidth × about 0.7 µs: 16 KiB a multiprocessor on sm_80, 23 KiB on
 sm_90, 38 KiB on sm_100) at the occupancy that the compiled registers allow, few idle lanes in the last tile of a row,
-and two to four 16-byte loads a thread and tile. Re-measure with `kernels/benchmarks`, per line of the table.
+and two to four 16-byte loads a thread and tile. A kernel that reads its row twice wants the second reading from the L2:
+the rows in flight must fit into it, so a long row gets a multiprocessor to itself (132 rows of 152,064 in bf16 are
+40 MB, of which half is between its readings, beside an L2 of 50 MB). Re-measure with `kernels/benchmarks`, per line of
+the table.
 """
 
 from typing import NamedTuple
@@ -12,40 +15,55 @@ INTERPRETER_TILE = 1 << 18  # elements: the interpreter pays by the operation, n
 
 
 class Tile(NamedTuple):
-    """Rows a program, lanes × vector columns a tile, warps a program."""
+    """Rows a program, 16-byte vectors a lane × lanes × elements a vector of a tile, warps a program."""
 
     rows: int
+    vectors: int
     lanes: int
     vector: int
     warps: int
 
 
-# capability → [(up to this many bytes a row, 16-byte lanes a tile, warps)]
+# capability → [(up to this many bytes a row, 16-byte vectors a lane and tile, warps)]
 _BY_ROW_BYTES = {
-    (8, 0): [(8 << 10, 256, 4), (64 << 10, 512, 4), (1 << 62, 1024, 8)],
-    (9, 0): [(8 << 10, 256, 4), (64 << 10, 512, 4), (1 << 62, 1024, 8)],
-    (10, 0): [(8 << 10, 256, 4), (64 << 10, 512, 4), (1 << 62, 2048, 16)],
+    (8, 0): [(8 << 10, 2, 4), (64 << 10, 4, 4), (1 << 62, 4, 8)],
+    (9, 0): [(8 << 10, 2, 4), (64 << 10, 4, 4), (1 << 62, 4, 8)],
+    (10, 0): [(8 << 10, 2, 4), (64 << 10, 4, 4), (1 << 62, 4, 16)],
+}
+# of the kernel that reads its row twice
+_READ_TWICE = {
+    (8, 0): [(8 << 10, 2, 4), (64 << 10, 4, 4), (128 << 10, 4, 16), (1 << 62, 4, 32)],
+    (9, 0): [(8 << 10, 2, 4), (64 << 10, 4, 4), (128 << 10, 4, 16), (1 << 62, 4, 32)],
+    (10, 0): [(8 << 10, 2, 4), (128 << 10, 4, 8), (1 << 62, 4, 32)],
 }
 
 
-def tile_for(capability: tuple[int, int], columns: int, element_bytes: int) -> Tile:
-    """The tile for rows of `columns` elements on a card of that compute capability; the nearest older card's table
-    where it has none of its own. Tiles are never longer than the row, rounded up to a power of two."""
+def tile_for(
+    capability: tuple[int, int], columns: int, element_bytes: int, *, read_twice: bool = False, warp: int = 32
+) -> Tile:
+    """The tile for rows of `columns` elements on a card of that compute capability, whose warps have `warp` threads,
+    for a kernel that reads the row once or twice; by the nearest older card's table where it has none. A lane is
+    a thread. Tiles are never longer than the row, rounded up to a power of two."""
+    table = _READ_TWICE if read_twice else _BY_ROW_BYTES
+    lines = table[max((known for known in table if known <= capability), default=min(table))]
+    vectors, warps = next((vectors, warps) for limit, vectors, warps in lines if columns * element_bytes <= limit)
     vector = max(1, 16 // element_bytes)
-    older = [known for known in _BY_ROW_BYTES if known <= capability] or [min(_BY_ROW_BYTES)]
-    table = _BY_ROW_BYTES[max(older)]
-    lanes, warps = next((lanes, warps) for limit, lanes, warps in table if columns * element_bytes <= limit)
-    needed = _power_of_two(-(-columns // vector))
-    return Tile(1, max(32, min(lanes, needed)), vector, warps if needed >= 32 * warps else 1)
+    needed = -(-columns // vector)
+    while warps > 1 and warps * warp > needed:
+        warps //= 2
+    lanes = warps * warp
+    return Tile(1, min(vectors, _power_of_two(-(-needed // lanes))), lanes, vector, warps)
 
 
 def interpreter_tile(rows: int, columns: int, element_bytes: int) -> Tile:
     """Large tiles of many rows for Triton's interpreter; two tiles a row or more where rows are long, so that the loop
-    is exercised."""
+    is exercised, and two vectors a lane."""
     vector = max(1, 16 // element_bytes)
     needed = _power_of_two(-(-columns // vector))
-    lanes = max(1, min(needed // 2, 2048)) if needed > 4 else needed
-    return Tile(min(_power_of_two(rows), max(1, INTERPRETER_TILE // (lanes * vector))), lanes, vector, 4)
+    whole = max(1, min(needed // 2, 2048)) if needed > 4 else needed
+    vectors = min(2, whole)
+    rows_a_tile = min(_power_of_two(rows), max(1, INTERPRETER_TILE // (whole * vector)))
+    return Tile(rows_a_tile, vectors, whole // vectors, vector, 4)
 
 
 def _power_of_two(n: int) -> int:

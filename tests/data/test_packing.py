@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dapo_megatron.data import packing
 from dapo_megatron.data.packing import PADDING_PIECE, assign_micro_batches, pack, packed_length, packing_efficiency
 from dapo_megatron.data.records import repeated, sequence_batch
 from dapo_megatron.errors import RequestError
@@ -35,6 +36,18 @@ def numbers_of(tokens: np.ndarray, name: str) -> np.ndarray:
 
 
 SHAPES = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=8)
+
+
+def test_a_mini_batch_is_planned_once_and_whoever_asked_may_change_the_answer(monkeypatch):
+    planned, filled = [], packing._longest_first
+    monkeypatch.setattr(packing, "_longest_first", lambda *given: planned.append(given) or filled(*given))
+    settings = {"token_budget": 977, "data_parallel": 2}
+    first = assign_micro_batches(list(range(1, 40)), **settings)
+    expected, tries = [[list(m) for m in rank] for rank in first], len(planned)
+    first[0][0].clear()
+    first[1].pop()
+    assert assign_micro_batches(tuple(range(1, 40)), **settings) == expected and len(planned) == tries > 0
+    assert assign_micro_batches(range(1, 41), **settings) != expected and len(planned) > tries
 
 
 @given(LENGTHS, st.integers(60, 200), st.integers(1, 5), st.integers(1, 4))

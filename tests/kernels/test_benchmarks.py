@@ -40,8 +40,12 @@ def test_the_benchmark_writes_its_table_and_picture(tmp_path):
         assert row["wanted_times_floor"] == row["reached"] == "", "nothing is asked of a CPU"
     assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.part*"))
-    more = bench(tmp_path, "--append", "--rows", "64")
+    more = bench(tmp_path, "--append", "--rows", "64", "--chunk-rows", "16", "2048", "64", "48", "100")
     assert more[: len(rows)] == rows and {row["N"] for row in more[len(rows) :]} == {"64"}
+    # 2048, 64 and 100 rows a chunk all leave 64 rows whole, as the op's own size does
+    by = [row["implementation"] for row in more[len(rows) :] if "chunk" in row["implementation"]]
+    assert by[:2] == ["torch, chunk 16", "torch, chunk 48"]
+    assert {row["op"] for row in more if row["implementation"] in by[:2]} == {"linear loss + gradients"}
 
 
 def test_the_kernels_themselves_run_through_it_in_the_interpreter(tmp_path):
@@ -87,6 +91,8 @@ def test_what_is_asked_for_and_what_was_reached(benchmarks):
         _row("linear loss + gradients", "liger, chunk 1", median_ms="2.4"),
         _row("linear loss + gradients", "liger, chunk 8", median_ms="1.9"),
         _row("linear loss + gradients", N=16384, peak_MiB="257.0"),
+        _row("linear loss + gradients", "triton, chunk 4096", N=16384, times_floor="9", peak_MiB="500.0"),
+        _row("linear loss + gradients", "triton, chunk 4096", times_floor="9"),
         _row("linear log-probs", times_floor="1.11"),
         _row("linear log-probs", times_floor="9", H=3584),
         _row("log-probs", times_floor="9", mix="real"),

@@ -119,7 +119,7 @@ def test_no_compilation_as_the_number_of_rows_varies():
 
     kernels = [
         getattr(row_kernels, name)
-        for name in ("row_statistics_kernel", "clipped_loss_kernel", "finish_rows_kernel", "row_gradient_kernel",
+        for name in ("row_statistics_kernel", "clipped_loss_kernel", "logprobs_kernel", "row_gradient_kernel",
                      "scale_rows_kernel")
     ]  # fmt: skip
 

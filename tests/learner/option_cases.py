@@ -5,10 +5,10 @@ import torch
 from dapo_megatron.config.optimizer import Optimizer
 from dapo_megatron.data.records import repeated
 from dapo_megatron.learner.losses import policy_loss, supervised_loss
-from dapo_megatron.supervised import supervised_update
 from tests.learner.batches import load_batch
 from tests.learner.layouts import build
 from tests.learner.update_cases import CLIP, main_gradients
+from tests.learner.updates import supervised_update
 
 
 def recomputation_gaps(payload: dict) -> dict[str, float]:

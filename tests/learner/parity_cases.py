@@ -40,6 +40,19 @@ def logit_gaps(payload: dict) -> dict[str, float]:
     return gaps
 
 
+def rotary_frequencies(payload: dict) -> dict[str, list[float] | float]:
+    """Inverse frequencies (radians a position) that the learner and transformers turn heads by, and the largest gap of
+    their logits."""
+    learner, reference = build(payload["model"], "tp1pp1"), load_model(payload["model"])
+    with torch.no_grad():
+        expected = [reference(tokens[None]).logits[0] for tokens in sequences()]
+    return {
+        "learner": learner.models[0].rotary_pos_emb.inv_freq.tolist(),
+        "transformers": reference.model.rotary_emb.inv_freq.tolist(),
+        "gap": max(float((a - b).abs().max()) for a, b in zip(_packed(learner, 512), expected, strict=True)),
+    }
+
+
 def _whole_rows(logits_TV: torch.Tensor) -> torch.Tensor:
     """Vocabulary columns of all tensor-parallel ranks side by side, padding cut off."""
     group = parallel_state.get_tensor_model_parallel_group()

@@ -2,11 +2,13 @@
 
 import pytest
 
+from dapo_megatron.config.architecture import LLAMA3_ROPE
 from tests.ranks import run_ranks
-from tests.tiny_models import write_model
+from tests.tiny_models import SHAPES, write_model
 
 pytestmark = pytest.mark.distributed
 
+HEAD_DIM = SHAPES["head_dim"]
 LAYOUTS = {
     1: ["tp1pp1"],
     2: ["tp2pp1", "tp2pp1sp", "tp1pp2", "tp1pp2vpp2", "tp1pp1"],
@@ -37,3 +39,16 @@ def test_logits_equal_transformers(models, world):
     assert len(gaps) == len(models) * len(LAYOUTS[world]) * 3
     too_far = {case: gap for case, gap in gaps.items() if not gap <= 1e-5}
     assert not too_far, too_far
+
+
+def test_llama3_scaled_frequencies_are_those_of_transformers(tmp_path):
+    """Fast ones stay, slow ones are divided by the factor, those between are blended."""
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, **LLAMA3_ROPE}
+    folder = write_model(tmp_path / "scaled", "llama", tied=False, rope_parameters=rope, max_position_embeddings=65536)
+    found = run_ranks(1, "tests.learner.parity_cases:rotary_frequencies", {"model": str(folder)})
+    assert found["learner"] == pytest.approx(found["transformers"], rel=1e-6)
+    unscaled = [5e5 ** (-2 * i / HEAD_DIM) for i in range(HEAD_DIM // 2)]
+    shares = [scaled / plain for scaled, plain in zip(found["learner"], unscaled, strict=True)]
+    assert shares[0] == pytest.approx(1) and shares[-1] == pytest.approx(1 / 8)
+    assert any(0.13 < share < 0.99 for share in shares), shares
+    assert found["gap"] <= 1e-5

@@ -15,10 +15,10 @@ from dapo_megatron.data.records import SequenceBatch, sequence_batch
 from dapo_megatron.learner.critic import copy_decoder
 from dapo_megatron.learner.learner import Learner
 from dapo_megatron.learner.losses import POLICY_SUMS, VALUE_SUMS, policy_loss, value_loss
-from dapo_megatron.supervised import supervised_update
 from dapo_megatron.weight_sync import whole_on_rank_zero
 from tests.learner.batches import load_batch
 from tests.learner.layouts import build
+from tests.learner.updates import supervised_update
 
 CLIP = {"eps_low": 0.2, "eps_high": 0.28, "eps_dual": 3.0, "entropy_coefficient": 0.01}
 VALUE_CLIP = 0.5

@@ -1,12 +1,49 @@
 """Learner ranks and engine workers, two worlds that only a store joins: messages and their mishaps."""
 
+import json
+from itertools import combinations
+
 import pytest
 
+from dapo_megatron.resharding.bridge import Bridge
+from dapo_megatron.resharding.megatron_layout import megatron_layout
+from dapo_megatron.resharding.plan import make_plan
+from dapo_megatron.resharding.topology import Topology
+from dapo_megatron.resharding.vllm_layout import vllm_layout
 from tests.resharding.bridge_cases import LEARNERS, PLACES
 from tests.resharding.places import run_places
+from tests.resharding.worlds import architecture, layout_for
 
 CASES = "tests.resharding.bridge_cases"
 LARGE = {"hidden": 512, "ffn": 2048, "vocab": 4000, "heads": 8, "head_dim": 64}  # more than sockets buffer
+
+
+def _bridge(a=None, layer_spec="local", engines=2, tensor=2, bucket_bytes=1 << 12, **sizes) -> Bridge:
+    a = a or architecture()
+    layout = layout_for(a, **{"tensor": 2, "pipeline": 2, **sizes})
+    homes = tuple(range(engines * tensor))
+    machines = tuple(rank * 2 // layout.world for rank in range(layout.world))
+    return Bridge(
+        architecture=a, layout=layout, layer_spec=layer_spec, engines=engines, tensor=tensor, dtype="float32",
+        transport="relay", window=32, time_limit_s=60, topology=Topology(machines, homes),
+        bucket_bytes=bucket_bytes,
+    )  # fmt: skip
+
+
+def test_a_bridge_plans_once_however_often_it_is_met_and_for_all_it_depends_on():
+    bridge, known = _bridge(), []
+    a, layout = bridge.architecture, bridge.layout
+    source, target = megatron_layout(a, layout), vllm_layout(a, engines=2, tensor=2, first_rank=4)
+    assert bridge.plan == make_plan(source, target, bridge.topology) and bridge.rounds
+    again = Bridge.from_json(json.loads(json.dumps(bridge.to_json())))  # as a worker meets it
+    assert again.plan is bridge.plan and again.rounds is bridge.rounds
+    for changes in (
+        {}, {"a": architecture(vocab=65)}, {"a": architecture("qwen3")}, {"layer_spec": "transformer_engine"},
+        {"engines": 1}, {"tensor": 1}, {"pipeline": 1, "data": 2}, {"data": 2},
+    ):  # fmt: skip
+        known.append(_bridge(**changes).plan)
+    assert all(one != other for one, other in combinations(known, 2))
+    assert _bridge(bucket_bytes=1 << 11).rounds != bridge.rounds
 
 
 @pytest.mark.distributed

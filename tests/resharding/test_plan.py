@@ -12,7 +12,7 @@ from dapo_megatron.resharding.hf_layout import canonical_tensors, whole_layout
 from dapo_megatron.resharding.layout import Placement, WeightLayout
 from dapo_megatron.resharding.megatron_layout import megatron_layout
 from dapo_megatron.resharding.minimum import minimum_elements
-from dapo_megatron.resharding.plan import cached_plan, make_plan
+from dapo_megatron.resharding.plan import make_plan
 from dapo_megatron.resharding.vllm_layout import vllm_layout
 from tests.resharding.worlds import (
     PADDING,
@@ -192,35 +192,6 @@ def test_a_merged_run_names_all_its_tensors():
     names = {m.name for m in plan.moves if m.target_key.endswith("qkv_proj.bias")}
     layer = "model.layers.0.self_attn."
     assert names == {f"{layer}q_proj.bias + {layer}k_proj.bias + {layer}v_proj.bias"}
-
-
-def _pair(a=None, layer_spec="local", engines=2, tensor=2, first_rank=4, **sizes) -> tuple[WeightLayout, WeightLayout]:
-    a = a or architecture()
-    source = megatron_layout(a, layout_for(a, **{"tensor": 2, "pipeline": 2, **sizes}), layer_spec=layer_spec)
-    return source, vllm_layout(a, engines=engines, tensor=tensor, first_rank=first_rank)
-
-
-def test_a_cached_plan_is_made_once_and_known_by_all_it_depends_on():
-    plan = cached_plan(*_pair())
-    assert plan == make_plan(*_pair())
-    assert cached_plan(*_pair()) is plan  # layouts of equal content, made anew
-    others = [
-        {"a": architecture(vocab=65)},
-        {"a": architecture("qwen3")},
-        {"layer_spec": "transformer_engine"},
-        {"engines": 1},
-        {"tensor": 1},
-        {"first_rank": 0},
-        {"first_rank": 5},
-        {"pipeline": 1},
-        {"data": 2},
-    ]
-    for changes in others:
-        assert cached_plan(*_pair(**changes)) == make_plan(*_pair(**changes)) != plan, changes
-    source, target = _pair()
-    wider = replace(target, shapes={**target.shapes, "model.norm.weight": (7,)})
-    with pytest.raises(RunError, match=r"model\.norm\.weight"):
-        cached_plan(source, wider)
 
 
 def _without(layout: WeightLayout, name: str, ranks: set[int]) -> WeightLayout:

@@ -14,7 +14,7 @@ from dapo_megatron.errors import RequestError
 from dapo_megatron.resharding.megatron_layout import megatron_layout
 from dapo_megatron.resharding.messages import COALESCE_BELOW
 from dapo_megatron.resharding.plan import Plan, make_plan
-from dapo_megatron.resharding.relay_schedule import SLOTS, Round, relay_rounds, slot_elements
+from dapo_megatron.resharding.relay_schedule import SLOTS, Content, Parcel, Round, fitted, relay_rounds, slot_elements
 from dapo_megatron.resharding.relay_taker import visits_of
 from dapo_megatron.resharding.topology import Topology, topology_of
 from dapo_megatron.resharding.vllm_layout import vllm_layout, vllm_local_shapes
@@ -145,6 +145,51 @@ class Events:
                     first += piece[0].elements
                 yield
             self.taken.add((place, relay, k))
+
+
+ENDS = st.tuples(st.integers(0, 2), st.integers(3, 5))  # giver, relay
+CONTENTS = st.lists(st.builds(lambda ends, size: (*ends, (), size), ENDS, st.integers(1, 130)), max_size=60)
+
+
+@given(CONTENTS, st.sampled_from([1, 2, 5, 256]))
+@settings(deadline=None)
+def test_parcels_go_into_the_first_rounds_with_room(contents, window):
+    assert fitted(contents, 100, window) == first_fit(contents, 100, window)
+
+
+def test_many_rounds_and_sizes():
+    order = random.Random(3)
+    contents = [(order.randrange(3), order.randrange(3, 6), (), order.choice([7, 23, 24, 25, 99])) for _ in range(1500)]
+    found = fitted(contents, 100, 9)
+    assert found == first_fit(contents, 100, 9) and len(found) > 128
+
+
+def first_fit(contents: list[Content], slot: int, window: int) -> tuple[Round, ...]:
+    """By looking at every round from the first that is not 15 / 16 full."""
+    rounds: list[list[Parcel]] = []
+
+    def held(k: int, end: str, rank: int) -> int:
+        return sum(p.elements for p in rounds[k] if getattr(p, end) == rank) if k < len(rounds) else 0
+
+    for giver, relay, pieces, size in contents:
+        ends = [("giver", giver), ("relay", relay)]
+        begins = []
+        for end in ends:
+            full = 0
+            while held(full, *end) * 16 > slot * 15:
+                full += 1
+            begins.append(full)
+        k = max(begins)
+        while k < len(rounds):
+            posted = [sum(rank in (p.giver, p.relay) for p in rounds[k]) for rank in (giver, relay)]
+            room = all(not held(k, *end) or held(k, *end) + size <= slot for end in ends)
+            if room and max(posted) < window:
+                break
+            k += 1
+        offset = held(k, "relay", relay)
+        rounds += [[] for _ in range(k + 1 - len(rounds))]
+        rounds[k].append(Parcel(giver, relay, pieces, size, offset))
+    return tuple(map(tuple, rounds))
 
 
 def test_a_worker_stands_on_its_owners_device_and_the_next_ones():

@@ -65,8 +65,18 @@ return [2.0] * len(responses)"""
             "grader/out_of_memory": 1.0,
             "grader/failures": 4.0,
         }
-    told = [line for line in capfd.readouterr().err.splitlines() if "raised" in line]
-    assert len(told) == 1 and "KeyError('raise') in line 6" in told[0]  # and once a worker
+        told = [line for line in capfd.readouterr().err.splitlines() if "raised" in line]
+        assert len(told) == 1 and "KeyError('raise') in line 6" in told[0]  # and once a worker
+        # steps count for themselves, so that a run that is resumed counts as one that was not
+        scorer.begin_step()
+        scorer.score(["fine", "raise"], ["x"] * 2, ["y"] * 2)
+        assert scorer.metrics() == {
+            "grader/timed_out": 0.0,
+            "grader/crashed": 1.0,
+            "grader/out_of_memory": 0.0,
+            "grader/failures": 1.0,
+        }
+        assert scorer.failures == 5
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import math
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow
@@ -10,10 +12,12 @@ import pytest
 
 from dapo_megatron.config.reward import Judge, Reward
 from dapo_megatron.errors import RequestError, RunError
+from dapo_megatron.files import locked
+from dapo_megatron.rewards import judge_records
 from dapo_megatron.rewards.grader import check_grader
 from dapo_megatron.rewards.judge import JudgeReward
 from dapo_megatron.rewards.judge_prompt import Case
-from dapo_megatron.rewards.judge_records import COLUMNS, Judged, JudgeRecords, check_collect, read_judged
+from dapo_megatron.rewards.judge_records import COLUMNS, Judged, JudgeRecords, check_collect, read_judged, write_judged
 from dapo_megatron.rewards.pool import GraderPool
 from tests.rewards.judges import ScriptedJudge
 
@@ -71,6 +75,37 @@ def test_two_runs_that_share_a_file_keep_each_others_verdicts(tmp_path: Path):
     one.add([judged("d", 0.4)])
     one.write()
     assert [row.case.answer for row in read_judged(file)] == ["a", "b", "c", "d"]
+
+
+def test_runs_that_write_at_the_same_time_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "a.parquet"
+    runs = [JudgeRecords(file) for _ in range(4)]
+    for number, run in enumerate(runs):
+        run.add([judged(str(number), 0.5)])
+
+    def slowly(path: Path, rows) -> None:  # what was read before is old by now, if others may write
+        time.sleep(0.1)
+        write_judged(path, rows)
+
+    monkeypatch.setattr(judge_records, "write_judged", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(JudgeRecords.write, runs))
+    assert {row.case.answer for row in read_judged(file)} == {"0", "1", "2", "3"}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_that_another_run_does_not_let_go_of_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(judge_records, "LOCK_LIMIT_S", 0.1)
+    records = JudgeRecords(tmp_path / "a.parquet")
+    records.add([judged("a", 0.5)])
+    (tmp_path / ".a.parquet.lock").touch()  # what a killed run leaves holds up nobody
+    with (
+        locked(tmp_path / "a.parquet", 1.0),
+        pytest.raises(RunError, match=r"another process has had .*\.lock for 0\.1 s"),
+    ):
+        records.write()
+    records.write()
+    assert len(read_judged(tmp_path / "a.parquet")) == 1
 
 
 def test_a_file_that_became_another_is_left_alone(tmp_path: Path):

@@ -21,10 +21,10 @@ from dapo_megatron.resharding.vllm_layout import vllm_layout
 from dapo_megatron.rollout.engine import RolloutRequest
 from dapo_megatron.rollout.server_dispatcher import ServerDispatcher
 from dapo_megatron.rollout.vllm_engines import VLLMEngines
-from dapo_megatron.supervised import supervised_update
 from dapo_megatron.weight_sync import export_hugging_face
 from tests.command_line import RECIPE
 from tests.learner.layouts import build
+from tests.learner.updates import supervised_update
 from tests.resharding.collectives import Collectives
 from tests.rollout.served import START_LIMIT_S, VOCAB, greedy_requests, is_greedy, settings_for
 from tests.tiny_models import load_model

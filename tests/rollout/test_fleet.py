@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapo_megatron.data.completions import Completion
-from dapo_megatron.errors import RunError
+from dapo_megatron.errors import Interrupted, RunError
 from dapo_megatron.rollout.engine import RolloutRequest
 from dapo_megatron.rollout.fleet import EnginesLost, Fleet
 from dapo_megatron.rollout.vllm_client import EngineFailed
@@ -102,6 +102,17 @@ def test_the_least_loaded_engine_comes_first():
     fleet.submit(requests(20))
     fleet.collect(time_limit_s=LIMIT_S)
     assert len(quick.served) > 3 * len(slow.served)
+    fleet.close()
+
+
+def test_a_request_to_stop_ends_the_wait_and_loses_nothing():
+    slow, begun = FakeEngine("e", lambda t: 0.0 if t < 3 else 4.0), time.monotonic()
+    fleet = make_fleet([slow], capacity=8)
+    fleet.submit(requests(4))
+    with pytest.raises(Interrupted):
+        fleet.collect(time_limit_s=LIMIT_S, stopping=lambda: time.monotonic() > begun + 0.5)
+    assert time.monotonic() < begun + 3.5
+    assert tickets(fleet.collect(time_limit_s=LIMIT_S)) == [0, 1, 2, 3]
     fleet.close()
 
 

@@ -101,6 +101,16 @@ for _ in {1..300}; do sleep 0.1; done
 """
 
 
+SCONTROL = """\
+#!/bin/bash
+if [ "$1" = show ]; then
+    echo "JobId=$3 JobState=RUNNING PreemptEligibleTime=2026-11-22T09:24:02 PreemptTime=${PREEMPTED:-None} Comment="
+else
+    echo "scontrol $*" >>calls
+fi
+"""
+
+
 def fails(folder: Path, times: int, *, code: str = "1", restarts: int = 0, **variables: str) -> list[str]:
     """What the last of so many failures in a row said, each in a start of its own."""
     for start in range(times):
@@ -115,7 +125,7 @@ def run_batch(folder: Path, *, overrides: tuple[str, ...] = (), notice: bool = F
     """(exit code, output, the calls so far) of a batch file run by bash; with `notice` USR1 comes during the
     training."""
     (folder / "job.sbatch").write_text(text("run.directory=run", *overrides))
-    for name, body in (("srun", SRUN), ("scontrol", '#!/bin/bash\necho "scontrol $*" >>calls\n')):
+    for name, body in (("srun", SRUN), ("scontrol", SCONTROL)):
         (folder / name).write_text(body)
         (folder / name).chmod(0o755)
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
@@ -152,6 +162,19 @@ def test_the_notice_reaches_the_launcher_and_the_job_is_queued_again(tmp_path):
     code, output, calls = run_batch(tmp_path, notice=True)
     assert code == 138 and "the time limit is near" in output
     assert calls[3:] == ["scontrol requeue 7"]
+
+
+def test_a_run_that_gives_way_to_another_job_is_queued_again(tmp_path):
+    """It leaves a checkpoint as when it is stopped by hand, and says that it does not want to be started again."""
+    preempted = {"QUICK": "143", "FINALLY": "yes", "PREEMPTED": "2026-11-22T09:24:07"}
+    code, output, calls = run_batch(tmp_path, **preempted)
+    assert code == 143 and "preempted\n" in output and calls[3:] == ["scontrol requeue 7"]
+    (tmp_path / "calls").unlink()
+    code, output, calls = run_batch(tmp_path, **preempted | {"PREEMPTED": "None"})
+    assert code == 143 and "not queued again: why" in output and "scontrol requeue 7" not in calls
+    (tmp_path / "calls").unlink()
+    code, output, calls = run_batch(tmp_path, **preempted | {"QUICK": "0"})  # it was done in time
+    assert code == 0 and "scontrol requeue 7" not in calls
 
 
 def test_after_a_restart_it_resumes_and_restarts_have_an_end(tmp_path):

@@ -23,3 +23,5 @@ def test_both_ways_in_turn(tmp_path):
         ("waiting", "0"), ("beside", "0"), ("waiting", "1"), ("beside", "1"),
     ]  # fmt: skip
     assert all(0 < float(row["held_s"]) <= float(row["whole_s"]) for row in rows)
+    told = [rows[0][name] for name in ("machine", "cores", "load", "commit", "torch", "device", "dtype", "parameters")]
+    assert all(told) and all(float(row["size_gb"]) > 0 for row in rows)

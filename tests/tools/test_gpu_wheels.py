@@ -1,11 +1,15 @@
 """What `make gpu-wheels` refuses, on wheels made here; nothing is downloaded."""
 
 import importlib
+import os
+import subprocess
 import sys
 import zipfile
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,3 +68,28 @@ def test_the_pins_of_the_repository_leave_out_what_the_machine_has():
     names = [line.split("==")[0] for line in (ROOT / "requirements" / "gpu-py312-extra.txt").read_text().splitlines()]
     assert {"megatron-core", "liger-kernel", "pydantic", "hypothesis", "pytest"} <= set(names)
     assert not [name for name in names if name.startswith(("torch", "triton", "nvidia"))]
+
+
+def test_what_runs_on_a_gpu_imports_with_what_is_carried(tmp_path):
+    """In an interpreter that sees the pinned packages and torch's company alone, whatever else is installed here."""
+    from tools.gpu_wheels import BROUGHT_BY_TORCH, REQUIREMENTS
+
+    pinned = [line.split("==")[0] for line in REQUIREMENTS.read_text().splitlines() if line and line[0] != "#"]
+    company = [*BROUGHT_BY_TORCH, "markupsafe", "networkx", "sympy", "mpmath", "setuptools"]
+    there = {canonicalize_name(name) for name in (*pinned, *company)}
+    for found in distributions():
+        if canonicalize_name(found.name) in there:
+            for top in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
+                if not (tmp_path / top).exists():
+                    (tmp_path / top).symlink_to(found.locate_file(top))
+    tests = "tests.kernels.test_cuda, tests.planning.test_gpu_memory, tests.test_profiler, tools.learner_memory"
+    code = f"import bench, bench_learner, learner_peer, {tests}"
+    folders = [tmp_path, ROOT, ROOT / "kernels", ROOT / "kernels" / "benchmarks", ROOT / "tools"]
+    done = subprocess.run(
+        [sys.executable, "-S", "-W", "ignore", "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -92,3 +92,23 @@ def test_liger_on_hidden_states(batch, chunk):
     torch.testing.assert_close(found, loss, **CLOSE)
     for left, right in zip(torch.autograd.grad(found, leaves), gradients, strict=True):
         torch.testing.assert_close(left, right, **CLOSE)
+
+
+def test_a_rank_alone_takes_a_ranks_path(batch, monkeypatch):
+    """Statistics and then the rest, where a whole vocabulary needs one launch; the same numbers."""
+    import rank
+    from dapo_kernels.triton_rows import launches
+
+    monkeypatch.setattr(rank, "COLUMNS_OF_A_RANK", (COLUMNS,))
+    hidden, weight, vectors = batch
+    options = {"denominator": float(vectors[3].sum()), "implementation": "triton", **peers.CLIP}
+    found, launched = [], []
+    for columns in (COLUMNS, COLUMNS + 1):
+        before = launches.copy()
+        with rank.as_a_rank(columns):
+            result = clipped_policy_loss(hidden @ weight.t(), *vectors, **options)
+            linear = linear_clipped_policy_loss(hidden, weight, *vectors, **options)
+        found.append(torch.stack([result.loss, result.logprobs.sum(), linear.loss]))
+        launched.append(launches - before)
+    torch.testing.assert_close(*found, **CLOSE)
+    assert launched == [{"row_statistics_kernel": 2, "clipped_loss_kernel": 2}, {"clipped_loss_kernel": 2}]

@@ -1,7 +1,8 @@
-"""bf16 in Triton's CPU interpreter as a GPU has it.
+"""bf16 and fused multiply-add in Triton's CPU interpreter as a GPU has them.
 
-Left alone, the interpreter truncates fp32 → bf16 (half of all values differ, with a bias of −0.28 %) and adds bf16
-numbers as raw bit patterns. `mend()` rounds to nearest even and computes bf16 through fp32. It changes nothing outside
+Left alone, the interpreter truncates fp32 → bf16 (half of all values differ, with a bias of −0.28 %), adds bf16 as
+raw bit patterns, and rounds the product within a multiply-add. `mend()` rounds to nearest even, computes bf16 through
+fp32, and fp32 multiply-adds through fp64, where the product of two fp32 numbers is exact. It changes nothing outside
 the interpreter, which is chosen by TRITON_INTERPRET=1 before triton is imported. For triton 3.6 and 3.7.
 """
 
@@ -24,13 +25,14 @@ def bf16_to_float(patterns: np.ndarray) -> np.ndarray:
 
 
 def mend() -> None:
-    """Replace the interpreter's casts and arithmetic on bf16; a second call does nothing."""
+    """Replace the interpreter's casts and arithmetic on bf16, and its fp32 multiply-add; a second call does nothing."""
     builder = interpreter.InterpreterBuilder
-    if getattr(builder, "bf16_mended", False):
+    if getattr(builder, "mended", False):
         return
-    builder.bf16_mended = True
+    builder.mended = True
     handle = interpreter.TensorHandle
     plain_cast, plain_float_cast, plain_binary = builder.cast_impl, builder.create_fp_to_fp, builder.binary_op
+    plain_fma = builder.create_fma
 
     def cast_impl(self, source, destination):
         old, new = source.dtype.scalar, destination.scalar
@@ -55,4 +57,11 @@ def mend() -> None:
             return handle(result if result.dtype == bool else round_to_bf16(result), tl.bfloat16)
         return plain_binary(self, left, right, operation)
 
+    def create_fma(self, x, y, z):
+        if x.data.dtype != np.float32:
+            return plain_fma(self, x, y, z)
+        exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data
+        return handle(exact.astype(np.float32), x.dtype.scalar)
+
     builder.cast_impl, builder.create_fp_to_fp, builder.binary_op = cast_impl, create_fp_to_fp, binary_op
+    builder.create_fma = create_fma
