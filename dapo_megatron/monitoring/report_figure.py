@@ -140,7 +140,7 @@ CRITIC_PANELS = (
 
 
 LENGTH_QUANTILES = Panel(
-    "Response length, quantiles",
+    "Length spread",
     "tokens",
     tuple((f"response_length/p{q}", f"{q} %", False) for q in (10, 50, 90, 99)),
 )

@@ -174,7 +174,7 @@ def test_the_panels_hold_the_curves_of_both_runs(tmp_path, monkeypatch):
     assert set(panels) == {
         *("Accuracy", "Reward", "Entropy", "Mean probability", "Response length", "Clip fractions", "Outcomes"),
         *("Time shares", "Gradient norm", "Mismatch", "Entropy change", "Covariance", "Entropy law"),
-        *("Response length, quantiles", "Lengths of a step", "Rewards of a step"),
+        *("Length spread", "Lengths of a step", "Rewards of a step"),
     }
     curves = [list(line.get_ydata()) for line in panels["Entropy"].lines]
     assert curves == [[pytest.approx(0.4 / step) for step in range(1, 7)], [0.125] * 6]
