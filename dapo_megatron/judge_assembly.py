@@ -125,9 +125,8 @@ def check_judge_engine(recipe: Recipe, *, cpu: bool) -> None:
                 f"{', '.join(map(str, CPU_HEAD_DIMS))}; use reward.judge.engine=embedded"
             )
         return
-    beside = rollout.engine == "vllm" and rollout.placement == "colocated" and not rollout.servers
     shares = judge.vllm.gpu_memory_share + rollout.gpu_memory_share
-    if judge.vllm.device is None and beside and shares > 1:
+    if judge.vllm.device is None and rollout.beside_learner and shares > 1:
         raise RequestError(
             f"reward.judge.vllm.gpu_memory_share={judge.vllm.gpu_memory_share} and rollout.gpu_memory_share="
             f"{rollout.gpu_memory_share} of one GPU exceed it; use rollout.gpu_memory_share="

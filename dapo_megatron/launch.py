@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from dapo_megatron.stop_signals import CAUGHT, NOTICE
@@ -86,13 +87,14 @@ def start_ranks(
             sent = NOTICE
         else:
             sent = signal.SIGKILL if any(earlier != NOTICE for earlier in received) else signal.SIGTERM
-        if not received:  # os.write: print could meet itself in a handler
-            second = b"" if number == NOTICE else b"; a second signal kills them"
-            os.write(2, b"stopping: ranks finish their step and leave a checkpoint" + second + b"\n")
         received.append(number)
         for process in ranks:
             if process.poll() is None:
                 process.send_signal(sent)
+        if len(received) == 1:
+            second = b"" if number == NOTICE else b"; a second signal kills them"
+            with suppress(OSError):  # whoever read this may be gone; os.write: print could meet itself in a handler
+                os.write(2, b"stopping: ranks that have begun leave a checkpoint" + second + b"\n")
 
     previous = {number: signal.signal(number, pass_on) for number in (*CAUGHT, NOTICE)}
     try:

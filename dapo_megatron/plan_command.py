@@ -218,8 +218,7 @@ def _crossing_rows(crossing: CrossingSummary) -> list[tuple[str, str]]:
 def _topology(recipe: Recipe, layout: Layout) -> Topology | None:
     """Where ranks and workers will stand: neighbours fill a node; None unless workers share the learner's GPUs."""
     rollout = recipe.rollout
-    beside = rollout.engine == "vllm" and rollout.placement == "colocated" and not rollout.servers
-    if not beside or recipe.learner.device == "cpu" or recipe.resharding.transport == "group":
+    if not rollout.beside_learner or recipe.learner.device == "cpu" or recipe.resharding.transport == "group":
         return None
     count, world = derive_engines(recipe, layout, cpu=False), layout.world
     owners = engine_owners(count, tensor=rollout.tensor, world=world)

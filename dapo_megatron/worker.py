@@ -116,7 +116,8 @@ def _train(run: Run, mode: Mode) -> int:
         else:
             train(run, journal, stop, rollout_only=mode.rollout_only)
         if stop.requested():
-            warming = run.step == 0 and bool(run.recipe.supervised.stages)
+            stages = run.recipe.supervised.stages
+            warming = run.step == 0 and sum(run.supervised_done) < sum(stage.steps for stage in stages)
             where = f"supervised step {sum(run.supervised_done)}" if warming else f"step {run.step}"
             told = f"stopped at {where}; continue with --resume"
             journal.note(told)

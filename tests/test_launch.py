@@ -100,6 +100,27 @@ def test_the_launcher_passes_the_notice_on_and_a_second_one_kills_nobody(tmp_pat
         launcher.kill()
 
 
+def test_ranks_are_told_to_stop_though_nobody_reads_the_launchers_words():
+    """`train … 2>&1 | tee log` and Ctrl-C: the pipe's reader dies of the same signal."""
+    stopping = STOPPING.replace("SIGUSR1", "SIGTERM").replace("sys.exit(138)", "print('told', flush=True); sys.exit(1)")
+    code = (
+        "import sys; from dapo_megatron.launch import start_ranks\n"
+        f"sys.exit(start_ranks([sys.executable, '-S', '-c', {stopping!r}], 2))"
+    )
+    reads, writes = os.pipe()
+    launcher = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=writes, text=True)
+    os.close(writes)
+    try:
+        for _ in range(2):
+            assert launcher.stdout.readline() == "ready\n"
+        os.close(reads)
+        launcher.send_signal(signal.SIGINT)
+        launcher.wait(timeout=30)
+        assert launcher.stdout.read() == "told\ntold\n"
+    finally:
+        launcher.kill()
+
+
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [

@@ -174,6 +174,11 @@ class _Reader:
         return value is True
 
 
+def _rope_setting(rope: Mapping[str, Any], key: str) -> Any:
+    """The setting, its kind under either of its names."""
+    return rope.get("rope_type", rope.get("type", "default")) if key in ("rope_type", "type") else rope.get(key)
+
+
 def _read_rope(reader: _Reader) -> tuple[float, dict[str, Any] | None]:
     settings = reader.settings
     place = "rope_parameters" if settings.get("rope_parameters") is not None else "rope_scaling"
@@ -183,8 +188,9 @@ def _read_rope(reader: _Reader) -> tuple[float, dict[str, Any] | None]:
         reader.problems.append(f"{place}={show(rope)}: expected an object or null")
         rope = {}
     older = settings.get("rope_scaling")
+    older = older if place == "rope_parameters" and isinstance(older, Mapping) else {}
     # transformers lets the older key win
-    if place == "rope_parameters" and isinstance(older, Mapping) and any(rope.get(k) != v for k, v in older.items()):
+    if any(_rope_setting(rope, key) != _rope_setting(older, key) for key in older):
         reader.problems.append("rope_parameters and rope_scaling contradict each other; keep the one that is meant")
     theta = rope.get("rope_theta", settings.get("rope_theta"))
     if theta is None:

@@ -110,7 +110,7 @@ def _describe(details: Any, recipe: type[Section]) -> str:
 def _within(place: Sequence[str | int], recipe: type[Section], value: Any, bound: Any, key: str) -> Any:
     """A value that works where the bound itself does not: the next multiple, or the default; None if there is none."""
     if key == "multiple_of":
-        return math.ceil(value / bound) * bound
+        return max(1, math.ceil(value / bound)) * bound
     section = recipe
     for part in place[:-1]:
         if isinstance(part, str):  # a list's entries are of one section

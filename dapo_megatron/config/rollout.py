@@ -51,6 +51,11 @@ class Rollout(Section):
     placement: Literal["colocated", "disaggregated"] = "colocated"
     """Whether engines share the learner's devices or have their own; disaggregated needs engine vllm."""
 
+    @property
+    def beside_learner(self) -> bool:
+        """Whether vllm engines of the run's own share the learner's devices."""
+        return self.engine == "vllm" and self.placement == "colocated" and not self.servers
+
     tensor: int = Field(1, ge=1)
     """Tensor-parallel size of one vllm engine (devices)."""
 

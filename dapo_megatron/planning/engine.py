@@ -69,7 +69,7 @@ def bridge_bytes(recipe: Recipe, layout: Layout, card: Card) -> BridgeBytes:
     if card.memory is None:
         return BridgeBytes(0, 0)
     cards, contexts = min(recipe.hardware.gpus_per_node, world), 0
-    beside = rollout.engine == "vllm" and rollout.placement == "colocated"
+    beside = rollout.beside_learner
     if beside:
         workers = derive_engines(recipe, layout, cpu=False) * rollout.tensor
         contexts = CONTEXT_BYTES * min(cards - 1, workers)

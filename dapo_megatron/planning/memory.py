@@ -92,7 +92,7 @@ def plan_memory(recipe: Recipe, a: Architecture, layout: Layout, *, attention: A
     engine, bridge = engine_bytes(recipe, a, card), bridge_bytes(recipe, layout, card)
     per_update = layout.mini_batch_prompts * recipe.rollout.samples_per_prompt
     count = micro_batches(recipe, layout, per_update, float(longest_sequence(recipe))).count
-    embedded, beside = recipe.rollout.engine == "hf", recipe.rollout.placement == "colocated"
+    embedded = recipe.rollout.engine == "hf"
     attention = attention_of(recipe) if attention is None else attention
     critic, judging = None, ComputeBytes(0, 0)
     if recipe.algorithm.advantage == "gae":
@@ -109,7 +109,7 @@ def plan_memory(recipe: Recipe, a: Architecture, layout: Layout, *, attention: A
         sampling = held + (max(0, engine.kv_cache) if embedded else 0)
         if recipe.learner.offload_optimizer:
             sampling -= sum(s.gradients + s.optimizer for s in (state, critic) if s is not None)
-        if beside and not embedded:
+        if recipe.rollout.beside_learner:
             whole = engine.weights + max(0, engine.kv_cache)
             sampling += whole if card.memory is None else round(recipe.rollout.gpu_memory_share * card.memory)
         parts = (compute.activations, compute.logits, compute.update)

@@ -62,7 +62,7 @@ def _candidates(recipe: Recipe, a: Architecture) -> Iterator[tuple[tuple[float, 
     pipelines = [n for n in range(1, a.layers + 1) if a.layers % n == 0]
     recomputes = list(dict.fromkeys([learner.recompute, "full"]))
     fusions = list(dict.fromkeys([learner.fused_linear_loss, True]))
-    beside = rollout.engine == "vllm" and rollout.placement == "colocated"
+    beside = rollout.beside_learner
     offloads = list(dict.fromkeys([learner.offload_optimizer, learner.offload_optimizer or beside]))
     engines = [rollout.tensor]
     if rollout.engine == "vllm":
@@ -104,7 +104,7 @@ def _made_to_fit(recipe: Recipe, a: Architecture) -> dict[str, Any] | None:
     memory = plan_memory(recipe, a, layout)
     if not memory.problems:
         return {}
-    if recipe.rollout.engine != "vllm" or recipe.rollout.placement != "colocated":
+    if not recipe.rollout.beside_learner:
         return None
     most = max(stage.rollout for stage in memory.stages)
     share = largest_share(most, recipe.rollout.gpu_memory_share, memory.card)

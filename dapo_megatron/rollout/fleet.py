@@ -128,6 +128,8 @@ class Fleet:
             if item is None:
                 self._put_back(done)
                 if lost := self.lost():
+                    if stopping():  # what stops the run may have ended the engines too
+                        raise Interrupted
                     raise EnginesLost(lost, lost.values())
                 continue  # replaced meanwhile
             if isinstance(item, Exception):

@@ -149,6 +149,8 @@ def test_qwen3():
     assert (shape.eos_token_ids, shape.rope_theta, shape.torch_dtype) == ((151645, 151643), 1e6, "bfloat16")
     old = without(QWEN3, "rope_parameters") | {"rope_theta": 1000000, "rope_scaling": None}
     assert architecture_from_dict(old, "here") == shape
+    for same in ({"type": "default"}, {"rope_type": "default", "rope_theta": 1000000}):
+        assert architecture_from_dict(QWEN3 | {"rope_scaling": same}, "here") == shape
 
 
 @pytest.mark.parametrize("style", [dict, with_rope_parameters])

@@ -170,6 +170,7 @@ def test_engine_memory_counted_by_hand():
         (("parallel.world=8",), 7, False),  # one node: workers copy straight from the weights
         (("resharding.bucket_mib=512", "hardware.gpus_per_node=4"), 3, True),
         (("rollout.placement=disaggregated", "rollout.engines=2"), 0, True),
+        (("rollout.servers=[http://10.0.0.1:8000]", "rollout.engines=1"), 0, True),
         (("learner.device=cpu",), 0, False),
     ],
 )

@@ -147,6 +147,22 @@ def test_a_dead_engine_is_named_and_its_requests_are_drawn_by_its_successor():
     fleet.close()
 
 
+def test_an_engine_that_ends_with_the_run_is_not_called_lost():
+    """A signal may reach both."""
+    dying, begun = FakeEngine("dying"), []
+    dying.dies_at = 1
+    fleet = make_fleet([dying], capacity=2)
+    fleet.submit(requests(4))
+
+    def stopping() -> bool:
+        begun.append(dying.served)
+        return len(begun) > 1
+
+    with pytest.raises(Interrupted):
+        fleet.collect(time_limit_s=LIMIT_S, stopping=stopping)
+    fleet.close()
+
+
 def test_an_only_engine_that_dies_loses_no_request():
     dying, successor = FakeEngine("dying"), FakeEngine("successor")
     dying.dies_at = 3
