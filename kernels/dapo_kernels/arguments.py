@@ -114,8 +114,8 @@ def inverse_temperature(temperature: float | Tensor, count: int, like: Tensor) -
     """
     dtype = compute_dtype(like.dtype)
     if not isinstance(temperature, Tensor):
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature} must be > 0")
+        if not 1e-38 < temperature < 1e38:
+            raise ValueError(f"temperature={temperature} must be > 0, and finite as is its inverse")
         return torch.full((), 1.0 / temperature, dtype=dtype, device=like.device)  # a fill: no copy to wait for
     if temperature.dim() not in (0, 1):
         raise ValueError(f"temperature must be a number or one a row; got shape {tuple(temperature.shape)}")
@@ -127,8 +127,8 @@ def inverse_temperature(temperature: float | Tensor, count: int, like: Tensor) -
 def kernel_temperature(temperature: float | Tensor, count: int, like: Tensor) -> float | Tensor:
     """As `inverse_temperature`, for the kernels, who take a number as it is: a tensor would be one more to fill."""
     inverse = inverse_temperature(temperature, count, like) if isinstance(temperature, Tensor) else None
-    if inverse is None and not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be > 0")
+    if inverse is None and not 1e-38 < temperature < 1e38:
+        raise ValueError(f"temperature={temperature} must be > 0, and finite as is its inverse")
     return 1.0 / temperature if inverse is None else inverse
 
 
@@ -144,6 +144,12 @@ def shard_of(columns: int, vocab_size: int | None, group: dist.ProcessGroup | No
         raise ValueError(f"vocab_size={vocab_size} must lie in 1..{size * columns}, the columns of all ranks")
     first = rank * columns
     return Shard(first, max(0, min(columns, vocabulary - first)), vocabulary)
+
+
+def refuse_second_derivative() -> None:
+    """For the backward of an op whose gradient is a constant to autograd: RuntimeError under create_graph."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("the losses of dapo_kernels have no second derivative: call backward without create_graph")
 
 
 def group_of_many(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

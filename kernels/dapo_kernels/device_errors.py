@@ -42,7 +42,8 @@ _FLAGS: dict[torch.device, Tensor] = {}
 def device_flags(device: torch.device) -> Tensor:
     """int32 [4] on `device`, in the order of DeviceErrors; kernels store 1."""
     if device not in _FLAGS:
-        _FLAGS[device] = torch.zeros(4, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # they outlive the mode that the first op may run in
+            _FLAGS[device] = torch.zeros(4, dtype=torch.int32, device=device)
     return _FLAGS[device]
 
 

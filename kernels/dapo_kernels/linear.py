@@ -19,6 +19,7 @@ from dapo_kernels.arguments import (
     compute_dtype,
     inverse_temperature,
     kernel_temperature,
+    refuse_second_derivative,
 )
 from dapo_kernels.device_errors import note_on_device
 from dapo_kernels.kl import check_kl
@@ -155,6 +156,8 @@ class _LinearClippedLoss(torch.autograd.Function):
         dtype = compute_dtype(hidden.dtype)
         chunk_loss = _triton_chunk_loss if head.implementation == "triton" else _torch_chunk_loss
         want = head.need_hidden or head.need_weight
+        if isinstance(denominator, Tensor):
+            denominator = denominator.to(hidden.device, dtype).reshape(())
         # once a call, not once a chunk: on a GPU each small kernel takes 2 to 4 µs between products
         own, scale = [of_rows(head, vector) for vector in vectors], of_rows(head, scale)
         found = ClippedRows.empty(head.rows.numel(), dtype, hidden.device)
@@ -177,13 +180,14 @@ class _LinearClippedLoss(torch.autograd.Function):
             weights = vectors[3]
             sound = (weights >= 0).all() & (own[3] > 0).all() & ((weights > 0).sum() == head.rows.numel())
             if isinstance(denominator, Tensor):  # a number has been looked at
-                sound &= denominator.to(loss.device).reshape(()) > 0
+                sound &= denominator > 0
             note_on_device(loss.device, "setting", ~sound)
             loss = torch.where(sound, loss, float("nan"))
         return loss.to(dtype), values, clips
 
     @staticmethod
     def backward(ctx, g_loss, _values, _clips):
+        refuse_second_derivative()
         if ctx.gradients is None:
             raise RuntimeError("the gradient of linear_clipped_policy_loss was already handed out: backward runs once")
         (d_hidden, d_weight), ctx.gradients = ctx.gradients, None
@@ -229,6 +233,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g_l, g_h):
+        refuse_second_derivative()
         hidden, weight, targets, *kept = ctx.saved_tensors
         head = ctx.head
         whole = gathered(head, hidden)

@@ -26,6 +26,7 @@ from dapo_kernels.arguments import (
     group_of_many,
     inverse_temperature,
     kernel_temperature,
+    refuse_second_derivative,
     shard_of,
 )
 from dapo_kernels.device_errors import NonFiniteLogits, note_on_device
@@ -36,7 +37,8 @@ LOWEST = -3.0e38  # stands in for −inf where a product with 0 must be 0
 
 
 class LogprobsAndEntropy(NamedTuple):
-    """Per row, fp32 (fp64 for fp64 logits), differentiable; 0 on rows that were not asked for."""
+    """Per row, fp32 (fp64 for fp64 logits), differentiable; 0 on rows that were not asked for. Not to be changed in
+    place before backward."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -196,6 +198,7 @@ class _RowLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g_l, g_h):
+        refuse_second_derivative()
         logits, targets, rows, inverse_temperature, *found = ctx.saved_tensors
         out = logits if ctx.in_place else torch.empty_like(logits)
         write_row_gradient(logits, out, targets, rows, inverse_temperature, RowStatistics(*found), g_l, g_h, ctx.shard)

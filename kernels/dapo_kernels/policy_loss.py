@@ -89,8 +89,8 @@ def clipped_policy_loss(
 ) -> PolicyLoss:
     """The loss of the module's header; its gradient reaches this rank's columns of the logits alone.
 
-    On the Triton path the gradient is written in the forward pass, with `in_place` over the logits, and backward runs
-    once.
+    On the Triton path the gradient is written in the forward pass, with `in_place` over the logits, which are not to be
+    used again, and backward runs once.
 
     Args:
         logits: [N, V/TP] bf16, fp16, fp32 or fp64, contiguous; with `in_place` its memory is reused for the gradient.
@@ -142,8 +142,8 @@ def clipped_policy_loss(
     scale = kernel_temperature(temperature, logits.shape[0], logits)
     check_on_cpu(targets, temperature, shard.vocabulary, loss_mask > 0)
     loss, values, clips = TritonClippedLoss.apply(
-        logits, targets.contiguous(), old_logprobs, advantages, loss_mask.contiguous(), reference_logprobs,
-        denominator, scale, shard, group_of_many(tensor_parallel_group),
+        logits, targets.contiguous(), old_logprobs.detach(), advantages.detach(), loss_mask.detach().contiguous(),
+        reference_logprobs, denominator, scale, shard, group_of_many(tensor_parallel_group),
         clip_settings(eps_low, eps_high, eps_dual, entropy_coefficient, kl_coefficient, kl_estimator),
         logits.requires_grad and torch.is_grad_enabled(), in_place,
     )  # fmt: skip
@@ -212,11 +212,13 @@ def loss_of_rows(
     if kl_coefficient:
         reference = torch.where(trained, reference_logprobs.to(logprobs.dtype), 0.0)
         token_loss = token_loss + kl_coefficient * kl_estimate(logprobs - reference, kl_estimator)
+    if isinstance(denominator, Tensor):
+        denominator = denominator.reshape(())
     loss = (weight * token_loss).sum() / denominator
     if loss.device.type != "cpu":
         sound = (loss_mask >= 0).all()
         if isinstance(denominator, Tensor):  # a number has been looked at
-            sound &= denominator.to(loss.device).reshape(()) > 0
+            sound &= denominator.to(loss.device) > 0
         note_on_device(loss.device, "setting", ~sound)
         loss = torch.where(sound, loss, float("nan"))
     return PolicyLoss(

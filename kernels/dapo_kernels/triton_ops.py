@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dapo_kernels import triton_rows
-from dapo_kernels.arguments import Shard
+from dapo_kernels.arguments import Shard, refuse_second_derivative
 from dapo_kernels.triton_rows import ClipSettings
 
 
@@ -22,6 +22,7 @@ class TritonLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g_l: Tensor, g_h: Tensor):
+        refuse_second_derivative()
         logits, targets, mask, *rows = ctx.saved_tensors
         out = logits if ctx.in_place else torch.empty_like(logits)
         triton_rows.gradient(
@@ -48,14 +49,20 @@ class TritonClippedLoss(torch.autograd.Function):
         )  # fmt: skip
         if out is logits:
             torch.autograd.graph.increment_version(logits)
-        ctx.gradient = out
+        ctx.gradient, ctx.version = out, None if out is None else out._version
         ctx.mark_non_differentiable(rows.values, rows.clips)
         return rows.terms.sum(dtype=torch.float64).float(), rows.values, rows.clips
 
     @staticmethod
     def backward(ctx, g_loss: Tensor, _values, _clips):
+        refuse_second_derivative()
         if ctx.gradient is None:
             raise RuntimeError("the gradient of clipped_policy_loss was already handed out: backward runs once")
         gradient, ctx.gradient = ctx.gradient, None
+        if gradient._version != ctx.version:
+            raise RuntimeError(
+                "the logits' memory, which held the gradient of clipped_policy_loss, was written before backward; "
+                "pass in_place=False to use the logits again"
+            )
         triton_rows.scale(gradient, g_loss)
         return gradient, *[None] * 12

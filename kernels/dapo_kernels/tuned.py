@@ -51,18 +51,21 @@ def tile_for(
     """The tile for rows of `columns` elements on a card of that compute capability, whose warps have `warp` threads,
     for a kernel that reads the row once or twice; by the nearest older card's table where it has none. A lane is
     a thread. Tiles are never longer than the row, rounded up to a power of two. Rows that are not `plain`, with padded
-    columns or no multiple of 16 bytes, have two vectors a lane at most where they are read twice: with four, registers
-    run out."""
+    columns or no multiple of 16 bytes, have two vectors a lane or one where they are read twice, and the latter never
+    16 warps: registers run out otherwise."""
     table = _READ_TWICE if read_twice else _BY_ROW_BYTES
     lines = table[max((known for known in table if known <= capability), default=min(table))]
     vectors, warps = next((vectors, warps) for limit, vectors, warps in lines if columns * element_bytes <= limit)
     vector = max(1, 16 // element_bytes)
     needed = -(-columns // vector)
+    odd = columns * element_bytes % 16 != 0
+    if read_twice and odd and warps == 16:
+        warps = 32
     while warps > 1 and warps * warp > min(needed, MOST_THREADS):
         warps //= 2
     lanes = warps * warp
     if read_twice and not plain:
-        vectors = min(vectors, 2)
+        vectors = min(vectors, 1 if odd else 2)
     return Tile(1, min(vectors, _power_of_two(-(-needed // lanes))), lanes, vector, warps)
 
 

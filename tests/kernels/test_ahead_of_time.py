@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 TWICE = "clipped_loss_kernel that reads its rows twice"
+AT_ONCE = "logprobs_kernel of a vocabulary that is whole"
 ROW_KERNELS = ("row_statistics_kernel", "clipped_loss_kernel", "row_gradient_kernel", "scale_rows_kernel")
 WRITERS = ROW_KERNELS[1:]
 OTHER_CARDS = ("sm_80", "sm_80, whole", "sm_100", "sm_100, whole")
@@ -42,6 +43,8 @@ def _cases() -> list[dict]:
             "odd": {"columns": 19001},
             **({"whole, padded": {"columns": 152064, "valid": 151936}} if kernel == "clipped_loss_kernel" else {}),
             **({"whole, odd": {"columns": 151937}} if kernel == "clipped_loss_kernel" else {}),
+            **({"50257": {"columns": 50257}} if kernel == "clipped_loss_kernel" else {}),
+            **({"sm_100, odd": {"columns": 151937, "card": "sm_100"}} if kernel == "clipped_loss_kernel" else {}),
             **({"gfx942, whole": {"columns": 152064, "card": "gfx942"}} if kernel == "clipped_loss_kernel" else {}),
             "fp32": {"columns": 19008, "dtype": "fp32"},
             "sm_80": {"columns": 19008, "card": "sm_80"},
@@ -57,6 +60,12 @@ def _cases() -> list[dict]:
             cases.append(case)
             if kernel == "clipped_loss_kernel":
                 cases.append(case | {"name": f"{TWICE}, {name}", "ranks": 0, "entropy": False})
+    whole = finish | {"ranks": 0, "columns": 152064}
+    for name, more in {
+        "whole": {}, "shard of 8": {"columns": 19008}, "whole, padded": {"valid": 151936}, "odd": {"columns": 19001},
+        "of any N": {"columns": 19008, "dtype": "fp16", "rows_list": ANY_ROWS, "columns_list": [19016, 32000]},
+    }.items():  # fmt: skip
+        cases.append(whole | more | {"name": f"{AT_ONCE}, {name}"})
     return cases
 
 
@@ -109,12 +118,22 @@ def test_rows_that_do_not_divide_into_16_bytes_are_not_read_16_bytes_at_a_time(r
     assert found["spilled"] == found["local"] == 0, found
 
 
+@pytest.mark.parametrize("shape", ["whole", "shard of 8", "whole, padded", "odd"])
+def test_whole_log_probs_at_once(report, shape):
+    found = report[f"{AT_ONCE}, {shape}"]
+    assert found["spilled"] == found["local"] == found["stack"] == found["barriers_in_loops"] == 0, found
+    assert found["wide_loads"] == (0 if shape == "odd" else found["vectors_a_thread"]), found
+    if shape in ("whole", "shard of 8"):
+        assert found["registers"] <= 64 and len(found["loops"]) == 1, found
+        assert found["loops"][0] / found["elements_a_thread"] <= 9.5, found
+
+
 @pytest.mark.parametrize("kernel", ROW_KERNELS)
 def test_no_barrier_within_the_loop_over_columns(report, kernel):
     assert report[f"{kernel}, shard of 8"]["barriers_in_loops"] == 0
 
 
-@pytest.mark.parametrize("shape", ["odd", "whole, odd"])
+@pytest.mark.parametrize("shape", ["odd", "whole, odd", "50257", "sm_100, odd"])
 def test_reading_an_odd_row_twice(report, shape):
     found = report[f"{TWICE}, {shape}"]
     assert found["spilled"] == found["local"] == found["wide_loads"] == found["wide_stores"] == 0, found
@@ -168,7 +187,7 @@ def test_row_offsets_are_64_bit(report, kernel):
 @pytest.mark.parametrize("kernel", [*ROW_KERNELS, "logprobs_kernel"])
 def test_one_compilation_serves_every_number_of_rows_and_columns(report, kernel):
     assert report[f"{kernel}, of any N"]["compilations"] == 1
-    assert report[f"{TWICE}, of any N"]["compilations"] == 1
+    assert report[f"{TWICE}, of any N"]["compilations"] == report[f"{AT_ONCE}, of any N"]["compilations"] == 1
 
 
 @pytest.mark.parametrize("kernel", ROW_KERNELS)

@@ -53,9 +53,14 @@ def no_wait():
         torch.cuda.set_sync_debug_mode(before)
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("dtype", list(HALF_ULP))
-@pytest.mark.parametrize(("columns", "vocab"), [(19008, 19008), (19008, 18633), (1001, 1001)])
-def test_materialised_against_fp64(dtype, columns, vocab):
+@pytest.mark.parametrize(("columns", "vocab"), [(19008, 19008), (19008, 18633), (1001, 1001), (152064, 151936)])
+def test_materialised_against_fp64(dtype, columns, vocab, whole, monkeypatch):
+    """By one kernel as for a vocabulary that is whole, and by two as a rank of several has it."""
+    from dapo_kernels import triton_rows
+
+    monkeypatch.setattr(triton_rows, "WHOLE_ROWS_AT_ONCE", whole)
     arguments = on_card(batch(40, columns, 1, vocab=vocab), dtype)
     wanted = clipped_loss(*arguments, **OPTIONS, vocab=vocab)
     arguments[0][:, vocab:] = float("nan")
@@ -114,8 +119,8 @@ def test_bad_input_is_a_nan_and_a_flag():
     assert torch.isfinite(found.loss) and not gradient[3].any() and not device_errors()
 
 
-def test_no_compilation_as_the_number_of_rows_varies():
-    from dapo_kernels import row_kernels
+def test_no_compilation_as_the_number_of_rows_varies(monkeypatch):
+    from dapo_kernels import row_kernels, triton_rows
 
     kernels = [
         getattr(row_kernels, name)
@@ -130,10 +135,12 @@ def test_no_compilation_as_the_number_of_rows_varies():
     for rows in (8, 1, 2, 16, 17, 1000, 8191, 65535, 65536):
         logits = torch.randn(rows, 64, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
         targets, ones = torch.zeros(rows, dtype=torch.int64, device=DEVICE), torch.ones(rows, device=DEVICE)
-        found = clipped_policy_loss(logits * 1, targets, -ones, ones, ones, implementation="triton", **OPTIONS)
-        torch.autograd.grad(found.loss * 2, logits)
-        scores = logprobs_and_entropy(logits * 1, targets, implementation="triton")
-        torch.autograd.grad(scores.logprobs.sum() + scores.entropy.sum(), logits)
+        for whole in (True, False):  # one kernel, and a rank's two
+            monkeypatch.setattr(triton_rows, "WHOLE_ROWS_AT_ONCE", whole)
+            found = clipped_policy_loss(logits * 1, targets, -ones, ones, ones, implementation="triton", **OPTIONS)
+            torch.autograd.grad(found.loss * 2, logits)
+            scores = logprobs_and_entropy(logits * 1, targets, implementation="triton")
+            torch.autograd.grad(scores.logprobs.sum() + scores.entropy.sum(), logits)
         counts = counts or compiled()
         assert compiled() == counts and min(counts) > 0, rows
     assert not device_errors()

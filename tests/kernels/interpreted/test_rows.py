@@ -1,5 +1,7 @@
 """`logprobs_and_entropy(implementation="triton")`, and what went wrong in kernels of this kind elsewhere."""
 
+import sys
+
 import pytest
 import torch
 from dapo_kernels import clipped_policy_loss, device_errors, logprobs_and_entropy, triton_rows
@@ -347,3 +349,27 @@ def test_what_the_statistics_kernel_leaves_for_unsound_rows():
         VECS=tile.vectors, LANES=tile.lanes, VEC=4, UNIT=4, PADDED=False,
     )  # fmt: skip
     assert own[0, 1].isnan() and own[1, 1].isnan() and own[2, 0] == -INFINITY and own[2, 1] == 0
+
+
+def test_memory_that_is_written_between_forward_and_backward_is_noticed():
+    leaf, targets, ones = torch.randn(3, 16, requires_grad=True), torch.tensor([1, 2, 3]), torch.ones(3)
+    logits = leaf * 1
+    first = clipped_policy_loss(logits, targets, -ones, ones, ones, implementation="triton", **OPTIONS)
+    second = clipped_policy_loss(logits, targets, -ones, ones, ones, implementation="triton", **OPTIONS)
+    with pytest.raises(RuntimeError, match="in_place=False"):
+        (first.loss + second.loss).backward()
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_a_second_derivative_is_refused(implementation):
+    leaf, targets, ones = torch.randn(3, 16, requires_grad=True), torch.tensor([1, 2, 3]), torch.ones(3)
+    loss = clipped_policy_loss(leaf * 1, targets, -ones, ones, ones, implementation=implementation, **OPTIONS).loss
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+def test_the_flags_outlive_inference_mode(monkeypatch):
+    monkeypatch.setattr(sys.modules["dapo_kernels.device_errors"], "_FLAGS", {})
+    with torch.inference_mode():
+        logprobs_and_entropy(torch.randn(3, 16), torch.tensor([1, 2, 3]), implementation="triton")
+    assert not device_errors()
