@@ -140,7 +140,7 @@ def _instead(folder: Path) -> str:
 
 def _is_derived(name: str, a: Architecture) -> bool:
     """Buffers and copies that old exporters wrote along and that carry nothing of their own."""
-    return name.endswith(ROTARY_BUFFER) or ((a.tied or a.value_head) and name == "lm_head.weight")
+    return name.endswith(ROTARY_BUFFER) or ((a.tied or a.value_head) and name == OUTPUT)
 
 
 def _some(names: list[str]) -> str:

@@ -106,30 +106,34 @@ def check_loss_on_cpu(loss_mask: Tensor, denominator: float | Tensor) -> None:
         raise ValueError(f"loss_mask holds {float(loss_mask.min())}; weights must be >= 0")
 
 
-def inverse_temperature(temperature: float | Tensor, count: int, like: Tensor) -> Tensor:
-    """1/T in the compute dtype of `like` and on its device: 0-dimensional, or [count] for one a row.
+def kernel_temperature(temperature: float | Tensor, count: int, like: Tensor) -> float | Tensor:
+    """1/T as the kernels take it: a number as it is, since a tensor would be one to fill; else in the compute dtype
+    of `like` and on its device, 0-dimensional or [count].
 
     Raises:
         ValueError: a number that is not > 0, or a tensor that is neither.
     """
-    dtype = compute_dtype(like.dtype)
     if not isinstance(temperature, Tensor):
         if not 1e-38 < temperature < 1e38:
             raise ValueError(f"temperature={temperature} must be > 0, and finite as is its inverse")
-        return torch.full((), 1.0 / temperature, dtype=dtype, device=like.device)  # a fill: no copy to wait for
+        return 1.0 / temperature
     if temperature.dim() not in (0, 1):
         raise ValueError(f"temperature must be a number or one a row; got shape {tuple(temperature.shape)}")
     if temperature.dim() == 1 and temperature.shape[0] != count:
         raise ValueError(f"temperature has {temperature.shape[0]} entries for {count} rows")
-    return temperature.to(device=like.device, dtype=dtype).reciprocal().contiguous()
+    return temperature.to(device=like.device, dtype=compute_dtype(like.dtype)).reciprocal().contiguous()
 
 
-def kernel_temperature(temperature: float | Tensor, count: int, like: Tensor) -> float | Tensor:
-    """As `inverse_temperature`, for the kernels, who take a number as it is: a tensor would be one more to fill."""
-    inverse = inverse_temperature(temperature, count, like) if isinstance(temperature, Tensor) else None
-    if inverse is None and not 1e-38 < temperature < 1e38:
-        raise ValueError(f"temperature={temperature} must be > 0, and finite as is its inverse")
-    return 1.0 / temperature if inverse is None else inverse
+def inverse_temperature(temperature: float | Tensor, count: int, like: Tensor) -> Tensor:
+    """`kernel_temperature` as a tensor in any case.
+
+    Raises:
+        ValueError: likewise.
+    """
+    inverse = kernel_temperature(temperature, count, like)
+    if isinstance(inverse, Tensor):
+        return inverse
+    return torch.full((), inverse, dtype=compute_dtype(like.dtype), device=like.device)  # a fill: no copy to wait for
 
 
 def shard_of(columns: int, vocab_size: int | None, group: dist.ProcessGroup | None) -> Shard:

@@ -144,7 +144,7 @@ def linear_logprobs_and_entropy(
     check_rows(count, hidden.device, targets, row_mask)
     scale = _inverse_temperature(temperature, count, hidden, head)
     if hidden.device.type == "cpu":
-        check_on_cpu(targets[head.rows], _of_rows(temperature, head), head.shard.vocabulary, None)
+        check_on_cpu(of_rows(head, targets), of_rows(head, temperature), head.shard.vocabulary, None)
     return LogprobsAndEntropy(*_LinearLogprobs.apply(hidden, weight, head, targets, scale, _main_grad(weight, head)))
 
 
@@ -298,11 +298,6 @@ def _triton_chunk_loss(head, logits, vectors, scale, denominator, clip, want, in
 def _inverse_temperature(temperature: float | Tensor, count: int, hidden: Tensor, head: LinearHead) -> float | Tensor:
     of_implementation = kernel_temperature if head.implementation == "triton" else inverse_temperature
     return of_implementation(temperature, count, hidden)
-
-
-def _of_rows(temperature: float | Tensor, head: LinearHead) -> float | Tensor:
-    """The temperatures of the rows that count."""
-    return temperature[head.rows] if isinstance(temperature, Tensor) and temperature.dim() == 1 else temperature
 
 
 def _main_grad(weight: Tensor, head: LinearHead) -> Tensor | None:
